@@ -1,0 +1,6 @@
+"""`python -m cqr_compress`."""
+
+from cqr_compress.cli import main
+
+if __name__ == "__main__":
+    main()

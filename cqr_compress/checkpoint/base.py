@@ -1,0 +1,124 @@
+"""A checkpoint as everything above this layer sees it: names, shapes and lazy reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class LazyTensor(Protocol):
+    """A tensor on disk. Nothing is read before `read` or `read_rows`, and each call reads anew."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the tensor."""
+
+    def read(self) -> Tensor:
+        """Copy the whole tensor into memory."""
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Copy rows start..stop of the first dimension into memory."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One named tensor of a checkpoint.
+
+    Attributes:
+        name: name in the state_dict, wrapper prefixes included.
+        lazy: where its values are.
+    """
+
+    name: str
+    lazy: LazyTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return self.lazy.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the tensor."""
+        return self.lazy.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PlaceholderMet:
+    """An object of the file that was not built, because building it would run code.
+
+    Attributes:
+        path: where it stands in the file's nesting, joined by dots.
+        class_name: its class as the file names it.
+    """
+
+    path: str
+    class_name: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A lazy mapping from names to tensors, with what else the file holds.
+
+    Attributes:
+        path: the file, index or folder that was opened.
+        format: "torch-zip", "torch-legacy", "safetensors" or "sharded ...".
+        entries: tensors by name, in file order; a tensor that several names share stands once.
+        aliases: other names of a tensor, each with the name it stands under in `entries`.
+        skeleton: nesting and plain values of a pickled file as JSON (see `tree`), or None if flat.
+        placeholders: objects that were not built.
+        optimizer_bytes: bytes of optimizer state, which `entries` leaves out.
+        file_bytes: size of all files of the checkpoint.
+        metadata: safetensors metadata.
+    """
+
+    path: Path
+    format: str
+    entries: Mapping[str, TensorEntry]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    skeleton: Any = None
+    placeholders: tuple[PlaceholderMet, ...] = ()
+    optimizer_bytes: int = 0
+    file_bytes: int = 0
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    close_files: Callable[[], None] = lambda: None
+
+    def aliases_of(self, name: str) -> list[str]:
+        """Other names of the tensor `name`."""
+        return [alias for alias, canonical in self.aliases.items() if canonical == name]
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close_files()
+
+
+def read_blocks(entry: TensorEntry, block_bytes: int) -> Iterator[tuple[int, Tensor]]:
+    """Read a tensor in blocks of its first dimension, each of about `block_bytes`.
+
+    Yields:
+        The first row and the block; a 0-d tensor comes whole.
+    """
+    if not entry.shape or entry.nbytes <= block_bytes:
+        yield 0, entry.lazy.read()
+        return
+    rows = entry.shape[0]
+    step = max(1, block_bytes * rows // entry.nbytes)
+    for start in range(0, rows, step):
+        yield start, entry.lazy.read_rows(start, min(start + step, rows))

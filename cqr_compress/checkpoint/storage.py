@@ -1,0 +1,135 @@
+"""Tensors of torch files as views into a memory-mapped file."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cqr_compress.errors import CheckpointError
+
+
+class MappedFile:
+    """A read-only mapping of a file, which gives pages back after each copy."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def copy(self, offset: int, nbytes: int) -> Tensor:
+        """Copy bytes into a new uint8 tensor; the mapped pages do not stay in memory.
+
+        Raises:
+            CheckpointError: the range lies outside the file.
+        """
+        if offset < 0 or nbytes < 0 or offset + nbytes > len(self._map):
+            raise CheckpointError(
+                f"{str(self.path)!r} is truncated: bytes {offset} to {offset + nbytes} are wanted and the "
+                f"file has {len(self._map)}"
+            )
+        out = torch.empty(nbytes, dtype=torch.uint8)
+        view = np.frombuffer(self._map, np.uint8, nbytes, offset)
+        np.copyto(out.numpy(), view)
+        del view
+        first_page = offset - offset % mmap.PAGESIZE
+        if nbytes and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first_page, offset + nbytes - first_page)
+        return out
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._map.close()
+
+
+@dataclass(eq=False)
+class LazyStorage:
+    """The bytes of one torch storage: a range of a file, or bytes already in memory.
+
+    Attributes:
+        key: names the storage within its file; equal keys share memory.
+        num_elements: elements that the pickle says it has.
+        file: where the bytes are.
+        offset: first byte in the file; a legacy file tells it after its tensors.
+        nbytes: bytes that are there.
+    """
+
+    key: str
+    num_elements: int
+    file: MappedFile
+    offset: int
+    nbytes: int
+
+    def copy(self, start: int, nbytes: int) -> Tensor:
+        """Copy bytes of the storage, as uint8."""
+        if start + nbytes > self.nbytes:
+            raise CheckpointError(
+                f"storage {self.key!r} of {str(self.file.path)!r} has {self.nbytes} bytes, "
+                f"and a tensor reads up to byte {start + nbytes}"
+            )
+        return self.file.copy(self.offset + start, nbytes)
+
+
+@dataclass(frozen=True)
+class StridedTensor:
+    """A `LazyTensor` over a storage, as torch pickles describe tensors."""
+
+    storage: LazyStorage
+    dtype: torch.dtype
+    storage_offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def __setstate__(self, state: object) -> None:
+        raise CheckpointError("the pickle tries to change a tensor after describing it")
+
+    def check(self) -> None:
+        """Refuse a description that reads outside the storage.
+
+        Raises:
+            CheckpointError: sizes that are no sizes, or that do not fit in the storage.
+        """
+        numbers = (self.storage_offset, *self.shape, *self.stride)
+        plain = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
+        if not plain or len(self.shape) != len(self.stride):
+            raise CheckpointError(
+                f"a tensor claims shape {self.shape!r}, stride {self.stride!r} and offset "
+                f"{self.storage_offset!r} in {str(self.storage.file.path)!r}"
+            )
+        if self._span() and (self.storage_offset + self._span()) * self.dtype.itemsize > self.storage.nbytes:
+            raise CheckpointError(
+                f"a tensor of shape {self.shape} reads past the end of storage {self.storage.key!r} "
+                f"({self.storage.nbytes} bytes) of {str(self.storage.file.path)!r}: the file is damaged"
+            )
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for tensors that share all their memory."""
+        path, key = self.storage.file.path, self.storage.key
+        return (path, key, self.storage_offset, self.shape, self.stride, self.dtype)
+
+    def read(self) -> Tensor:
+        """Copy the whole tensor into memory."""
+        return self._read(self.storage_offset, self.shape)
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Copy rows start..stop into memory; a transposed table costs the whole span of the rows."""
+        return self._read(self.storage_offset + start * self.stride[0], (stop - start, *self.shape[1:]))
+
+    def _read(self, offset: int, shape: tuple[int, ...]) -> Tensor:
+        span = StridedTensor(self.storage, self.dtype, offset, shape, self.stride)._span()
+        if span == 0:
+            return torch.empty(shape, dtype=self.dtype)
+        size = self.dtype.itemsize
+        flat = self.storage.copy(offset * size, span * size).view(self.dtype)
+        return flat.as_strided(shape, self.stride).contiguous()
+
+    def _span(self) -> int:
+        """Elements from the first to the last one read."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))

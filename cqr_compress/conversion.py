@@ -1,0 +1,365 @@
+"""Compress the embedding tables of a checkpoint, from file to file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cqr_compress import __version__
+from cqr_compress.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_blocks
+from cqr_compress.checkpoint.compressed import (
+    FORMAT_VERSION,
+    METADATA_KEY,
+    CompressedCheckpoint,
+    is_compressed,
+    stored_name,
+)
+from cqr_compress.checkpoint.output import Output, checksum_of, shard_paths
+from cqr_compress.checkpoint.writer import atomic_file, check_outputs
+from cqr_compress.discover import Candidate, find_tables, refuse_foreign, with_table_names
+from cqr_compress.errors import (
+    BudgetError,
+    CheckpointError,
+    OutputError,
+    ShapeError,
+    TableNotFoundError,
+    VerificationError,
+)
+from cqr_compress.plan import Request, TablePlan, plan_table
+from cqr_compress.progress import Progress, Silent
+from cqr_compress.quality import Quality, QualityMeter
+from cqr_compress.quantize import fit, num_fit_steps
+from cqr_compress.report import SizeReport, size_report
+from cqr_compress.rows import ScannedTable, scan_table
+from cqr_compress.spec import AnySpec, TensorShape
+from cqr_compress.table import BLOCK_BYTES, CompressedTable, decode_block
+
+_HELD_SAMPLE_BYTES = 2**30
+_WIDEST_FIGURE = -0.000123456
+"""Stands in the header for a figure that is measured later; no figure of 6 digits is printed wider."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A table to compress: its plan and, while memory allows, its scan."""
+
+    plan: TablePlan
+    spec: AnySpec
+    scan: ScannedTable
+
+
+def default_output(source: Path) -> Path:
+    """Where `convert` writes when no output is named: `ckpt.pt` gives `ckpt.cqr.safetensors` beside it."""
+    if source.is_dir():
+        return source / "model.cqr.safetensors"
+    name = source.name
+    for suffix in (".index.json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
+        name = name.removesuffix(suffix)
+    return source.with_name(f"{name}.cqr.safetensors")
+
+
+def report_path(output: Path) -> Path:
+    """Where the JSON report goes: `small.safetensors` gives `small.report.json`."""
+    return output.with_name(f"{output.name.removesuffix('.safetensors')}.report.json")
+
+
+def convert(
+    source: str | Path,
+    output: str | Path | None = None,
+    request: Request | None = None,
+    *,
+    tables: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    untie: bool = False,
+    shard_bytes: int | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> SizeReport:
+    """Compress a checkpoint's embedding tables into a safetensors file and a JSON report beside it.
+
+    The output is written to a temporary file, read back and compared, and only then renamed into place.
+
+    Args:
+        source: anything `open_checkpoint` opens.
+        output: the file to write; `default_output` if None.
+        request: method and budget.
+        tables: globs or "re:" patterns of tables to take instead of the found ones.
+        exclude: the same, of tables to leave.
+        untie: keep a dense copy for the other names of a shared table.
+        shard_bytes: split the output into files of about this size.
+        force: replace existing output.
+        dry_run: plan and predict sizes; nothing is written.
+        progress: told of the work.
+
+    Returns:
+        The size report; of predicted sizes when `dry_run`.
+
+    Raises:
+        CqrCompressError: see the subclasses in `errors`; nothing is left at `output`.
+    """
+    source, request, progress = Path(source), request or Request(), progress or Silent()
+    output = default_output(source) if output is None else Path(output)
+    if not dry_run:
+        check_outputs([output, report_path(output)], force)
+    with open_checkpoint(source) as opened:
+        _refuse_output(opened, output, dry_run)
+        if is_compressed(opened):
+            raise CheckpointError(f"{str(source)!r} is already compressed. Convert the checkpoint it was made of.")
+        refuse_foreign(opened)
+        checkpoint = with_table_names(opened)
+        candidates = find_tables(checkpoint, tables, exclude)
+        selected = [candidate for candidate in candidates if candidate.selected]
+        if not selected:
+            raise TableNotFoundError(_nothing_found(checkpoint, candidates))
+        if untie:
+            checkpoint = _untied(checkpoint, selected)
+        work, left = _plan_all(checkpoint, selected, request, progress)
+        left += [_left(c, c.reason) for c in candidates if not c.selected and c.confidence >= 0.3]
+        header = _header(checkpoint, work, left, request)
+        shapes = _shapes(checkpoint, work)
+        paths = shard_paths(output, shapes, shard_bytes)
+        if not dry_run and len(paths) > 1:
+            check_outputs([*paths, output.with_name(f"{output.name}.index.json")], force)
+        metadata = {**checkpoint.metadata, "format": "pt", METADATA_KEY: _dump(header)}
+        out = Output(output, shapes, paths, metadata)
+        specs = {name: item.spec for name, item in work.items()}
+        if dry_run:
+            return size_report(header, specs, str(out.final_path), out.file_bytes, measured=False)
+        with out:
+            written = _write(out, checkpoint, work, request, progress)
+            for name, (quality, _) in written.items():
+                header["tables"][name]["quality"] = quality.to_json()
+            out.finish({**metadata, METADATA_KEY: _dump(header)})
+            _verify(out, work, written, progress)
+            report = size_report(header, specs, str(out.final_path), out.file_bytes, measured=True)
+            out.commit()
+    with atomic_file(report_path(output)) as file:
+        file.write((json.dumps(report.to_json(), indent=2) + "\n").encode())
+    return report
+
+
+def _refuse_output(checkpoint: Checkpoint, output: Path, dry_run: bool) -> None:
+    if not dry_run and output.exists() and output.resolve() == checkpoint.path.resolve():
+        raise OutputError(f"{str(output)!r} is the checkpoint itself: name another output")
+
+
+def _nothing_found(checkpoint: Checkpoint, candidates: list[Candidate]) -> str:
+    if not candidates:
+        return f"{str(checkpoint.path)!r} has no embedding table: none of its tensors is 2-D floating point"
+    likely = sorted(candidates, key=lambda c: (-c.confidence, -c.nbytes))[:5]
+    listed = "; ".join(f"{c.name} {c.shape[0]} x {c.shape[1]} ({c.reason})" for c in likely)
+    return f"found no embedding table in {str(checkpoint.path)!r}. Name it with --tables. The likeliest: {listed}"
+
+
+def _untied(checkpoint: Checkpoint, selected: list[Candidate]) -> Checkpoint:
+    """Give each other name of a selected table an entry of its own."""
+    names = {candidate.name for candidate in selected}
+    loose = {alias: to for alias, to in checkpoint.aliases.items() if to in names}
+    entries = dict(checkpoint.entries)
+    for alias, to in loose.items():
+        entries[alias] = TensorEntry(alias, entries[to].lazy)
+    aliases = {alias: to for alias, to in checkpoint.aliases.items() if alias not in loose}
+    return replace(checkpoint, entries=entries, aliases=aliases)
+
+
+def _plan_all(
+    checkpoint: Checkpoint, selected: list[Candidate], request: Request, progress: Progress
+) -> tuple[dict[str, _Work], list[dict[str, Any]]]:
+    """Scan and plan every table before anything is written; collect what is impossible and report it once."""
+    work: dict[str, _Work] = {}
+    left: list[dict[str, Any]] = []
+    problems: list[str] = []
+    held = 0
+    for candidate in selected:
+        if candidate.shape[0] < request.min_rows and not any(request.keep_rows):
+            plan = TablePlan(candidate.name, None, _few_rows(candidate, request))
+            left.append(_left(candidate, plan.reason))
+            continue
+        scan = _scan(checkpoint.entries[candidate.name], request, progress)
+        progress.start(f"choosing a layout for {candidate.name}", 0, "trials")
+        try:
+            plan = plan_table(scan, request, progress.advance)
+        except BudgetError as e:
+            problems.append(str(e))
+            continue
+        if plan.spec is None:
+            left.append(_left(candidate, plan.reason))
+            continue
+        held += scan.sample.nbytes
+        if held > _HELD_SAMPLE_BYTES:
+            scan = replace(scan, sample=torch.empty(0))
+        work[candidate.name] = _Work(plan, plan.spec, scan)
+        for alias in candidate.aliases:
+            if alias in checkpoint.aliases:
+                progress.warn(
+                    f"{alias!r} shares its values with {candidate.name!r}: both will read the compressed table. "
+                    "Pass --untie to compress only the latter."
+                )
+    if problems:
+        raise BudgetError("\n".join(problems))
+    if not work:
+        reasons = "; ".join(f"{item['name']}: {item['reason']}" for item in left)
+        raise TableNotFoundError(
+            f"no table of {str(checkpoint.path)!r} would gain from compression ({reasons}). "
+            "Pass a smaller --min-rows to compress small tables."
+        )
+    return work, left
+
+
+def _few_rows(candidate: Candidate, request: Request) -> str:
+    return f"{candidate.shape[0]} rows are fewer than min_rows = {request.min_rows}"
+
+
+def _scan(entry: TensorEntry, request: Request, progress: Progress) -> ScannedTable:
+    progress.start(f"reading {entry.name}", entry.shape[0], "rows")
+    return scan_table(
+        entry, request.keep_rows, request.nonfinite, request.seed, request.max_sample, progress.advance
+    )
+
+
+def _left(candidate: Candidate, reason: str) -> dict[str, Any]:
+    return {
+        "name": candidate.name,
+        "shape": list(candidate.shape),
+        "bytes": candidate.nbytes,
+        "reason": reason,
+    }
+
+
+def _header(
+    checkpoint: Checkpoint, work: Mapping[str, _Work], left: list[dict[str, Any]], request: Request
+) -> dict[str, Any]:
+    unknown = Quality(_WIDEST_FIGURE, _WIDEST_FIGURE, _WIDEST_FIGURE).to_json()
+    return {
+        "format_version": FORMAT_VERSION,
+        "version": __version__,
+        "seed": request.seed,
+        "tables": {
+            name: {"spec": item.spec.to_json(), "quality": unknown, "reason": item.plan.reason}
+            for name, item in work.items()
+        },
+        "aliases": dict(checkpoint.aliases),
+        "skeleton": checkpoint.skeleton,
+        "source": {
+            "file": checkpoint.path.name,
+            "format": checkpoint.format,
+            "bytes": checkpoint.file_bytes,
+            "optimizer_bytes": checkpoint.optimizer_bytes,
+            "placeholders": [{"path": met.path, "class_name": met.class_name} for met in checkpoint.placeholders],
+        },
+        "left_dense": left,
+    }
+
+
+def _dump(header: Mapping[str, Any]) -> str:
+    return json.dumps(header, separators=(",", ":"))
+
+
+def _shapes(checkpoint: Checkpoint, work: Mapping[str, _Work]) -> dict[str, TensorShape]:
+    shapes: dict[str, TensorShape] = {}
+    for name, entry in checkpoint.entries.items():
+        new = {name: TensorShape(entry.shape, entry.dtype)}
+        if name in work:
+            new = {stored_name(name, short): s for short, s in work[name].spec.tensor_shapes().items()}
+        for stored, shape in new.items():
+            if stored in shapes or (name in work and stored in checkpoint.entries):
+                raise ShapeError(
+                    f"{str(checkpoint.path)!r} has a tensor {stored!r}, the name that table {name!r} needs. "
+                    f"Pass --exclude {name!r}."
+                )
+            shapes[stored] = shape
+    return shapes
+
+
+def _write(
+    out: Output, checkpoint: Checkpoint, work: Mapping[str, _Work], request: Request, progress: Progress
+) -> dict[str, tuple[Quality, QualityMeter]]:
+    """Write every tensor; return each table's quality and the decoded sample it was measured on."""
+    dense = [entry for name, entry in checkpoint.entries.items() if name not in work]
+    progress.start("copying other tensors", sum(entry.nbytes for entry in dense), "bytes")
+    for entry in dense:
+        for _, block in read_blocks(entry, BLOCK_BYTES):
+            out.write(entry.name, block)
+            progress.advance(block.nbytes)
+    written = {}
+    for name, item in work.items():
+        scan = item.scan
+        if len(scan.sample) == 0:
+            scan = _scan(checkpoint.entries[name], request, progress)
+        written[name] = _write_table(out, name, replace(item, scan=scan), request.seed, progress)
+    return written
+
+
+def _write_table(
+    out: Output, name: str, item: _Work, seed: int, progress: Progress
+) -> tuple[Quality, QualityMeter]:
+    spec, scan = item.spec, item.scan
+    progress.start(f"fitting {name}", num_fit_steps(spec, item.plan.effort), "steps")
+    quantizer = fit(scan, spec, item.plan.effort, progress.advance)
+    shared = dict(quantizer.shared_tensors())
+    if spec.num_kept_rows + spec.num_zero_rows:
+        shared["kept_ids"] = torch.cat([scan.kept_ids, scan.zero_ids])
+        shared["kept_rows"] = _read_rows(scan)
+    for short, tensor in shared.items():
+        out.write(stored_name(name, short), tensor)
+    meter = QualityMeter.for_table(spec.num_embeddings, seed)
+    progress.start(f"encoding {name}", spec.num_embeddings, "rows")
+    for start, rows in scan.blocks():
+        encoded = quantizer.encode(rows, start)
+        for short, tensor in encoded.items():
+            out.write(stored_name(name, short), tensor)
+        ids = torch.arange(start, start + len(rows))
+        meter.add(rows, decode_block(spec, {**shared, **encoded}, ids), start)
+        progress.advance(len(rows))
+    return meter.result(), meter
+
+
+def _verify(
+    out: Output,
+    work: Mapping[str, _Work],
+    written: Mapping[str, tuple[Quality, QualityMeter]],
+    progress: Progress,
+) -> None:
+    """Read the finished file back and compare it with what was meant.
+
+    Raises:
+        VerificationError: a tensor or a decoded row differs.
+    """
+    progress.start("verifying", sum(shape.nbytes for shape in out.shapes.values()), "bytes")
+    with contextlib.ExitStack() as stack:
+        opened = CompressedCheckpoint.of(stack.enter_context(out.reopen()))
+        for name in out.shapes:
+            entry = opened.checkpoint.entries[name]
+            if checksum_of(entry, progress.advance) != out.checksum(name):
+                raise VerificationError(f"tensor {name!r} of {str(out.final_path)!r} reads back changed")
+        for name, (_, meter) in written.items():
+            table, scan = opened.table(name), work[name].scan
+            if not _close(_lookup(table, meter.sample_ids), torch.cat(meter.decoded)):
+                raise VerificationError(f"table {name!r} of {str(out.final_path)!r} decodes to other rows")
+            kept = _lookup(table, scan.kept_ids)
+            if not torch.equal(kept.view(torch.uint8), _read_rows(scan).view(torch.uint8)):
+                raise VerificationError(f"table {name!r} of {str(out.final_path)!r} changed its kept rows")
+
+
+def _lookup(table: CompressedTable, ids: Tensor) -> Tensor:
+    """Look rows up a few at a time, so that memory does not grow with their number."""
+    return torch.cat([table.lookup(block) for block in torch.split(ids, 1024)])
+
+
+def _read_rows(scan: ScannedTable) -> Tensor:
+    """Read the rows that are stored verbatim."""
+    rows = [scan.entry.lazy.read_rows(int(i), int(i) + 1) for i in scan.kept_ids]
+    return torch.cat([torch.empty(0, scan.shape[1], dtype=scan.entry.dtype), *rows])
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal but for the rounding of matrix products of another shape."""
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-5, equal_nan=True)

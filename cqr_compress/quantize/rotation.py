@@ -1,0 +1,49 @@
+"""Rotations that spread a table's variance evenly over the columns (Ge, He, Ke & Sun 2013, OPQ)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def balanced_pca(rows: Tensor, num_columns: int) -> Tensor:
+    """Rotate to principal directions, dealt to the columns so that the products of variances are equal.
+
+    "Optimized Product Quantization", section 3.3 (eigenvalue allocation), doi:10.1109/TPAMI.2013.240.
+
+    Args:
+        rows: (n, D) float32.
+        num_columns: C, a divisor of D.
+
+    Returns:
+        (D, D) float32 orthogonal; `rows @ result` are the rotated rows.
+    """
+    D = rows.shape[1]
+    sub_dim = D // num_columns
+    variances, directions = torch.linalg.eigh((rows.T @ rows).double() / max(1, len(rows)))
+    log_variances = variances.clamp_min(variances.max() * 1e-12 + 1e-300).log()
+    filled = [0.0] * num_columns
+    columns: list[list[int]] = [[] for _ in range(num_columns)]
+    for direction in range(D - 1, -1, -1):  # eigh sorts ascending
+        open_columns = [c for c in range(num_columns) if len(columns[c]) < sub_dim]
+        chosen = min(open_columns, key=lambda c: (filled[c], len(columns[c]), c))
+        columns[chosen].append(direction)
+        filled[chosen] += float(log_variances[direction] - log_variances[0]) + 1e-9
+    order = [direction for column in columns for direction in column]
+    rotation: Tensor = directions[:, order].float()
+    return rotation
+
+
+def procrustes(rows: Tensor, target: Tensor) -> Tensor:
+    """Find the orthogonal R that minimizes ||rows @ R - target|| (Schonemann 1966).
+
+    Args:
+        rows: (n, D) float32.
+        target: (n, D) float32.
+
+    Returns:
+        (D, D) float32 orthogonal.
+    """
+    left, _, right = torch.linalg.svd((rows.T @ target).double())
+    rotation: Tensor = (left @ right).float()
+    return rotation
