@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.")
+WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_forward_module.", "_orig_mod.", "module.")
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ TABLES = (
     ),
     _pattern(_START + r"(?:entity|relation)_representations\.\d+\._embeddings$", "PyKEEN representation", 0.98),
     _pattern(_START + r"(?:embedding_bags|embeddings)\.[^.]+$", "TorchRec embedding collection", 0.97),
+    _pattern(_START + r"embe?d?s?(?:_layers?|_dict)?\.[^.]+$", "a member of a dict of embeddings", 0.85),
     _pattern(_START + r"_embeddings?$", "PyKEEN representation", 0.95),
     _pattern(r"^(?:embeddings?|emb|vectors|word_vectors)$", "the file's own embedding tensor", 0.95),
     _pattern(
@@ -102,11 +103,12 @@ NOT_TABLES = (
         "a projection of embeddings",
     ),
     _pattern(
-        r"(?i)(?:^|[._])(?:q|k|v|o|qkv|query|key|value|fc|linear|lin|dense|proj|out|in|mlp|ffn|gate|up|down|head|"
+        r"(?i)(?:^|[._])(?:q|k|v|o|qkv|query|key|value|fc|linear|lin|dense|proj|mlp|ffn|gate|up|down|head|"
         r"classifier|attention|attn|conv|kernel|top_l|bot_l)(?:_?(?:proj|projection|linear|lin|layer|dense|\d+))*"
         r"(?:\.\d+)?$",
         "a linear layer by its name",
     ),
+    _pattern(_START + r"(?:out|output|logits)$", "a linear layer by its name"),
 )
 """Checked before TABLES, except where a tensor is tied to a table."""
 

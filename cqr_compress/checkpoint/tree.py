@@ -29,7 +29,7 @@ from cqr_compress.checkpoint.unpickle import Placeholder, describe
 from cqr_compress.errors import CheckpointError
 
 _OPTIMIZER_KEY = re.compile(r"(?i)(^|_)(optimizers?|optim|opt_state)(_states?|_state_dict|_dict)?$")
-_MAX_VISITS = 20_000_000
+_MAX_REPEATS = 100_000
 _MAX_DEPTH = 200
 _MAX_SKELETON_BYTES = 16 * 2**20
 _PLAIN = (str, int, float, bool, type(None))
@@ -43,7 +43,8 @@ class _Walk:
     tensors: dict[Path_, StridedTensor] = field(default_factory=dict)
     optimizer: dict[Path_, StridedTensor] = field(default_factory=dict)
     placeholders: list[PlaceholderMet] = field(default_factory=list)
-    visits: int = 0
+    seen: set[int] = field(default_factory=set)
+    repeats: int = 0
 
 
 def checkpoint_from_tree(root: Any, path: Path, format: str, close: Callable[[], None]) -> Checkpoint:
@@ -146,8 +147,10 @@ def _is_optimizer(key: Any, value: Any) -> bool:
 
 
 def _collect(value: Any, path: Path_, in_optimizer: bool, walk: _Walk, where: str) -> None:
-    walk.visits += 1
-    if walk.visits > _MAX_VISITS or len(path) > _MAX_DEPTH:
+    if isinstance(value, (dict, list, tuple, Placeholder)):
+        walk.repeats += id(value) in walk.seen  # a container met again and again grows without bound
+        walk.seen.add(id(value))
+    if walk.repeats > _MAX_REPEATS or len(path) > _MAX_DEPTH:
         raise CheckpointError(f"the objects in {where!r} are nested too deeply to be a checkpoint")
     if isinstance(value, StridedTensor):
         (walk.optimizer if in_optimizer else walk.tensors)[path] = value

@@ -96,7 +96,8 @@ def print_size_report(report: SizeReport) -> None:
     for row in report.tables:
         table.add_row(
             "\n= ".join((row.name, *row.aliases)), f"{row.shape[0]} x {row.shape[1]}",
-            f"{row.method}\n{row.layout}", size(row.bytes_before), size(row.bytes_after), f"{row.ratio_bytes:.2f}x",
+            f"{row.method}\n{row.layout}", size(row.bytes_before), size(row.bytes_after),
+            f"{row.ratio_bytes:.2f}x",
             f"{row.ratio_parameters:.4g}x", _figure(row.relative_mse), _figure(row.mean_cosine),
             _figure(row.recall_at_10),
         )  # fmt: skip
