@@ -100,8 +100,8 @@ def test_a_hand_written_program_does_nothing(tmp_path: Path, name: str) -> None:
 
 
 TENSOR = (
-    b"ctorch._utils\n_rebuild_tensor_v2\n((" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu")
-    + b"K\x08tQK\x00(K\x04K\x02t(K\x02K\x01t\x89Nt"
+    b"ctorch._utils\n_rebuild_tensor_v2\n((" + text("storage") + b"ctorch\nFloatStorage\n" + text("0")
+    + text("cpu") + b"K\x08tQK\x00(K\x04K\x02t(K\x02K\x01t\x89Nt"
 )  # fmt: skip
 
 

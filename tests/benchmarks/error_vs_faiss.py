@@ -36,7 +36,7 @@ def relative_mse(rows: np.ndarray, decoded: np.ndarray) -> float:
     return float(np.square(rows - decoded, dtype=np.float64).sum() / np.square(rows, dtype=np.float64).sum())
 
 
-def rounded(vector: "faiss.Float32Vector") -> None:
+def rounded(vector: faiss.Float32Vector) -> None:
     values = faiss.vector_to_array(vector).astype(np.float16).astype(np.float32)
     faiss.copy_array_to_vector(values, vector)
 
@@ -68,7 +68,9 @@ def residual_quantizer(rows: np.ndarray, M: int, n_bits: int) -> np.ndarray:
     return rq.decode(codes)
 
 
-def faiss_layouts(N: int, D: int, budget: int, floor: float) -> Iterator[tuple[str, int, int, int]]:
+def faiss_layouts(
+    N: int, D: int, budget: int, floor: float, max_levels: int
+) -> Iterator[tuple[str, int, int, int]]:
     """Layouts of each method whose total lies between floor * budget and budget: (method, M, n_bits, bytes)."""
     for n_bits in range(3, 11):
         for M in (M for M in range(1, D + 1) if D % M == 0):
@@ -76,7 +78,7 @@ def faiss_layouts(N: int, D: int, budget: int, floor: float) -> Iterator[tuple[s
                 size = total_bytes(N, D, M, n_bits, 2**n_bits * D, method == "OPQ")
                 if floor * budget < size <= budget:
                     yield method, M, n_bits, size
-        sizes = {M: total_bytes(N, D, M, n_bits, M * 2**n_bits * D, False) for M in range(1, 65)}
+        sizes = {M: total_bytes(N, D, M, n_bits, M * 2**n_bits * D, False) for M in range(1, max_levels + 1)}
         fitting = [M for M, size in sizes.items() if size <= budget]
         if fitting:
             yield "RQ", fitting[-1], n_bits, sizes[fitting[-1]]
@@ -103,6 +105,7 @@ def main() -> None:
     parser.add_argument(
         "--floor", type=float, default=0.85, help="least share of the budget that faiss PQ/OPQ uses"
     )
+    parser.add_argument("--max-rq-levels", type=int, default=64, help="faiss takes minutes for many levels")
     parser.add_argument("--methods", nargs="+", default=["auto"], help="our methods to run")
     args = parser.parse_args()
     fits = {"PQ": product_quantizer, "OPQ": optimized_product_quantizer, "RQ": residual_quantizer}
@@ -115,7 +118,7 @@ def main() -> None:
     for bits in args.bits_per_dim:
         budget = int(N * D * bits / 8)
         best: dict[str, tuple[float, str, int, float]] = {}
-        for method, M, n_bits, size in faiss_layouts(N, D, budget, args.floor):
+        for method, M, n_bits, size in faiss_layouts(N, D, budget, args.floor, args.max_rq_levels):
             began = time.perf_counter()
             with quiet():
                 error = relative_mse(rows, fits[method](rows, M, n_bits))

@@ -1,0 +1,137 @@
+"""Train a small recommender, compress its embedding tables 16x, and see what that costs.
+
+    python examples/quickstart.py [--folder quickstart] [--ratio 16]
+
+The clicks are generated: users and items belong to planted groups, items are as popular as Zipf's law says, and
+a click is likely where the groups fit. The model is generalized matrix factorization (He et al. 2017,
+doi:10.1145/3038912.3052569): an embedding table for users, one for items, and a weight for each dimension of
+their product. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import cqr_compress as cqr
+
+
+class GMF(nn.Module):
+    """Score a user and an item by the weighted product of their embeddings."""
+
+    def __init__(self, num_users: int, num_items: int, dim: int) -> None:
+        super().__init__()
+        self.user_embedding = nn.Embedding(num_users, dim)
+        self.item_embedding = nn.Embedding(num_items, dim)
+        self.out = nn.Linear(dim, 1)
+        for table in (self.user_embedding, self.item_embedding):
+            nn.init.normal_(table.weight, std=0.1)
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        """Logits of a click: (B,) ids and (B,) ids to (B,)."""
+        product = self.user_embedding(user) * self.item_embedding(item)
+        return self.out(product)[:, 0]
+
+
+@dataclass
+class Clicks:
+    """Events: who saw what, and whether they clicked."""
+
+    user: Tensor
+    item: Tensor
+    label: Tensor
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def take(self, which: Tensor | slice) -> Clicks:
+        return Clicks(self.user[which], self.item[which], self.label[which])
+
+
+def generate(num_users: int, num_items: int, num_events: int, seed: int) -> Clicks:
+    """Draw clicks from planted groups with Zipf-distributed items."""
+    generator = torch.Generator().manual_seed(seed)
+    dim, groups = 8, 60
+    taste = torch.randn(groups, dim, generator=generator)
+    appeal = torch.randn(groups, dim, generator=generator)
+    user_taste = taste[torch.randint(groups, (num_users,), generator=generator)]
+    user_taste = user_taste + 0.5 * torch.randn(num_users, dim, generator=generator)
+    item_appeal = appeal[torch.randint(groups, (num_items,), generator=generator)]
+    item_appeal = item_appeal + 0.5 * torch.randn(num_items, dim, generator=generator)
+    popularity = 1.0 / torch.arange(1, num_items + 1).float() ** 0.8
+    item = torch.multinomial(popularity, num_events, replacement=True, generator=generator)
+    user = torch.randint(num_users, (num_events,), generator=generator)
+    chance = torch.sigmoid((user_taste[user] * item_appeal[item]).sum(1) / dim**0.5 * 2)
+    return Clicks(user, item, torch.bernoulli(chance, generator=generator))
+
+
+def train(model: GMF, clicks: Clicks, epochs: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for epoch in range(epochs):
+        total = 0.0
+        for batch in torch.randperm(len(clicks), generator=generator).split(2048):
+            part = clicks.take(batch)
+            loss = nn.functional.binary_cross_entropy_with_logits(model(part.user, part.item), part.label)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch)
+        print(f"  epoch {epoch + 1}: training loss {total / len(clicks):.4f}", flush=True)
+
+
+@torch.no_grad()
+def auc(model: GMF, clicks: Clicks) -> float:
+    """Chance that a click scores above a non-click, from the ranks of the scores."""
+    order = model(clicks.user, clicks.item).argsort()
+    ranks = torch.empty(len(order), dtype=torch.float64)
+    ranks[order] = torch.arange(1, len(order) + 1, dtype=torch.float64)
+    positive = clicks.label > 0
+    count = int(positive.sum())
+    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(order) - count)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a small recommender and compress it.")
+    parser.add_argument("--folder", type=Path, default=Path("quickstart"))
+    parser.add_argument("--ratio", type=float, default=16.0)
+    parser.add_argument("--num-users", type=int, default=20_000)
+    parser.add_argument("--num-items", type=int, default=10_000)
+    parser.add_argument("--num-events", type=int, default=2_000_000)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    began = time.monotonic()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    ckpt, small = args.folder / "ckpt.pt", args.folder / "small.safetensors"
+
+    torch.manual_seed(args.seed)
+    clicks = generate(args.num_users, args.num_items, args.num_events, args.seed)
+    held_out = len(clicks) // 10
+    training, test = clicks.take(slice(held_out, None)), clicks.take(slice(held_out))
+    model = GMF(args.num_users, args.num_items, dim=32)
+    print(f"training on {len(training):,} generated clicks", flush=True)
+    train(model, training, args.epochs, args.seed)
+    torch.save(model.state_dict(), ckpt)
+    before = auc(model, test)
+
+    convert = ["convert", str(ckpt), "-o", str(small), "--ratio", str(args.ratio), "--force"]
+    print(f"\n$ cqr-compress {' '.join(convert)}", flush=True)
+    subprocess.run([sys.executable, "-m", "cqr_compress", *convert], check=True)
+
+    model.load_state_dict(cqr.load_dense(small))
+    after = auc(model, test)
+    print(f"\nAUC on {len(test):,} held-out clicks: {before:.4f} before, {after:.4f} after")
+    sizes = f"{ckpt.stat().st_size:,} bytes before, {small.stat().st_size:,} after"
+    print(f"{sizes}; {time.monotonic() - began:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_the_four_commands_of_the_readme_run_one_after_another(
+    cli: Cli, ckpt: Path, tmp_path: Path, model_state: dict[str, torch.Tensor]
+) -> None:
+    inspected = cli("inspect", "ckpt.pt").stdout
+    assert "item_embedding.weight" in inspected and "recommender table (0.99)" in inspected
+    converted = cli("convert", "ckpt.pt", "-o", "small.safetensors", "--ratio", 8, "--method", "pq").stdout
+    assert "(measured)" in converted and "model.load_state_dict(cqr.load_dense('small.safetensors'))" in converted
+    report = cli("inspect", "small.safetensors").stdout
+    assert report in converted
+    assert cli("inspect", "small.report.json").stdout == report
+    assert cli("export", "small.safetensors", "-o", "dense.pt").stdout.startswith("wrote dense.pt (")
+    dense = torch.load(tmp_path / "dense.pt", weights_only=True)
+    assert torch.equal(dense["out.weight"], model_state["out.weight"])
+
+
+def test_convert_alone_writes_beside_the_source(cli: Cli, ckpt: Path, tmp_path: Path) -> None:
+    cli("convert", "ckpt.pt")
+    assert {p.name for p in tmp_path.iterdir()} == {"ckpt.pt", "ckpt.cqr.safetensors", "ckpt.cqr.report.json"}
+    report = json.loads((tmp_path / "ckpt.cqr.report.json").read_text())
+    assert all(table["ratio_bytes"] >= 16 for table in report["tables"])
+
+
+def test_json_has_the_documented_keys(cli: Cli, ckpt: Path) -> None:
+    dense = json.loads(cli("inspect", "ckpt.pt", "--json").stdout)
+    assert dense["placeholders"] == []
+    assert {"name", "shape", "dtype", "bytes", "confidence", "reason"} <= dense["tables"][0].keys()
+    plan = json.loads(cli("convert", "ckpt.pt", "--dry-run", "--json", "--method", "pq").stdout)
+    done = json.loads(cli("convert", "ckpt.pt", "--json", "--method", "pq").stdout)
+    assert plan["file_bytes_after"] == done["file_bytes_after"] and not plan["measured"]
+    wanted = {"name", "shape", "method", "bytes_before", "bytes_after", "relative_mse"}
+    assert wanted <= done["tables"][0].keys() and done["file_bytes_before"] == ckpt.stat().st_size
+
+
+def test_a_dry_run_writes_nothing(cli: Cli, ckpt: Path, tmp_path: Path) -> None:
+    assert "predicted, nothing written" in cli("convert", "ckpt.pt", "--dry-run", "--method", "int8").stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+def garbage(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Files that cannot be converted, with what the message must say."""
+    state = {"emb.weight": torch.randn(3000, 16)}
+    whole = folder / "whole.pt"
+    torch.save(state, whole)
+    made = {name: folder / name for name in ("empty.pt", "cut.pt", "nan.pt", "no_tables.pt", "lying.safetensors")}
+    made["empty.pt"].touch()
+    made["cut.pt"].write_bytes(whole.read_bytes()[:90_000])
+    torch.save({"emb.weight": torch.full((3000, 16), float("nan"))}, made["nan.pt"])
+    torch.save({"fc.weight": torch.zeros(3, 3), "fc.bias": torch.zeros(3)}, made["no_tables.pt"])
+    header = b'{"a":{"dtype":"F32","shape":[9,9],"data_offsets":[0,8]}}'
+    made["lying.safetensors"].write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    (folder / "bare").mkdir()
+    whole.unlink()
+    return {
+        "missing": (folder / "missing.pt", "no such file or folder"),
+        "empty": (made["empty.pt"], "is empty"),
+        "truncated": (made["cut.pt"], "it is truncated or damaged"),
+        "nan": (made["nan.pt"], "has NaN or infinity in 3000 rows, first 0, 1, 2, 3, 4"),
+        "no tables": (made["no_tables.pt"], "found no embedding table"),
+        "lying header": (made["lying.safetensors"], "not a valid safetensors file"),
+        "folder": (folder / "bare", "holds no checkpoint"),
+    }
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "truncated", "nan", "no tables", "lying header", "folder"])
+def test_a_bad_input_gives_one_message_exit_1_and_no_file(cli: Cli, tmp_path: Path, name: str) -> None:
+    path, message = garbage(tmp_path)[name]
+    before = sorted(tmp_path.rglob("*"))
+    done = cli("convert", path, "-o", "small.safetensors", code=1)
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_gives_a_message_and_no_file(ckpt: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cqr_compress", "convert", "ckpt.pt", "--method", "pq"],
+        cwd=tmp_path, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)),
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "cannot write 'ckpt.cqr.safetensors'" in done.stderr and "Nothing was left there" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cqr_compress", "inspect", "missing.pt", "--debug"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "CheckpointError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("convert",), ("convert", "x.pt", "--method", "magic"), ("convert", "x.pt", "--keep-rows", "a"),
+        ("convert", "x.pt", "--shard-size", "-3"), ("frobnicate",), ("inspect", "a", "b"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_exits_2(cli: Cli, args: tuple[str, ...]) -> None:
+    cli(*args, code=2)
+
+
+def test_help_and_version_are_quick_and_import_nothing_heavy(cli: Cli) -> None:
+    code = (
+        "import sys; from cqr_compress.cli.app import app\n"
+        "try: app(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'faiss', 'numpy'} & set(sys.modules)))"
+    )
+    for args in (["--help"], ["--version"], ["convert", "--help"]):
+        before = os.times()
+        subprocess.run([sys.executable, "-c", code, *args], check=True, capture_output=True)
+        after = os.times()
+        assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
+    for command in ("inspect", "convert", "export"):
+        assert f"cqr-compress {command} " in cli(command, "--help").stdout
+
+
+def test_a_tied_head_is_announced(cli: Cli, tmp_path: Path, table: torch.Tensor) -> None:
+    torch.save({"wte.weight": table, "lm_head.weight": table}, tmp_path / "m.pt")
+    done = cli("convert", "m.pt", "--method", "int8")
+    assert (
+        "'lm_head.weight' shares its values with 'wte.weight': both will read the compressed table" in done.stderr
+    )
+    assert "= lm_head.weight" in done.stdout
+
+
+def test_progress_is_said_in_plain_lines_when_stderr_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cqr_compress.cli import render
+
+    monkeypatch.setattr(render, "_PLAIN_EVERY_S", -1.0)
+    code = (
+        "from cqr_compress.cli import render; render._PLAIN_EVERY_S = -1.0\n"
+        "with render.TerminalProgress() as progress:\n"
+        "    progress.start('encoding x', 2_000_000, 'rows'); progress.advance(1_000_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.startswith("encoding x: 1.0M of 2.0M rows, ") and done.stdout == ""

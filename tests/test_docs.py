@@ -1,0 +1,89 @@
+"""What README, help texts and examples say is run or looked up, so that it cannot rot."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cqr_compress.cli.app import app
+from cqr_compress.quantize import METHODS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_the_commands_of_the_readme_run(cli: Cli, ckpt: Path) -> None:
+    block = re.search(r"## Use\n\n```console\n(.*?)```", README, re.S)
+    assert block is not None
+    lines = [line.split("#")[0] for line in block[1].splitlines()]
+    assert len(lines) == 4
+    for line in lines:
+        program, *args = shlex.split(line)
+        assert program == "cqr-compress"
+        cli(*args)
+
+
+def test_the_python_of_the_readme_runs(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.item_embedding = torch.nn.Embedding(3000, 16)
+            self.user_embedding = torch.nn.Embedding(1500, 16)
+            self.out = torch.nn.Linear(16, 4)
+            self.register_buffer("steps", torch.tensor(0))
+
+    for block in blocks:
+        exec(block, {"model": Model()})
+
+
+def test_every_command_and_method_is_in_the_readme() -> None:
+    for command in app.registered_commands:
+        assert command.callback is not None
+        assert f"cqr-compress {command.callback.__name__}" in README
+    for method in (*METHODS, "auto"):
+        assert f"`{method}`" in README
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    assert "python -m pytest" in README and (ROOT / ".ci" / "run").read_text().rstrip().endswith(
+        "python -m pytest"
+    )
+
+
+def test_the_quickstart_runs(tmp_path: Path) -> None:
+    small = [
+        "--num-users",
+        "1500",
+        "--num-items",
+        "1200",
+        "--num-events",
+        "60000",
+        "--epochs",
+        "2",
+        "--ratio",
+        "4",
+    ]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--folder", str(tmp_path / "q"), *small],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = re.search(r"AUC on 6,000 held-out clicks: (0\.\d+) before, (0\.\d+) after", done.stdout)
+    assert found is not None, done.stdout
+    assert float(found[1]) > 0.55 and abs(float(found[1]) - float(found[2])) < 0.1
+    assert "user_embedding.weight" in done.stdout and "item_embedding.weight" in done.stdout
+
+
+def test_nothing_a_user_reads_names_a_path_of_one_machine() -> None:
+    pattern = re.compile(r"/work/|/root/|\.\./shared|/home/\w")
+    for path in [*ROOT.glob("cqr_compress/**/*.py"), *ROOT.glob("examples/*.py"), ROOT / "README.md"]:
+        assert not pattern.search(path.read_text()), path

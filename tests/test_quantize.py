@@ -1,0 +1,216 @@
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cqr_compress.bitpack import unpack_codes
+from cqr_compress.quantize import Effort, Quantizer, fit
+from cqr_compress.quantize.additive import beam_search, encode_rows, solve_codebooks
+from cqr_compress.quantize.kmeans import fit_centroids
+from cqr_compress.quantize.rotation import balanced_pca, procrustes
+from cqr_compress.spec import AnySpec, CodebookSpec, RowwiseSpec
+from cqr_compress.table import CompressedTable, computed_codes, decode_codes
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    sample: Tensor
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        for start in range(0, len(self.sample), 700):
+            yield start, self.sample[start : start + 700]
+
+
+def spec_of(rows: Tensor, C: int = 4, L: int = 1, n_bits: int = 4, **fields: object) -> CodebookSpec:
+    values = {
+        "method": "pq", "num_embeddings": len(rows), "embedding_dim": rows.shape[1], "num_columns": C,
+        "num_levels": L, "codebook_size": 2**n_bits, "code_sources": ("stored",) * L, "codebook_dtype": "float32",
+    }  # fmt: skip
+    return CodebookSpec(**{**values, **fields})  # type: ignore[arg-type]
+
+
+def compress(rows: Tensor, spec: AnySpec, effort: Effort | None = None) -> tuple[Quantizer, CompressedTable]:
+    quantizer = fit(Rows(rows), spec, effort or Effort())
+    return quantizer, CompressedTable(spec, {**quantizer.shared_tensors(), **quantizer.encode(rows, 0)})
+
+
+def error(rows: Tensor, table: CompressedTable) -> float:
+    return float((rows - table.decode()).square().sum() / rows.square().sum())
+
+
+def test_pq_decodes_as_faiss_decodes_the_same_codes_and_codebooks(table: Tensor) -> None:
+    spec = spec_of(table, C=4, n_bits=6)
+    quantizer, ours = compress(table, spec)
+    pq = faiss.ProductQuantizer(16, 4, 6)
+    faiss.copy_array_to_vector(quantizer.shared_tensors()["codebooks"].numpy().ravel(), pq.centroids)
+    # the bits are packed in faiss's own order, so its decoder reads our codes
+    assert np.allclose(pq.decode(ours.tensors["codes"].numpy()), ours.decode().numpy(), atol=1e-6)
+    assert (pq.compute_codes(table.numpy()) == ours.tensors["codes"].numpy()).mean() > 0.999
+
+
+def test_rq_decodes_as_the_sum_of_its_codewords(table: Tensor) -> None:
+    spec = spec_of(table, C=2, L=3, n_bits=5, method="prq")
+    quantizer, ours = compress(table, spec, Effort(rounds=1))
+    codes = unpack_codes(ours.tensors["codes"], 6, 5).view(-1, 2, 3).tolist()
+    codebooks = quantizer.shared_tensors()["codebooks"]
+    for row in (0, 17, 2999):
+        halves = [sum(codebooks[c, level, codes[row][c][level]] for level in range(3)) for c in range(2)]
+        assert torch.allclose(ours.lookup(torch.tensor([row]))[0], torch.cat(halves), atol=1e-5)
+
+
+@pytest.mark.parametrize("rotation", [None, "pca", "opq"])
+@pytest.mark.parametrize(("C", "L", "rounds"), [(4, 1, 0), (4, 1, 3), (1, 4, 2), (2, 2, 2)])
+def test_lookup_equals_rows_of_the_decoded_table(
+    table: Tensor, C: int, L: int, rounds: int, rotation: str | None
+) -> None:
+    _, ours = compress(table, spec_of(table, C, L, rotation=rotation), Effort(rounds=rounds, restarts=1))
+    ids = torch.tensor([0, 2999, 5, 5, 1234])
+    assert torch.allclose(ours.lookup(ids), ours.decode()[ids], atol=1e-5)
+    assert torch.allclose(ours.decode(100, 103), ours.decode()[100:103], atol=1e-5)
+    assert error(table, ours) < 0.35
+
+
+def test_each_sub_vector_is_named_by_its_nearest_codeword(table: Tensor) -> None:
+    quantizer, ours = compress(table, spec_of(table))
+    codebooks = quantizer.shared_tensors()["codebooks"]
+    codes = unpack_codes(ours.tensors["codes"], 4, 4)
+    for c in range(4):
+        distances = torch.cdist(table[:, 4 * c : 4 * c + 4].double(), codebooks[c, 0].double())
+        chosen = distances.gather(1, codes[:, c : c + 1].long())[:, 0]
+        assert torch.allclose(chosen, distances.min(1).values, atol=1e-5)
+
+
+def test_rows_that_are_codewords_decode_to_themselves(table: Tensor) -> None:
+    quantizer, _ = compress(table, spec_of(table))
+    codebooks = quantizer.shared_tensors()["codebooks"]
+    rows = codebooks[:, 0].transpose(0, 1).reshape(16, 16)
+    codes = encode_rows(rows, codebooks, Effort(), 0)
+    assert torch.equal(decode_codes(codes, codebooks), rows)
+
+
+@pytest.mark.parametrize("method", [("pq", 4, 1), ("rq", 1, 3)])
+@pytest.mark.parametrize("n", [1, 5, 16])
+def test_no_more_rows_than_codewords_gives_error_zero(method: tuple[str, int, int], n: int) -> None:
+    rows = torch.randn(n, 16, generator=torch.Generator().manual_seed(3))
+    _, ours = compress(rows, spec_of(rows, method[1], method[2]), Effort(rounds=2))
+    assert torch.equal(ours.decode(), rows)
+
+
+def test_a_wider_beam_and_more_levels_do_not_raise_the_error(table: Tensor) -> None:
+    errors = [error(table, compress(table, spec_of(table, 1, L), Effort(beam=4))[1]) for L in (1, 2, 4, 6)]
+    assert all(b < a for a, b in itertools.pairwise(errors))
+    codebooks = fit(Rows(table), spec_of(table, 1, 4), Effort()).shared_tensors()["codebooks"]
+    by_beam = [
+        float((table - decode_codes(beam_search(table, codebooks[0], beam)[:, None], codebooks)).square().sum())
+        for beam in (1, 4, 16)
+    ]
+    assert by_beam[2] <= by_beam[1] * 1.001 <= by_beam[0] * 1.002
+
+
+def test_refinement_lowers_the_error_of_residual_codebooks(table: Tensor) -> None:
+    spec = spec_of(table, 1, 4)
+    plain, refined = (error(table, compress(table, spec, Effort(rounds=r, restarts=1))[1]) for r in (0, 4))
+    assert refined < 0.9 * plain
+
+
+def test_beam_search_with_a_full_beam_is_exhaustive() -> None:
+    generator = torch.Generator().manual_seed(4)
+    rows, codebooks = torch.randn(30, 3, generator=generator), torch.randn(3, 4, 3, generator=generator)
+    sums = (codebooks[0][:, None, None] + codebooks[1][None, :, None] + codebooks[2][None, None]).view(-1, 3)
+    best = torch.cdist(rows, sums).min(1).values
+    found = decode_codes(beam_search(rows, codebooks, beam=64)[:, None], codebooks[None])
+    assert torch.allclose((rows - found).norm(dim=1), best, atol=1e-5)
+
+
+def test_solved_codebooks_are_the_least_squares_solution() -> None:
+    generator = torch.Generator().manual_seed(5)
+    rows, codes = torch.randn(400, 3, generator=generator), torch.randint(8, (400, 2), generator=generator)
+    design = torch.zeros(400, 16)
+    design.scatter_(1, codes + torch.tensor([0, 8]), 1.0)
+    expected = torch.linalg.lstsq(design.double(), rows.double(), driver="gelsd").solution
+    solved = solve_codebooks(rows, codes, torch.zeros(2, 8, 3)).view(16, 3)
+    assert torch.allclose(design @ solved, (design.double() @ expected).float(), atol=1e-3)
+
+
+@pytest.mark.parametrize("rotation", ["opq", "pca"])
+def test_a_rotation_helps_where_variance_is_uneven(table: Tensor, rotation: str) -> None:
+    mixed = table @ torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(6)))[0]
+    effort = Effort(rounds=6)
+    plain, rotated = (
+        error(mixed, compress(mixed, spec_of(mixed, rotation=r), effort)[1]) for r in (None, rotation)
+    )
+    assert rotated < plain
+
+
+def test_rotations_are_orthogonal_and_procrustes_recovers_one(table: Tensor) -> None:
+    rotation = balanced_pca(table, 4)
+    assert torch.allclose(rotation @ rotation.T, torch.eye(16), atol=1e-5)
+    assert torch.allclose(procrustes(table, table @ rotation), rotation, atol=1e-4)
+    variances = (table @ rotation).var(0).log().view(4, 4).sum(1)
+    unbalanced = (table @ rotation).var(0).sort().values.log().view(4, 4).sum(1)
+    assert float(variances.max() - variances.min()) < 0.5 * float(unbalanced.max() - unbalanced.min())
+
+
+@given(n_bits=st.sampled_from([4, 8]), seed=st.integers(0, 1000), scale=st.sampled_from([1e-2, 1.0, 100.0]))
+@settings(max_examples=25, deadline=None)
+def test_row_wise_integers_stay_within_a_step(n_bits: int, seed: int, scale: float) -> None:
+    rows = torch.randn(40, 7, generator=torch.Generator().manual_seed(seed)) * scale
+    spec = RowwiseSpec(method="int", num_embeddings=40, embedding_dim=7, n_bits=n_bits, scale_dtype="float32")
+    _, ours = compress(rows, spec)
+    step = (rows.amax(1) - rows.amin(1)) / (2**n_bits - 1)
+    # the range is chosen for the least squared error, which the whole range bounds: sqrt(7) half steps
+    assert bool(((rows - ours.decode()).norm(dim=1) <= step * 7**0.5 / 2 * 1.001 + 1e-6).all())
+
+
+def test_a_constant_row_is_exact_in_row_wise_integers() -> None:
+    rows = torch.tensor([[2.0] * 6, [0.0] * 6, [-3.5] * 6])
+    spec = RowwiseSpec(method="int4", num_embeddings=3, embedding_dim=6, n_bits=4)
+    assert torch.equal(compress(rows, spec)[1].decode(), rows)
+
+
+def sketch_spec(rows: Tensor, method: str, K: int) -> CodebookSpec:
+    sources = ("hashed",) if method == "hash" else ("quotient", "remainder")
+    return spec_of(rows, 1, len(sources), method=method, codebook_size=K, code_sources=sources)
+
+
+@pytest.mark.parametrize("method", ["hash", "qr"])
+def test_sketch_codebooks_are_the_least_squares_solution(table: Tensor, method: str) -> None:
+    spec = sketch_spec(table, method, 70)
+    _, ours = compress(table, spec)
+    assert "codes" not in ours.tensors
+    codes = computed_codes(spec, torch.arange(3000))[:, 0]
+    design = torch.zeros(3000, 70 * spec.num_levels)
+    design.scatter_(1, codes + torch.arange(spec.num_levels) * 70, 1.0)
+    best = design @ torch.linalg.lstsq(design.double(), table.double(), driver="gelsd").solution.float()
+    assert error(table, ours) <= float((table - best).square().sum() / table.square().sum()) * 1.001
+
+
+def test_quotient_and_remainder_name_every_row_and_use_every_codeword() -> None:
+    spec = sketch_spec(torch.zeros(3000, 4), "qr", 55)
+    codes = computed_codes(spec, torch.arange(3000))[:, 0]
+    assert len(torch.unique(codes, dim=0)) == 3000
+    assert int(codes.max()) < 55 and len(codes[:, 1].unique()) == 55 and len(codes[:, 0].unique()) >= 54
+
+
+def test_the_same_seed_gives_the_same_bits(table: Tensor) -> None:
+    spec, effort = spec_of(table, 2, 2), Effort(rounds=2, restarts=2)
+    first, second = (compress(table, spec, effort)[1].tensors for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = compress(table, replace(spec, seed=1), effort)[1].tensors
+    assert not torch.equal(first["codes"], other["codes"])
+
+
+def test_centroids_are_the_means_of_their_points() -> None:
+    points = torch.randn(500, 3, generator=torch.Generator().manual_seed(7))
+    centroids = fit_centroids(points, 8, seed=0, iterations=60)
+    nearest = torch.cdist(points, centroids).argmin(1)
+    means = torch.stack([points[nearest == k].mean(0) for k in range(8)])
+    assert torch.allclose(centroids, means, atol=0.05)
