@@ -1,0 +1,79 @@
+"""Cosine of sentence vectors before and after compressing a BERT-like encoder's tables.
+
+    pip install transformers
+    python tests/benchmarks/sentence_vectors.py FOLDER --ratio 16
+
+FOLDER holds model.safetensors, config.json and vocab.txt or tokenizer.json of a sentence encoder with mean
+pooling, such as all-MiniLM-L6-v2. 100 fixed sentences are encoded with the original weights and with what
+`convert` and `export` make of them, through the transformers library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+import cqr_compress as cqr
+
+SUBJECTS = ("The old fisherman", "A young surgeon", "Our neighbour's cat", "The central bank", "This compiler",
+            "A flock of starlings", "The museum in Lisbon", "My grandmother", "The defendant", "A neural network")  # fmt: skip
+PREDICATES = (
+    "repaired the broken engine before sunrise.", "raised interest rates for the third time this year.",
+    "slept on the warm roof all afternoon.", "refused to answer any further questions.",
+    "crossed the river when the water was low.", "published a detailed report about climate change.",
+    "played the violin at the opening ceremony.", "optimizes loops better than anyone expected.",
+    "was awarded a prize for medical research.", "lost the key to the garden shed again.",
+)  # fmt: skip
+SENTENCES = [f"{subject} {predicate}" for subject, predicate in itertools.product(SUBJECTS, PREDICATES)]
+
+
+@torch.no_grad()
+def encode(folder: Path, weights: Path) -> torch.Tensor:
+    """Mean-pooled, normalized vectors of SENTENCES: (100, D)."""
+    model = AutoModel.from_config(AutoConfig.from_pretrained(folder)).eval()
+    missing = model.load_state_dict(load_file(weights), strict=False)
+    assert not [name for name in missing.missing_keys if "pooler" not in name and "position_ids" not in name], (
+        missing
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="[PAD]")
+    batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    mask = batch["attention_mask"][..., None].float()
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--ratio", type=float, default=16.0)
+    parser.add_argument("--methods", nargs="+", default=["pq", "rq", "int4", "auto"])
+    args = parser.parse_args()
+    source = args.folder / "model.safetensors"
+    before = encode(args.folder, source)
+    for method in args.methods:
+        with tempfile.TemporaryDirectory() as scratch:
+            small, dense = Path(scratch) / "small.safetensors", Path(scratch) / "dense.safetensors"
+            request = cqr.Request(method=method, ratio=None if method.startswith("int") else args.ratio)
+            report = cqr.convert(source, small, request)
+            cqr.export(small, dense)
+            cosines = (before * encode(args.folder, dense)).sum(1)
+        for table in report.tables:
+            print(
+                f"{method:5s} {table.name} {table.method} {table.layout}: {table.bytes_before} -> {table.bytes_after} "
+                f"bytes ({table.ratio_bytes}x), relative MSE {table.relative_mse:.4f}, recall@10 {table.recall_at_10:.3f}"
+            )
+        print(
+            f"{method:5s} whole file {report.file_bytes_before} -> {report.file_bytes_after} bytes; cosine of "
+            f"{len(cosines)} sentence vectors: mean {cosines.mean():.4f}, smallest {cosines.min():.4f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
