@@ -93,14 +93,15 @@ def decode_block(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> T
     rows = decode_rows(spec, tensors, ids).to(spec.torch_dtype)
     if "kept_ids" not in tensors:
         return rows
-    kept_ids, order = tensors["kept_ids"].sort()
-    at = torch.searchsorted(kept_ids, ids.to(torch.int64)).clamp_max(len(kept_ids) - 1)
-    hit = kept_ids[at] == ids
-    source = order[at[hit]]
-    values = torch.zeros(len(source), rows.shape[1], dtype=rows.dtype)
-    verbatim = source < spec.num_kept_rows  # ids past the kept rows are all-zero rows
-    values[verbatim] = tensors["kept_rows"][source[verbatim]]
-    rows[hit] = values
+    # two sorted lists: the ids of `kept_rows`, then those of all-zero rows
+    for sorted_ids, values in (
+        (tensors["kept_ids"][: spec.num_kept_rows], tensors["kept_rows"]),
+        (tensors["kept_ids"][spec.num_kept_rows :], None),
+    ):
+        if len(sorted_ids):
+            at = torch.searchsorted(sorted_ids, ids.to(torch.int64)).clamp_max(len(sorted_ids) - 1)
+            hit = sorted_ids[at] == ids
+            rows[hit] = 0.0 if values is None else values[at[hit]]
     return rows
 
 

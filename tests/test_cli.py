@@ -1,13 +1,18 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+from cqr_compress.checkpoint import open_checkpoint
+from cqr_compress.errors import CheckpointError
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -148,3 +153,23 @@ def test_progress_is_said_in_plain_lines_when_stderr_is_no_terminal(monkeypatch:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.startswith("encoding x: 1.0M of 2.0M rows, ") and done.stdout == ""
+
+
+def test_a_killed_run_leaves_no_output(tmp_path: Path) -> None:
+    torch.save({"emb.weight": torch.randn(200_000, 32)}, tmp_path / "m.pt")
+    for number, leftovers in ((signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, 1)):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cqr_compress", "convert", "m.pt", "--method", "pq"],
+            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".*.partial")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(60) != 0
+        assert not (tmp_path / "m.cqr.safetensors").exists() and not (tmp_path / "m.cqr.report.json").exists()
+        partial = list(tmp_path.glob(".*.partial"))
+        assert len(partial) == leftovers
+        for path in partial:
+            with pytest.raises(CheckpointError):
+                open_checkpoint(path)

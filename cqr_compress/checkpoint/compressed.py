@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import Checkpoint, TensorEntry
@@ -114,15 +115,16 @@ class CompressedCheckpoint:
         """Read the compressed tensors of a table into memory.
 
         Raises:
-            FormatError: kept ids outside the table.
+            FormatError: kept ids that are not ascending, or outside the table.
         """
         spec = self.specs[name]
         tensors: dict[str, Tensor] = {
             short: self.checkpoint.entries[stored_name(name, short)].lazy.read() for short in spec.tensor_shapes()
         }
-        kept = tensors.get("kept_ids")
-        if kept is not None and kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < spec.num_embeddings:
-            raise FormatError(f"table {name!r} keeps rows {int(kept.min())} to {int(kept.max())} outside it")
+        for kept in tensors.get("kept_ids", torch.empty(0)).tensor_split([spec.num_kept_rows]):
+            ascending = bool((kept[1:] > kept[:-1]).all())
+            if len(kept) and not (ascending and int(kept[0]) >= 0 and int(kept[-1]) < spec.num_embeddings):
+                raise FormatError(f"the kept rows of table {name!r} are not ascending ids of its rows")
         return CompressedTable(spec, tensors)
 
     def table_bytes(self, name: str) -> int:

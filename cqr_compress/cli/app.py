@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable
 from enum import Enum
@@ -336,7 +337,8 @@ def export(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; a polite kill unwinds, so that temporary files are removed."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app()
 
 
