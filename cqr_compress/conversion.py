@@ -27,7 +27,6 @@ from cqr_compress.discover import Candidate, find_tables, refuse_foreign, with_t
 from cqr_compress.errors import (
     BudgetError,
     CheckpointError,
-    OutputError,
     ShapeError,
     TableNotFoundError,
     VerificationError,
@@ -108,9 +107,8 @@ def convert(
     source, request, progress = Path(source), request or Request(), progress or Silent()
     output = default_output(source) if output is None else Path(output)
     if not dry_run:
-        check_outputs([output, report_path(output)], force)
+        check_outputs([output, report_path(output)], force, [source])
     with open_checkpoint(source) as opened:
-        _refuse_output(opened, output, dry_run)
         if is_compressed(opened):
             raise CheckpointError(f"{str(source)!r} is already compressed. Convert the checkpoint it was made of.")
         refuse_foreign(opened)
@@ -126,13 +124,12 @@ def convert(
         header = _header(checkpoint, work, left, request)
         shapes = _shapes(checkpoint, work)
         paths = shard_paths(output, shapes, shard_bytes)
-        if not dry_run and len(paths) > 1:
-            check_outputs([*paths, output.with_name(f"{output.name}.index.json")], force)
         metadata = {**checkpoint.metadata, "format": "pt", METADATA_KEY: _dump(header)}
         out = Output(output, shapes, paths, metadata)
         specs = {name: item.spec for name, item in work.items()}
         if dry_run:
             return size_report(header, specs, str(out.final_path), out.file_bytes, measured=False)
+        check_outputs([*paths, out.final_path], force, opened.files)
         with out:
             written = _write(out, checkpoint, work, request, progress)
             for name, (quality, _) in written.items():
@@ -144,11 +141,6 @@ def convert(
     with atomic_file(report_path(output)) as file:
         file.write((json.dumps(report.to_json(), indent=2) + "\n").encode())
     return report
-
-
-def _refuse_output(checkpoint: Checkpoint, output: Path, dry_run: bool) -> None:
-    if not dry_run and output.exists() and output.resolve() == checkpoint.path.resolve():
-        raise OutputError(f"{str(output)!r} is the checkpoint itself: name another output")
 
 
 def _nothing_found(checkpoint: Checkpoint, candidates: list[Candidate]) -> str:
@@ -179,7 +171,7 @@ def _plan_all(
     problems: list[str] = []
     held = 0
     for candidate in selected:
-        if candidate.shape[0] < request.min_rows and not any(request.keep_rows):
+        if candidate.shape[0] < request.min_rows:
             plan = TablePlan(candidate.name, None, _few_rows(candidate, request))
             left.append(_left(candidate, plan.reason))
             continue

@@ -78,6 +78,7 @@ def export(
     check_outputs([output], force)
     with open_checkpoint(source) as checkpoint:
         opened = CompressedCheckpoint.of(checkpoint)
+        check_outputs([output], force, opened.checkpoint.files)
         if output.suffix == ".safetensors":
             return _export_safetensors(opened, output, shard_bytes, force, progress)
         state = _state_dict(opened, progress)
@@ -130,10 +131,10 @@ def _export_safetensors(
     for alias, target in opened.aliases.items():
         shapes[alias] = shapes[target]
     paths = shard_paths(output, shapes, shard_bytes)
-    if len(paths) > 1:
-        check_outputs(list(paths), force)
     metadata = {k: v for k, v in opened.checkpoint.metadata.items() if k != METADATA_KEY}
-    with Output(output, shapes, paths, metadata) as out:
+    out = Output(output, shapes, paths, metadata)
+    check_outputs([*paths, out.final_path], force, opened.checkpoint.files)
+    with out:
         for name in shapes:
             source = opened.aliases.get(name, name)
             blocks: Any = (

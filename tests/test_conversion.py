@@ -353,3 +353,15 @@ def test_a_published_recommender_survives_the_round_trip(
     compressed = {table.name for table in report.tables}
     assert compressed == {"item_embeddings.weight"} and report.tables[0].ratio_bytes >= 16
     assert all(torch.equal(dense[key], source[key]) for key in source if key not in compressed)
+
+
+def test_no_shard_of_the_source_is_overwritten_even_with_force(tmp_path: Path, ckpt: Path) -> None:
+    cqr.convert(ckpt, tmp_path / "c.safetensors", cqr.Request(method="int8"))
+    cqr.export(tmp_path / "c.safetensors", tmp_path / "m.safetensors", shard_bytes=100_000)
+    shards = {path: path.read_bytes() for path in tmp_path.glob("m*")}
+    assert len(shards) == 3
+    with pytest.raises(OutputError, match="is the checkpoint itself, or a part of it"):
+        cqr.convert(
+            tmp_path / "m.safetensors.index.json", tmp_path / "m.safetensors", shard_bytes=9_000, force=True
+        )
+    assert {path: path.read_bytes() for path in tmp_path.glob("m*")} == shards

@@ -136,7 +136,7 @@ def _merge(index: Path, weight_map: dict[str, str], shards: dict[str, Checkpoint
         aliases=aliases,
         placeholders=tuple(met for opened in shards.values() for met in opened.placeholders),
         optimizer_bytes=sum(opened.optimizer_bytes for opened in shards.values()),
-        file_bytes=sum(opened.file_bytes for opened in shards.values()) + index.stat().st_size,
+        files=(index, *(file for opened in shards.values() for file in opened.files)),
         metadata={**first.metadata, **strings},
         close_files=close,
     )

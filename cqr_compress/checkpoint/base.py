@@ -83,7 +83,7 @@ class Checkpoint:
         skeleton: nesting and plain values of a pickled file as JSON (see `tree`), or None if flat.
         placeholders: objects that were not built.
         optimizer_bytes: bytes of optimizer state, which `entries` leaves out.
-        file_bytes: size of all files of the checkpoint.
+        files: all files of the checkpoint.
         metadata: safetensors metadata.
     """
 
@@ -94,9 +94,14 @@ class Checkpoint:
     skeleton: Any = None
     placeholders: tuple[PlaceholderMet, ...] = ()
     optimizer_bytes: int = 0
-    file_bytes: int = 0
+    files: tuple[Path, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     close_files: Callable[[], None] = lambda: None
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of all files of the checkpoint."""
+        return sum(file.stat().st_size for file in self.files)
 
     def aliases_of(self, name: str) -> list[str]:
         """Other names of the tensor `name`."""

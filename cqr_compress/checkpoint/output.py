@@ -109,7 +109,8 @@ class Output:
                 part.close_files()
 
         entries = {name: entry for part in parts for name, entry in part.entries.items()}
-        return replace(parts[0], entries=entries, file_bytes=self.file_bytes, close_files=close)
+        files = tuple(writer.partial_path for writer in self._writers)
+        return replace(parts[0], entries=entries, files=files, close_files=close)
 
     def checksum(self, name: str) -> int:
         """CRC-32 of what was written to a tensor."""

@@ -81,7 +81,7 @@ def open_safetensors(path: Path) -> Checkpoint:
         path=path,
         format="safetensors",
         entries=entries,
-        file_bytes=path.stat().st_size,
+        files=(path,),
         metadata=dict(file.metadata() or {}),
         close_files=lambda: file.__exit__(None, None, None),
     )

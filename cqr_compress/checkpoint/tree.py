@@ -78,7 +78,7 @@ def checkpoint_from_tree(root: Any, path: Path, format: str, close: Callable[[],
         skeleton=_skeleton(root, names, walk),
         placeholders=tuple(walk.placeholders),
         optimizer_bytes=sum(optimizer_storages.values()),
-        file_bytes=path.stat().st_size,
+        files=(path,),
         close_files=close,
     )
 

@@ -12,7 +12,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -180,14 +180,22 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             partial.unlink()
 
 
-def check_outputs(paths: list[Path], force: bool) -> None:
+def check_outputs(paths: list[Path], force: bool, sources: Sequence[Path] = ()) -> None:
     """Refuse early what could only fail late.
+
+    Args:
+        paths: files to be written.
+        force: existing files may be replaced.
+        sources: files that are being read, which may not.
 
     Raises:
         OutputExistsError: a file is there and `force` is not set.
         OutputError: the folder is not there, or the path is a folder.
     """
+    reading = {source.resolve() for source in sources}
     for path in paths:
+        if path.resolve() in reading:
+            raise OutputError(f"{str(path)!r} is the checkpoint itself, or a part of it: name another output")
         if path.is_dir():
             raise OutputError(f"{str(path)!r} is a folder: name a file")
         if path.exists() and not force:
