@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from cqr_compress.errors import BudgetError, SpecError
+from cqr_compress.errors import BudgetError, SpecError, TableRefusedError
 from cqr_compress.quantize import METHODS, Effort, effort_for, fit
 from cqr_compress.rows import MAX_SAMPLE_ROWS, ScannedTable
 from cqr_compress.spec import (
@@ -29,6 +29,7 @@ DEFAULT_MIN_ROWS = 1024
 _AUTO_BITS = (4, 5, 6, 8)
 _PQ_BITS = tuple(range(1, 13))
 _MAX_LEVELS = 64
+_SMALLEST_VALUE, _LARGEST_VALUE = 1e-15, 1e15
 _MAX_ROTATED_DIM = 1024
 _FIRST_TRIAL_ROWS = 4096
 _SECOND_TRIAL_ROWS = 16384
@@ -139,11 +140,17 @@ def plan_table(table: ScannedTable, request: Request, step: Callable[[], None] =
     Raises:
         BudgetError: no layout of the method fits; the message says what does.
         SpecError: an explicit layout that the table's shape cannot have.
+        TableRefusedError: values whose squares float32 cannot hold.
     """
     N, _ = table.shape
     name = table.entry.name
     if request.min_rows > N:
         return TablePlan(name, None, f"{N} rows are fewer than min_rows = {request.min_rows}")
+    if table.largest and not _SMALLEST_VALUE < table.largest < _LARGEST_VALUE:
+        raise TableRefusedError(
+            f"the largest magnitude in {name!r} is {table.largest:.3g}: squared distances leave the "
+            f"range of float32. Pass --exclude {name!r}."
+        )
     base = _base_fields(table, request)
     budget = _budget(table, request)
     specs = list(_layouts(request, base, table))

@@ -25,8 +25,8 @@ class ScannedTable:
         entry: where the rows are.
         sample: (n, D) float32, the rows that fits are made on.
         sample_ids: (n,) int64, which rows they are, ascending.
-        kept_ids: (r,) int64, rows stored verbatim: asked for, or not finite.
-        zero_ids: (z,) int64, all-zero rows among the others.
+        kept_ids: (r,) int64 ascending, rows stored verbatim: asked for, not finite, or of zeros with signs.
+        zero_ids: (z,) int64 ascending, all-zero rows among the others.
         nonfinite_rows: number of rows with NaN or infinity.
         largest: largest magnitude of the finite values.
         mean_square: mean of the squared finite values.
@@ -88,11 +88,14 @@ def scan_table(
     usable = torch.ones(len(ids), dtype=torch.bool)
     bad: list[Tensor] = []
     zero: list[Tensor] = []
+    signed: list[Tensor] = []  # rows of zeros with a minus sign somewhere, kept verbatim
     largest, total = 0.0, 0.0
     for start, stop in row_blocks(N, D):
         rows = entry.lazy.read_rows(start, stop).float()
         finite = rows.isfinite().all(1)
-        zero.append((rows == 0).all(1).nonzero().flatten() + start)
+        is_zero = (rows == 0).all(1)
+        zero.append((is_zero & ~rows.signbit().any(1)).nonzero().flatten() + start)
+        signed.append((is_zero & rows.signbit().any(1)).nonzero().flatten() + start)
         if not finite.all():
             bad.append((~finite).nonzero().flatten() + start)
             rows = torch.where(finite[:, None], rows, 0.0)
@@ -109,7 +112,7 @@ def scan_table(
             f"{entry.name!r} ({N} x {D}) has NaN or infinity in {len(bad_ids)} rows, first {first}. "
             "Pass --nonfinite keep to store those rows as they are."
         )
-    kept = torch.unique(torch.cat([asked, bad_ids]))
+    kept = torch.unique(torch.cat([asked, bad_ids, *signed]))
     zero_ids = torch.cat(zero)
     zero_ids = zero_ids[~torch.isin(zero_ids, kept)]
     usable &= ~torch.isin(ids, kept) & ~torch.isin(ids, zero_ids)

@@ -24,6 +24,7 @@ from cqr_compress.errors import (
     ShapeError,
     SpecError,
     TableNotFoundError,
+    TableRefusedError,
     VerificationError,
 )
 
@@ -135,7 +136,7 @@ def test_a_bare_tensor_and_a_lone_weight_get_names(tmp_path: Path, table: torch.
 @pytest.mark.parametrize("method", ["pq", "rq", "int4", "hash", "qr"])
 def test_kept_and_zero_rows_stay_bit_exact(tmp_path: Path, table: torch.Tensor, method: str) -> None:
     table[0] = 0
-    table[77] = 0
+    table[77] = -0.0
     table[5, 3] = float("nan")
     table[6, 0] = float("-inf")
     torch.save({"emb.weight": table}, tmp_path / "m.pt")
@@ -154,6 +155,15 @@ def test_kept_and_zero_rows_stay_bit_exact(tmp_path: Path, table: torch.Tensor, 
     assert decoded[others].isfinite().all()
     with pytest.raises(SpecError, match="cannot keep row 3000 of 'emb.weight': it has rows 0 to 2999"):
         cqr.convert(tmp_path / "m.pt", tmp_path / "t.safetensors", cqr.Request(keep_rows=(3000,)))
+
+
+@pytest.mark.parametrize("magnitude", [1e30, 1e-30])
+def test_magnitudes_whose_squares_leave_float32_are_refused(
+    tmp_path: Path, table: torch.Tensor, magnitude: float
+) -> None:
+    torch.save({"emb.weight": table * magnitude}, tmp_path / "m.pt")
+    with pytest.raises(TableRefusedError, match="the largest magnitude in 'emb.weight' is .*e[+-](30|31|29)"):
+        cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", cqr.Request(method="pq"))
 
 
 @pytest.mark.parametrize("magnitude", [1e6, 1e-6])
