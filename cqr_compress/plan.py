@@ -103,6 +103,8 @@ class Request:
             raise SpecError(f"pq has one level, not {self.num_levels}; prq has more")
         if self.method == "rq" and self.num_columns not in (None, 1):
             raise SpecError(f"rq has one column, not {self.num_columns}; prq has more")
+        if not 0 <= self.seed < 2**31:
+            raise SpecError(f"seed is {self.seed}: give 0 to {2**31 - 1}")
         if self.min_rows < 0 or self.max_sample < 1 or (self.rounds is not None and self.rounds < 0):
             raise SpecError("min_rows and rounds are at least 0, max_sample at least 1")
 

@@ -126,7 +126,7 @@ def test_a_shadowed_dict_method_is_not_called(tmp_path: Path) -> None:
         assert list(checkpoint.entries) == ["w"]
 
 
-def test_lists_that_contain_each_other_end_in_an_error(tmp_path: Path) -> None:
+def test_a_bomb_of_lists_ends_in_an_error_and_a_cycle_is_cut(tmp_path: Path) -> None:
     bomb: list[Any] = [torch.zeros(2, 2)]
     for _ in range(60):
         bomb = [bomb, bomb]
@@ -136,5 +136,5 @@ def test_lists_that_contain_each_other_end_in_an_error(tmp_path: Path) -> None:
     cycle: dict[str, Any] = {"emb.weight": torch.zeros(2, 2)}
     cycle["self"] = cycle
     torch.save(cycle, tmp_path / "c.pt")
-    with pytest.raises(CheckpointError, match="nested too deeply"):
-        open_checkpoint(tmp_path / "c.pt")
+    with open_checkpoint(tmp_path / "c.pt") as checkpoint:
+        assert list(checkpoint.entries) == ["emb.weight"]

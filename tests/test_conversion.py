@@ -218,6 +218,7 @@ def test_an_impossible_budget_says_what_is_possible_for_every_table(tmp_path: Pa
         {"method": "magic"}, {"ratio": 0}, {"ratio": 8, "bits_per_dim": 2}, {"n_bits": 17}, {"nonfinite": "hide"},
         {"method": "int8", "n_bits": 4}, {"method": "rq", "num_columns": 2}, {"method": "pq", "num_levels": 2},
         {"method": "hash", "rotation": "opq"}, {"codebook_dtype": "int8"}, {"min_rows": -1},
+        {"seed": -1}, {"seed": 2**31}, {"ratio": float("nan")},
     ],
 )  # fmt: skip
 def test_a_request_that_contradicts_itself_is_refused(fields: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ class _Walk:
     optimizer: dict[Path_, StridedTensor] = field(default_factory=dict)
     placeholders: list[PlaceholderMet] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
+    above: set[int] = field(default_factory=set)
     repeats: int = 0
 
 
@@ -157,8 +158,12 @@ def _collect(value: Any, path: Path_, in_optimizer: bool, walk: _Walk, where: st
         return
     if isinstance(value, Placeholder) or (isinstance(value, type) and issubclass(value, Placeholder)):
         walk.placeholders.append(PlaceholderMet(".".join(map(str, path)), describe(value)))
+    if id(value) in walk.above:  # an object that holds itself, such as a config with a link to its parent
+        return
+    walk.above.add(id(value))
     for key, child in _children(value) or ():
         _collect(child, (*path, key), in_optimizer or _is_optimizer(key, child), walk, where)
+    walk.above.discard(id(value))
 
 
 def _names(tensors: Mapping[Path_, StridedTensor]) -> dict[Path_, str]:
@@ -184,26 +189,27 @@ def _names(tensors: Mapping[Path_, StridedTensor]) -> dict[Path_, str]:
 
 
 def _skeleton(root: Any, names: Mapping[Path_, str], walk: _Walk) -> Any:
-    skeleton = _encode(root, (), names, plain=True)
+    skeleton = _encode(root, (), names, plain=True, above=frozenset())
     if len(json.dumps(skeleton)) > _MAX_SKELETON_BYTES + 200 * len(names):
         walk.placeholders.append(PlaceholderMet("", "plain values of more than 16 MiB"))
-        skeleton = _encode(root, (), names, plain=False)
+        skeleton = _encode(root, (), names, plain=False, above=frozenset())
     return skeleton
 
 
 _LEFT_OUT = object()
 
 
-def _encode(value: Any, path: Path_, names: Mapping[Path_, str], plain: bool) -> Any:
+def _encode(value: Any, path: Path_, names: Mapping[Path_, str], plain: bool, above: frozenset[int]) -> Any:
     if isinstance(value, StridedTensor):
         return {"t": names[path]} if path in names else _LEFT_OUT
     if isinstance(value, bool | int | float | str | None):
         return value if plain and _is_utf8(value) else _LEFT_OUT
     children = _children(value)
-    if children is None:
+    if children is None or id(value) in above:
         return _LEFT_OUT
+    above |= {id(value)}
     nodes = [
-        (key, _encode(child, (*path, key), names, plain))
+        (key, _encode(child, (*path, key), names, plain, above))
         for key, child in children
         if not _is_optimizer(key, child)
     ]
