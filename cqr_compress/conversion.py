@@ -22,6 +22,8 @@ from cqr_compress.checkpoint.compressed import (
     stored_name,
 )
 from cqr_compress.checkpoint.output import Output, checksum_of, shard_paths
+from cqr_compress.checkpoint.safetensors_files import DTYPES
+from cqr_compress.checkpoint.tree import is_text
 from cqr_compress.checkpoint.writer import atomic_file, check_outputs
 from cqr_compress.discover import Candidate, find_tables, refuse_foreign, with_table_names
 from cqr_compress.errors import (
@@ -239,6 +241,7 @@ def _header(
             for name, item in work.items()
         },
         "aliases": dict(checkpoint.aliases),
+        "extras": sorted(checkpoint.extras),
         "skeleton": checkpoint.skeleton,
         "source": {
             "file": checkpoint.path.name,
@@ -258,6 +261,10 @@ def _dump(header: Mapping[str, Any]) -> str:
 def _shapes(checkpoint: Checkpoint, work: Mapping[str, _Work]) -> dict[str, TensorShape]:
     shapes: dict[str, TensorShape] = {}
     for name, entry in checkpoint.entries.items():
+        if name == "__metadata__" or not is_text(name):
+            raise CheckpointError(f"{str(checkpoint.path)!r} has a tensor {name!r}, which safetensors cannot name")
+        if entry.dtype not in DTYPES.values():
+            raise CheckpointError(f"tensor {name!r} has dtype {entry.dtype}, which safetensors cannot hold")
         new = {name: TensorShape(entry.shape, entry.dtype)}
         if name in work:
             new = {stored_name(name, short): s for short, s in work[name].spec.tensor_shapes().items()}
@@ -298,7 +305,7 @@ def _write_table(
     quantizer = fit(scan, spec, item.plan.effort, progress.advance)
     shared = dict(quantizer.shared_tensors())
     if spec.num_kept_rows + spec.num_zero_rows:
-        shared["kept_ids"] = torch.cat([scan.kept_ids, scan.zero_ids])
+        shared["kept_ids"] = scan.skipped_ids.to(spec.tensor_shapes()["kept_ids"].dtype)
         shared["kept_rows"] = _read_rows(scan)
     for short, tensor in shared.items():
         out.write(stored_name(name, short), tensor)
@@ -309,7 +316,13 @@ def _write_table(
         for short, tensor in encoded.items():
             out.write(stored_name(name, short), tensor)
         ids = torch.arange(start, start + len(rows))
-        meter.add(rows, decode_block(spec, {**shared, **encoded}, ids), start)
+        decoded = decode_block(spec, {**shared, **encoded}, ids)
+        lost = ids[~decoded.isfinite().all(1)]
+        if not torch.isin(lost, scan.kept_ids).all():
+            raise VerificationError(
+                f"row {int(lost[0])} of {name!r} leaves the range of its dtype. Pass --codebook-dtype float32."
+            )
+        meter.add(rows, decoded, start)
         progress.advance(len(rows))
     return meter.result(), meter
 

@@ -15,7 +15,7 @@ from cqr_compress.checkpoint.compressed import METADATA_KEY, CompressedCheckpoin
 from cqr_compress.checkpoint.output import Output, shard_paths
 from cqr_compress.checkpoint.tree import flat_skeleton, restore_tree
 from cqr_compress.checkpoint.writer import atomic_file, check_outputs
-from cqr_compress.errors import OutputError
+from cqr_compress.errors import FormatError, OutputError
 from cqr_compress.progress import Progress, Silent
 from cqr_compress.spec import TensorShape
 from cqr_compress.table import BLOCK_BYTES, row_blocks
@@ -24,8 +24,9 @@ TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
 
 def load_dense(path: str | Path) -> dict[str, Tensor]:
-    """Decode a compressed file to a plain state_dict in memory.
+    """Decode a compressed file to the model's state_dict in memory.
 
+    Tensors that the source had outside it (a trainer's own) are left out; `export` writes them too.
     Names that shared a tensor in the source share one again.
 
     Args:
@@ -39,7 +40,8 @@ def load_dense(path: str | Path) -> dict[str, Tensor]:
     """
     with open_checkpoint(path) as checkpoint:
         opened = CompressedCheckpoint.of(checkpoint)
-        return _state_dict(opened, Silent())
+        state = _state_dict(opened, Silent())
+        return {name: tensor for name, tensor in state.items() if name not in opened.header["extras"]}
 
 
 def export(
@@ -83,7 +85,10 @@ def export(
             return _export_safetensors(opened, output, shard_bytes, force, progress)
         state = _state_dict(opened, progress)
         skeleton = opened.header["skeleton"] or flat_skeleton(list(state))
-        tree = restore_tree(skeleton, state.__getitem__)
+        try:
+            tree = restore_tree(skeleton, state.__getitem__)
+        except (TypeError, ValueError, KeyError, StopIteration, AttributeError, RecursionError) as e:
+            raise FormatError(f"the nesting that {str(source)!r} describes is damaged: {e}") from e
         with atomic_file(output) as file:
             torch.save(tree, file)
     return output.stat().st_size

@@ -148,6 +148,8 @@ def with_table_names(checkpoint: Checkpoint, compare: bool = True) -> Checkpoint
 def _equal(a: TensorEntry, b: TensorEntry) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    if len(a.shape) != 2:
+        return False
     blocks = zip(read_blocks(a, BLOCK_BYTES), read_blocks(b, BLOCK_BYTES), strict=True)
     return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for (_, x), (_, y) in blocks)
 
@@ -212,7 +214,7 @@ def _matching(patterns: Sequence[str], names: list[str], checkpoint: Checkpoint)
                 raise TableNotFoundError(f"{pattern!r} is not a regular expression: {e}") from e
             hits = {name for name in names if regex.search(name)}
         else:
-            hits = {name for name in names if fnmatch.fnmatchcase(name, pattern) or _stem_match(name, pattern)}
+            hits = {n for n in names if n == pattern or fnmatch.fnmatchcase(n, pattern) or _stem_match(n, pattern)}
         if not hits:
             raise TableNotFoundError(_no_match(pattern, names, checkpoint))
         matched |= hits

@@ -200,6 +200,7 @@ def effective_rank(rows: Tensor) -> float:
     Args:
         rows: (n, D) float32.
     """
+    rows = rows / rows.abs().max().clamp_min(1e-38)
     singular = torch.linalg.eigvalsh((rows.T @ rows).double()).clamp_min(0).sqrt()
     shares = singular / singular.sum().clamp_min(1e-300)
     return float(torch.special.entr(shares).sum().exp())
@@ -222,6 +223,6 @@ def _count_duplicates(entry: TensorEntry, progress: Progress) -> int:
 def _estimate(scan: ScannedTable, ratio: int) -> float | None:
     try:
         error = estimate_ratio(scan, Request(method="pq", ratio=ratio))
-    except BudgetError:
+    except (BudgetError, TableRefusedError):
         return None
     return float(f"{error:.4g}")

@@ -78,6 +78,8 @@ class Request:
             raise SpecError(f"method {self.method!r} is not one of auto, {', '.join(METHODS)}")
         if self.ratio is not None and self.bits_per_dim is not None:
             raise SpecError("ratio and bits_per_dim say the same thing twice: give one of them")
+        if self.ratio is not None and self.ratio <= 1:
+            raise SpecError(f"ratio is {self.ratio}: give more than 1")
         for name in ("ratio", "bits_per_dim"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -148,21 +150,20 @@ def plan_table(table: ScannedTable, request: Request, step: Callable[[], None] =
     name = table.entry.name
     if request.min_rows > N:
         return TablePlan(name, None, f"{N} rows are fewer than min_rows = {request.min_rows}")
-    if table.largest and not _SMALLEST_VALUE < table.largest < _LARGEST_VALUE:
-        raise TableRefusedError(
-            f"the largest magnitude in {name!r} is {table.largest:.3g}: squared distances leave the "
-            f"range of float32. Pass --exclude {name!r}."
-        )
+    _check_magnitude(table)
     base = _base_fields(table, request)
     budget = _budget(table, request)
     specs = list(_layouts(request, base, table))
-    fitting = [spec for spec in specs if budget is None or spec.nbytes <= budget]
+    smallest = min(specs, key=lambda spec: spec.nbytes, default=None)
+    if smallest is not None and smallest.nbytes >= smallest.dense_nbytes:
+        return TablePlan(name, None, f"the smallest layout takes {smallest.nbytes} bytes, no fewer than it has")
+    limit = table.entry.nbytes - 1 if budget is None else min(budget, table.entry.nbytes - 1)
+    fitting = [spec for spec in specs if spec.nbytes <= limit]
     if not fitting:
-        smallest = min(specs, key=lambda spec: spec.nbytes, default=None)
-        raise BudgetError(_impossible(table, request, budget or 0, smallest))
-    best = min(fitting, key=lambda spec: spec.nbytes)
-    if best.nbytes >= best.dense_nbytes:
-        return TablePlan(name, None, f"the smallest layout takes {best.nbytes} bytes, no fewer than it has")
+        message = _impossible(table, request, limit, smallest)
+        if request.has_budget or smallest is None:
+            raise BudgetError(message)
+        return TablePlan(name, None, message)
     largest = _largest_of_each(fitting)
     if len(largest) == 1:
         spec, reason = largest[0], "the one layout that was asked for"
@@ -172,6 +173,15 @@ def plan_table(table: ScannedTable, request: Request, step: Callable[[], None] =
     if request.method == "auto" and request.rounds is None:
         effort = replace(effort, rounds=max(effort.rounds, 8))
     return TablePlan(name, spec, reason, effort)
+
+
+def _check_magnitude(table: ScannedTable) -> None:
+    name = table.entry.name
+    if table.largest and not _SMALLEST_VALUE < table.largest < _LARGEST_VALUE:
+        raise TableRefusedError(
+            f"the largest magnitude in {name!r} is {table.largest:.3g}: squared distances leave the "
+            f"range of float32. Pass --exclude {name!r}."
+        )
 
 
 def _base_fields(table: ScannedTable, request: Request) -> dict[str, object]:
@@ -207,8 +217,9 @@ def _is_explicit(request: Request) -> bool:
 
 def _value_dtype(table: ScannedTable, request: Request) -> str:
     """The codebook dtype, or float32 where float16 cannot hold the table's magnitudes."""
+    # rotated values and jointly solved codewords reach the norm of a row
     tiny = 0.0 < table.mean_square**0.5 < 1e-3
-    if request.codebook_dtype == "float16" and (table.largest > 3e4 or tiny):
+    if request.codebook_dtype == "float16" and (table.largest * table.shape[1] ** 0.5 > 3e4 or tiny):
         return "float32"
     return request.codebook_dtype
 
@@ -246,7 +257,7 @@ def _additive_layouts(
     else:
         levels_choices = (request.num_levels,) if request.num_levels else tuple(range(1, _MAX_LEVELS + 1))
     for n_bits in bits_choices:
-        if 2**n_bits > N and not request.n_bits:
+        if 2**n_bits > max(16, N // 4) and not request.n_bits:
             continue
         for rotation in rotations:
             for C in all_columns:
@@ -378,6 +389,7 @@ def estimate_ratio(table: ScannedTable, request: Request) -> float:
     Raises:
         BudgetError: no layout fits.
     """
+    _check_magnitude(table)
     base, budget = _base_fields(table, request), _budget(table, request)
     specs = list(_layouts(request, base, table))
     fitting = [spec for spec in specs if budget is None or spec.nbytes <= budget]
@@ -392,6 +404,10 @@ def estimate_ratio(table: ScannedTable, request: Request) -> float:
 @dataclass(frozen=True)
 class _SampleRows:
     sample: Tensor
+
+    @property
+    def skipped_ids(self) -> Tensor:
+        return torch.empty(0, dtype=torch.int64)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         yield 0, self.sample

@@ -42,6 +42,11 @@ class ScannedTable:
     mean_square: float
 
     @property
+    def skipped_ids(self) -> Tensor:
+        """Rows that need not be fitted, because they are stored apart."""
+        return torch.cat([self.kept_ids, self.zero_ids])
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(N, D)."""
         N, D = self.entry.shape
@@ -91,9 +96,10 @@ def scan_table(
     signed: list[Tensor] = []  # rows of zeros with a minus sign somewhere, kept verbatim
     largest, total = 0.0, 0.0
     for start, stop in row_blocks(N, D):
-        rows = entry.lazy.read_rows(start, stop).float()
+        source = entry.lazy.read_rows(start, stop)
+        rows = source.float()
         finite = rows.isfinite().all(1)
-        is_zero = (rows == 0).all(1)
+        is_zero = (source == 0).all(1)
         zero.append((is_zero & ~rows.signbit().any(1)).nonzero().flatten() + start)
         signed.append((is_zero & rows.signbit().any(1)).nonzero().flatten() + start)
         if not finite.all():

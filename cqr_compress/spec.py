@@ -92,7 +92,8 @@ class TableSpec:
         shapes = self.body_shapes()
         special = self.num_kept_rows + self.num_zero_rows
         if special:
-            shapes["kept_ids"] = TensorShape((special,), torch.int64)
+            ids = torch.int32 if self.num_embeddings < 2**31 else torch.int64
+            shapes["kept_ids"] = TensorShape((special,), ids)
             shapes["kept_rows"] = TensorShape((self.num_kept_rows, self.embedding_dim), self.torch_dtype)
         return shapes
 

@@ -99,7 +99,7 @@ def decode_block(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> T
         (tensors["kept_ids"][spec.num_kept_rows :], None),
     ):
         if len(sorted_ids):
-            at = torch.searchsorted(sorted_ids, ids.to(torch.int64)).clamp_max(len(sorted_ids) - 1)
+            at = torch.searchsorted(sorted_ids, ids.to(sorted_ids.dtype)).clamp_max(len(sorted_ids) - 1)
             hit = sorted_ids[at] == ids
             rows[hit] = 0.0 if values is None else values[at[hit]]
     return rows

@@ -126,8 +126,9 @@ def test_objects_of_unknown_classes_become_named_placeholders(tmp_path: Path, mo
         assert met["config"].endswith("test_checkpoint_formats.Config")
         assert met["args"] == "argparse.Namespace"
         assert "numpy" in met["loss"]
-        assert torch.equal(checkpoint.entries["state_dict.out.weight"].lazy.read(), model_state["out.weight"])
+        assert torch.equal(checkpoint.entries["out.weight"].lazy.read(), model_state["out.weight"])
         assert torch.equal(checkpoint.entries["config.nested.weights"].lazy.read(), torch.ones(2, 2))
+        assert checkpoint.extras == {"config.nested.weights"}
 
 
 class Recommender(torch.nn.Module):

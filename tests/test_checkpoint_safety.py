@@ -138,3 +138,21 @@ def test_a_bomb_of_lists_ends_in_an_error_and_a_cycle_is_cut(tmp_path: Path) -> 
     torch.save(cycle, tmp_path / "c.pt")
     with open_checkpoint(tmp_path / "c.pt") as checkpoint:
         assert list(checkpoint.entries) == ["emb.weight"]
+
+
+def test_a_list_repeated_many_times_is_refused_quickly(tmp_path: Path) -> None:
+    inner = [0] * 20_000
+    torch.save({"emb.weight": torch.zeros(2, 2), "l": [inner] * 20_000}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="nested too deeply"):
+        open_checkpoint(tmp_path / "m.pt")
+
+
+def test_a_quantized_tensor_beside_the_table_is_a_placeholder(tmp_path: Path) -> None:
+    save_pickle(
+        tmp_path / "m.pt",
+        b"}" + text("w") + TENSOR + b"Rs" + text("q") + b"(" + text("storage") + b"ctorch\nQInt8Storage\n"
+        + text("0") + text("cpu") + b"K\x08tQs.",
+    )  # fmt: skip
+    with open_checkpoint(tmp_path / "m.pt") as checkpoint:
+        assert list(checkpoint.entries) == ["w"]
+        assert [met.class_name for met in checkpoint.placeholders] == ["torch.QInt8Storage"]

@@ -218,7 +218,7 @@ def test_an_impossible_budget_says_what_is_possible_for_every_table(tmp_path: Pa
         {"method": "magic"}, {"ratio": 0}, {"ratio": 8, "bits_per_dim": 2}, {"n_bits": 17}, {"nonfinite": "hide"},
         {"method": "int8", "n_bits": 4}, {"method": "rq", "num_columns": 2}, {"method": "pq", "num_levels": 2},
         {"method": "hash", "rotation": "opq"}, {"codebook_dtype": "int8"}, {"min_rows": -1},
-        {"seed": -1}, {"seed": 2**31}, {"ratio": float("nan")},
+        {"seed": -1}, {"seed": 2**31}, {"ratio": float("nan")}, {"ratio": 0.5},
     ],
 )  # fmt: skip
 def test_a_request_that_contradicts_itself_is_refused(fields: dict[str, Any]) -> None:
@@ -280,6 +280,8 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any], State], object], str]] = {
     "no tables": (lambda h, t: h.pop("tables"), "metadata .* is damaged: KeyError"),
     "bad spec": (lambda h, t: h["tables"]["item_embedding.weight"]["spec"].update(num_columns=5), "is damaged"),
     "alias": (lambda h, t: h["aliases"].update(x="gone"), "names 'gone'"),
+    "aliases of another type": (lambda h, t: h.update(aliases=[]), "is damaged: TypeError"),
+    "list of another type": (lambda h, t: h.update(left_dense=5), "is damaged: TypeError"),
 }
 
 
@@ -376,3 +378,82 @@ def test_no_shard_of_the_source_is_overwritten_even_with_force(tmp_path: Path, c
             tmp_path / "m.safetensors.index.json", tmp_path / "m.safetensors", shard_bytes=9_000, force=True
         )
     assert {path: path.read_bytes() for path in tmp_path.glob("m*")} == shards
+
+
+def test_rotated_rows_beyond_float16_get_float32_codebooks(tmp_path: Path) -> None:
+    torch.save({"emb.weight": torch.randn(2000, 16) * 10 + 2e4}, tmp_path / "m.pt")
+    request = cqr.Request(method="pq", rotation="pca", num_columns=4, n_bits=4)
+    report = cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", request)
+    decoded = cqr.load_dense(tmp_path / "s.safetensors")["emb.weight"]
+    assert decoded.isfinite().all() and report.tables[0].relative_mse is not None
+    assert 0.0 < report.tables[0].relative_mse < 1e-4
+
+
+@pytest.mark.parametrize("method", ["hash", "qr"])
+def test_kept_rows_do_not_count_in_a_sketch(tmp_path: Path, table: torch.Tensor, method: str) -> None:
+    errors = []
+    for outlier in (1.0, 1e3):
+        table[7] = outlier
+        torch.save({"emb.weight": table}, tmp_path / "m.pt")
+        request = cqr.Request(method=method, ratio=4, keep_rows=(7,))
+        cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", request, force=True)
+        decoded = cqr.load_dense(tmp_path / "s.safetensors")["emb.weight"]
+        errors.append(float((decoded - table).square().sum()))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
+def test_a_trainers_own_tensors_are_exported_and_kept_out_of_the_state_dict(
+    tmp_path: Path, model_state: State
+) -> None:
+    content = {
+        "state_dict": model_state, "callbacks": {"best{x}": {"score": torch.tensor(0.5)}},
+        "hyper_parameters": {"class_weights": torch.ones(3, 3)}, "meta_optim": torch.ones(3),
+    }  # fmt: skip
+    torch.save(content, tmp_path / "m.ckpt")
+    cqr.convert(tmp_path / "m.ckpt", tmp_path / "s.safetensors", cqr.Request(method="int8"))
+    assert set(cqr.load_dense(tmp_path / "s.safetensors")) == set(model_state)
+    cqr.export(tmp_path / "s.safetensors", tmp_path / "d.ckpt")
+    back = torch.load(tmp_path / "d.ckpt", weights_only=True)
+    assert torch.equal(back["callbacks"]["best{x}"]["score"], torch.tensor(0.5))
+    assert torch.equal(back["hyper_parameters"]["class_weights"], torch.ones(3, 3))
+    assert torch.equal(back["meta_optim"], torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"z": torch.zeros(2, dtype=torch.complex128)}, "'z' has dtype torch.complex128, which safetensors"),
+        ({"__metadata__": torch.zeros(2)}, "a tensor '__metadata__', which safetensors cannot name"),
+        ({"c": torch.zeros(3, dtype=torch.complex64).conj()}, "stored conjugated or negated"),
+    ],
+)
+def test_a_tensor_that_cannot_be_carried_over_is_named(
+    tmp_path: Path, table: torch.Tensor, state: State, message: str
+) -> None:
+    torch.save({"emb.weight": table, **state}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=message):
+        cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", dry_run=True)
+
+
+def test_names_with_markup_and_brackets_are_shown_and_matched(
+    tmp_path: Path, table: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cqr_compress.cli.render import print_dense_report, print_size_report
+    from cqr_compress.inspection import DenseReport
+    from cqr_compress.report import SizeReport
+
+    name = "embedding_dict.[/x][0].weight"
+    torch.save({name: table}, tmp_path / "m.pt")
+    cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", cqr.Request(method="int8"), tables=[name])
+    report, dense = cqr.inspect_file(tmp_path / "s.safetensors"), cqr.inspect_file(tmp_path / "m.pt", quick=True)
+    assert isinstance(report, SizeReport) and isinstance(dense, DenseReport)
+    print_size_report(report)
+    print_dense_report(dense)
+    assert capsys.readouterr().out.count("embedding_dict.[/x][0].weight") == 2
+
+
+def test_a_converted_folder_can_be_converted_again(tmp_path: Path, table: torch.Tensor) -> None:
+    save_file({"emb.weight": table}, tmp_path / "model.safetensors")
+    for _ in range(2):
+        cqr.convert(tmp_path, request=cqr.Request(method="int8"), force=True)
+    assert (tmp_path / "model.cqr.safetensors").exists()

@@ -1,6 +1,6 @@
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import faiss
 import numpy as np
@@ -23,6 +23,7 @@ Tensor = torch.Tensor
 @dataclass(frozen=True)
 class Rows:
     sample: Tensor
+    skipped_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         for start in range(0, len(self.sample), 700):

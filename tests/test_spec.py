@@ -18,7 +18,7 @@ def test_a_spec_survives_json(spec: CodebookSpec | RowwiseSpec) -> None:
 
 
 def test_bytes_are_the_sum_of_what_is_stored() -> None:
-    codes, codebooks, kept_ids, kept_rows = 1000 * 2, 4 * 16 * 4 * 2, 5 * 8, 2 * 16 * 4
+    codes, codebooks, kept_ids, kept_rows = 1000 * 2, 4 * 16 * 4 * 2, 5 * 4, 2 * 16 * 4
     assert PQ.nbytes == codes + codebooks + kept_ids + kept_rows
     assert PQ.num_parameters == 4 * 16 * 4 + 2 * 16
     assert INT4.nbytes == 10 * 3 + 10 * 2 + 10 * 2

@@ -80,6 +80,7 @@ class Checkpoint:
         format: "torch-zip", "torch-legacy", "safetensors" or "sharded ...".
         entries: tensors by name, in file order; a tensor that several names share stands once.
         aliases: other names of a tensor, each with the name it stands under in `entries`.
+        extras: names of tensors that stand outside the dict that holds the model.
         skeleton: nesting and plain values of a pickled file as JSON (see `tree`), or None if flat.
         placeholders: objects that were not built.
         optimizer_bytes: bytes of optimizer state, which `entries` leaves out.
@@ -91,6 +92,7 @@ class Checkpoint:
     format: str
     entries: Mapping[str, TensorEntry]
     aliases: Mapping[str, str] = field(default_factory=dict)
+    extras: frozenset[str] = frozenset()
     skeleton: Any = None
     placeholders: tuple[PlaceholderMet, ...] = ()
     optimizer_bytes: int = 0

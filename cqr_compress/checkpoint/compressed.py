@@ -79,10 +79,18 @@ class CompressedCheckpoint:
                 )
             specs = {name: spec_from_json(table["spec"]) for name, table in header["tables"].items()}
             aliases = header["aliases"]
-            _ = header["source"]["bytes"], header["left_dense"], header["skeleton"]
+            plain = isinstance(aliases, dict) and all(isinstance(name, str) for name in aliases.values())
+            source, left = header["source"], header["left_dense"]
+            listed = all({"name", "shape", "reason"} <= item.keys() for item in left)
+            placed = all({"path", "class_name"} <= met.keys() for met in source["placeholders"])
+            numbers = isinstance(source["bytes"], int) and isinstance(source["optimizer_bytes"], int)
+            _ = header["skeleton"], header["seed"], header["version"], source["file"], [*header["extras"]]
+            _ = [(table["quality"], table["reason"]) for table in header["tables"].values()]
+            if not (plain and listed and placed and numbers):
+                raise TypeError("a field of another type")
         except FormatError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, SpecError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, SpecError, RecursionError) as e:
             raise FormatError(f"the metadata of {where!r} is damaged: {type(e).__name__}: {e}") from e
         opened = cls(checkpoint, header, specs)
         for name, spec in specs.items():

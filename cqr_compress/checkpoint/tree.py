@@ -14,6 +14,7 @@ and anything else a plain value. Optimizer state and objects that were not built
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ from cqr_compress.checkpoint.unpickle import Placeholder, describe
 from cqr_compress.errors import CheckpointError
 
 _OPTIMIZER_KEY = re.compile(r"(?i)(^|_)(optimizers?|optim|opt_state)(_states?|_state_dict|_dict)?$")
-_MAX_REPEATS = 100_000
+_MAX_REPEATS = 1_000_000
 _MAX_DEPTH = 200
 _MAX_SKELETON_BYTES = 16 * 2**20
 _PLAIN = (str, int, float, bool, type(None))
@@ -59,7 +60,7 @@ def checkpoint_from_tree(root: Any, path: Path, format: str, close: Callable[[],
     if not walk.tensors:
         met = f" (it holds {walk.placeholders[0].class_name})" if walk.placeholders else ""
         raise CheckpointError(f"{str(path)!r} holds no tensors outside an optimizer's state{met}")
-    names = _names(walk.tensors)
+    names, model = _names(walk.tensors), _root(walk.tensors)
     entries: dict[str, TensorEntry] = {}
     aliases: dict[str, str] = {}
     first_name: dict[tuple[object, ...], str] = {}
@@ -76,6 +77,7 @@ def checkpoint_from_tree(root: Any, path: Path, format: str, close: Callable[[],
         format=format,
         entries=entries,
         aliases=aliases,
+        extras=frozenset(names[p] for p in walk.tensors if p[: len(model)] != model),
         skeleton=_skeleton(root, names, walk),
         placeholders=tuple(walk.placeholders),
         optimizer_bytes=sum(optimizer_storages.values()),
@@ -143,13 +145,16 @@ def _children(value: Any) -> list[tuple[Any, Any]] | None:
 
 
 def _is_optimizer(key: Any, value: Any) -> bool:
+    if isinstance(value, StridedTensor):
+        return False
     named = isinstance(key, str) and _OPTIMIZER_KEY.search(key) is not None
-    return named or (isinstance(value, dict) and {"state", "param_groups"} <= value.keys())
+    return named or (isinstance(value, dict) and {"state", "param_groups"} <= dict.keys(value))
 
 
 def _collect(value: Any, path: Path_, in_optimizer: bool, walk: _Walk, where: str) -> None:
     if isinstance(value, (dict, list, tuple, Placeholder)):
-        walk.repeats += id(value) in walk.seen  # a container met again and again grows without bound
+        if id(value) in walk.seen:  # containers met again and again grow without bound
+            walk.repeats += 1 + (0 if isinstance(value, Placeholder) else len(value))
         walk.seen.add(id(value))
     if walk.repeats > _MAX_REPEATS or len(path) > _MAX_DEPTH:
         raise CheckpointError(f"the objects in {where!r} are nested too deeply to be a checkpoint")
@@ -168,24 +173,34 @@ def _collect(value: Any, path: Path_, in_optimizer: bool, walk: _Walk, where: st
 
 def _names(tensors: Mapping[Path_, StridedTensor]) -> dict[Path_, str]:
     """Name tensors relative to the dict that holds the model, the others by their whole path."""
-    holders = [path[:-1] for path, tensor in tensors.items() if len(tensor.shape) >= 2]
-    holders = holders or [path[:-1] for path in tensors]
+    root = _root(tensors)
+    names: dict[Path_, str] = {}
+    taken: set[str] = set()
+    for path in sorted(tensors, key=lambda p: p[: len(root)] != root):  # the model's own names come first
+        relative = path[len(root) :] if path[: len(root)] == root and len(path) > len(root) else path
+        name = ".".join(str(k) if isinstance(k, _PLAIN) else describe(k) for k in relative) or "tensor"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        names[path] = name
+    return {path: names[path] for path in tensors}
+
+
+def _root(tensors: Mapping[Path_, StridedTensor]) -> Path_:
+    """The deepest place that holds every dict with at least 1% of the bytes of all matrices."""
+    sizes: dict[Path_, int] = {}
+    for path, tensor in tensors.items():
+        size = math.prod(tensor.shape) if len(tensor.shape) >= 2 else 0
+        sizes[path[:-1]] = sizes.get(path[:-1], 0) + size
+    least = 0.01 * sum(sizes.values())
+    holders = [holder for holder, size in sizes.items() if size >= least]
     root = holders[0]
     for holder in holders[1:]:
         shared = 0
         while shared < min(len(root), len(holder)) and root[shared] == holder[shared]:
             shared += 1
         root = root[:shared]
-    names: dict[Path_, str] = {}
-    taken: set[str] = set()
-    for path in sorted(tensors, key=lambda p: p[: len(root)] != root):  # the model's own names come first
-        relative = path[len(root) :] if path[: len(root)] == root and len(path) > len(root) else path
-        name = ".".join(map(str, relative)) or "tensor"
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        names[path] = name
-    return {path: names[path] for path in tensors}
+    return root
 
 
 def _skeleton(root: Any, names: Mapping[Path_, str], walk: _Walk) -> Any:
@@ -203,7 +218,8 @@ def _encode(value: Any, path: Path_, names: Mapping[Path_, str], plain: bool, ab
     if isinstance(value, StridedTensor):
         return {"t": names[path]} if path in names else _LEFT_OUT
     if isinstance(value, bool | int | float | str | None):
-        return value if plain and _is_utf8(value) else _LEFT_OUT
+        huge = isinstance(value, int) and abs(value) >= 2**63
+        return value if plain and is_text(value) and not huge else _LEFT_OUT
     children = _children(value)
     if children is None or id(value) in above:
         return _LEFT_OUT
@@ -229,7 +245,8 @@ def _holds_tensor(nodes: list[tuple[Any, Any]]) -> bool:
     return any('{"t":' in json.dumps(node, separators=(",", ":")) for _, node in nodes)
 
 
-def _is_utf8(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+    """Whether a value is no string, or one that UTF-8 can hold."""
     if not isinstance(value, str):
         return True
     try:

@@ -124,7 +124,7 @@ class StructureUnpickler(pickle.Unpickler):
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise CheckpointError(f"the pickle refers to {str(pid)[:80]!r}, which is not a torch storage")
         if not isinstance(pid[1], StorageType):
-            raise CheckpointError(f"storage {pid[2]!r} has the unknown type {describe(pid[1])}")
+            return placeholder_class(describe(pid[1]))()
         return TypedStorage(pid[1].dtype, self._load_storage(pid))
 
 
@@ -185,7 +185,12 @@ def load_structure(file: IO[bytes], load_storage: Callable[[tuple[Any, ...]], La
         raise CheckpointError(f"the pickle in {where!r} cannot be read: {type(e).__name__}: {e}") from e
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Any:
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Any:
+    if len(rest) > 2 and isinstance(rest[2], dict) and rest[2]:
+        raise CheckpointError(
+            f"a tensor of shape {tuple(shape)} is stored conjugated or negated ({sorted(map(str, rest[2]))}): "
+            "save it again with .resolve_conj().resolve_neg()"
+        )
     if not isinstance(storage, TypedStorage):
         return placeholder_class("torch._utils._rebuild_tensor_v2")(storage)
     tensor = StridedTensor(storage.storage, storage.dtype, offset, tuple(shape), tuple(stride))

@@ -95,7 +95,7 @@ def print_size_report(report: SizeReport) -> None:
         table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in report.tables:
         table.add_row(
-            "\n= ".join((row.name, *row.aliases)), f"{row.shape[0]} x {row.shape[1]}",
+            Text("\n= ".join((row.name, *row.aliases))), f"{row.shape[0]} x {row.shape[1]}",
             f"{row.method}\n{row.layout}", size(row.bytes_before), size(row.bytes_after),
             f"{row.ratio_bytes:.2f}x",
             f"{row.ratio_parameters:.4g}x", _figure(row.relative_mse), _figure(row.mean_cosine),
@@ -158,8 +158,9 @@ def _dense_table(report: DenseReport) -> Table:
         zero = "" if row.zero_rows is None else f"{row.zero_rows} / {row.duplicate_rows}"
         rank = "" if row.effective_rank is None else f"{row.effective_rank:.0f}"
         table.add_row(
-            "\n= ".join((row.name, *row.aliases)), f"{row.shape[0]} x {row.shape[1]}", row.dtype, size(row.bytes),
-            f"{100 * row.share:.1f}%", zero, rank, estimates, f"{row.reason} ({row.confidence:.2f})",
+            Text("\n= ".join((row.name, *row.aliases))), f"{row.shape[0]} x {row.shape[1]}", row.dtype,
+            size(row.bytes),
+            f"{100 * row.share:.1f}%", zero, rank, estimates, Text(f"{row.reason} ({row.confidence:.2f})"),
         )  # fmt: skip
     return table
 

@@ -40,6 +40,10 @@ class TableRows(Protocol):
     def sample(self) -> Tensor:
         """(n, D) float32, drawn at random."""
 
+    @property
+    def skipped_ids(self) -> Tensor:
+        """Rows that need not be fitted, int64."""
+
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Pass over all rows: (first row, (B, D) float32) pairs."""
 
@@ -113,4 +117,4 @@ def fit(rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]
         return RowwiseQuantizer(spec)
     if spec.num_stored_levels:
         return cast(Quantizer, fit_additive(rows.sample, spec, effort, step))
-    return cast(Quantizer, fit_sketch(rows.blocks, spec, step))
+    return cast(Quantizer, fit_sketch(rows.blocks, rows.skipped_ids, spec, step))

@@ -40,7 +40,10 @@ class SketchQuantizer:
 
 
 def fit_sketch(
-    blocks: Callable[[], Iterator[tuple[int, Tensor]]], spec: CodebookSpec, step: Callable[[], None]
+    blocks: Callable[[], Iterator[tuple[int, Tensor]]],
+    skipped_ids: Tensor,
+    spec: CodebookSpec,
+    step: Callable[[], None],
 ) -> SketchQuantizer:
     """Fit the codebooks to a whole table, read once in row blocks.
 
@@ -49,6 +52,7 @@ def fit_sketch(
 
     Args:
         blocks: starts a pass over the table: (first row, (B, D) float32) pairs.
+        skipped_ids: (r,) int64, rows that do not count.
         spec: a spec whose codes are all computed.
         step: called after the pass and after each iteration.
 
@@ -59,6 +63,8 @@ def fit_sketch(
     target, counts = torch.zeros(shape), torch.zeros(shape[:3])
     for first, rows in blocks():
         ids = torch.arange(first, first + len(rows))
+        wanted = ~torch.isin(ids, skipped_ids)
+        ids, rows = ids[wanted], rows[wanted]
         codes = computed_codes(spec, ids)
         _add_rows(target, codes, rows)
         for c in range(shape[0]):
@@ -68,7 +74,9 @@ def fit_sketch(
     inverse = 1.0 / counts.clamp_min(1.0)[..., None]  # Jacobi preconditioner; exact for one level
     solution = target * inverse
     if spec.num_levels > 1:
-        solution = _conjugate_gradients(lambda x: _normal_product(spec, x), target, solution * 0, inverse, step)
+        solution = _conjugate_gradients(
+            lambda x: _normal_product(spec, skipped_ids, x), target, solution * 0, inverse, step
+        )
     return SketchQuantizer(spec, solution.to(FLOAT_DTYPES[spec.codebook_dtype]))
 
 
@@ -85,11 +93,12 @@ def _add_rows(out: Tensor, codes: Tensor, rows: Tensor) -> None:
             out[c, level].index_add_(0, codes[:, c, level], rows[:, c * S : (c + 1) * S])
 
 
-def _normal_product(spec: CodebookSpec, codebooks: Tensor) -> Tensor:
+def _normal_product(spec: CodebookSpec, skipped_ids: Tensor, codebooks: Tensor) -> Tensor:
     """H^T H codebooks, from the ids alone."""
     out = torch.zeros_like(codebooks)
     for start, stop in row_blocks(spec.num_embeddings, spec.embedding_dim * 2):
-        codes = computed_codes(spec, torch.arange(start, stop))
+        ids = torch.arange(start, stop)
+        codes = computed_codes(spec, ids[~torch.isin(ids, skipped_ids)])
         _add_rows(out, codes, decode_codes(codes, codebooks))
     return out
 
