@@ -240,3 +240,10 @@ def test_a_deeply_nested_pickle_is_refused_not_a_crash(tmp_path: Path) -> None:
     torch.save(tree, tmp_path / "m.pt", pickle_module=pickle)
     with pytest.raises(CheckpointError, match="nested too deeply"):
         open_checkpoint(tmp_path / "m.pt")
+
+
+def test_a_sparse_tensor_is_a_placeholder_and_not_its_parts(tmp_path: Path) -> None:
+    torch.save({"emb.weight": torch.zeros(4, 2), "sparse": torch.eye(4).to_sparse()}, tmp_path / "m.pt")
+    with open_checkpoint(tmp_path / "m.pt") as checkpoint:
+        assert list(checkpoint.entries) == ["emb.weight"]
+        assert [met.path for met in checkpoint.placeholders] == ["sparse"]

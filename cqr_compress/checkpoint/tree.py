@@ -139,8 +139,8 @@ def _children(value: Any) -> list[tuple[Any, Any]] | None:
         return list(enumerate(value))
     if _is_module(value):
         return list(_module_state(value))
-    if isinstance(value, Placeholder):
-        return list(value.contents.items())
+    if isinstance(value, Placeholder):  # parts of a sparse or quantized tensor are no tensors of the model
+        return None if value.class_name.startswith("torch._utils._rebuild") else list(value.contents.items())
     return None
 
 
