@@ -343,8 +343,7 @@ def _choose(
         longer.append((estimate_error(table, spec, effort, _SECOND_TRIAL_ROWS), spec))
         step()
     error, best = min(longer, key=lambda pair: pair[0])
-    others = len(specs) - 1
-    return best, f"least error on a sample ({error:.4f} relative) of {others + 1} layouts that fit"
+    return best, f"least error on a sample ({error:.4f} relative) of {len(specs)} layouts that fit"
 
 
 def estimate_error(table: ScannedTable, spec: AnySpec, effort: Effort, num_rows: int) -> float:

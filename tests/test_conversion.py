@@ -454,6 +454,7 @@ def test_names_with_markup_and_brackets_are_shown_and_matched(
 
 def test_a_converted_folder_can_be_converted_again(tmp_path: Path, table: torch.Tensor) -> None:
     save_file({"emb.weight": table}, tmp_path / "model.safetensors")
-    for _ in range(2):
-        cqr.convert(tmp_path, request=cqr.Request(method="int8"), force=True)
+    for shard_bytes in (None, 50_000, None):
+        cqr.convert(tmp_path, request=cqr.Request(method="int8"), force=True, shard_bytes=shard_bytes)
     assert (tmp_path / "model.cqr.safetensors").exists()
+    assert (tmp_path / "model.cqr.safetensors.index.json").exists()

@@ -71,7 +71,7 @@ def _opener(path: Path, head: bytes) -> Callable[[Path], Checkpoint]:
 def _in_folder(folder: Path) -> Path:
     """Choose what a folder's checkpoint is: an index before single files."""
     files = sorted(p for p in folder.iterdir() if p.is_file())
-    files = [p for p in files if ".cqr" not in p.suffixes] or files  # not what `convert` itself wrote here
+    files = [p for p in files if ".cqr" not in p.name] or files  # not what `convert` itself wrote here
     indices = [p for suffix in _INDEX_SUFFIXES for p in files if p.name.endswith(suffix)]
     singles = [p for p in files if p.suffix == ".safetensors"]
     singles = singles or [p for p in files if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]

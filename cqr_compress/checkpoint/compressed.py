@@ -134,7 +134,3 @@ class CompressedCheckpoint:
             if len(kept) and not (ascending and int(kept[0]) >= 0 and int(kept[-1]) < spec.num_embeddings):
                 raise FormatError(f"the kept rows of table {name!r} are not ascending ids of its rows")
         return CompressedTable(spec, tensors)
-
-    def table_bytes(self, name: str) -> int:
-        """Bytes of a table's tensors in the file."""
-        return self.specs[name].nbytes
