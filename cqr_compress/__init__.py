@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from cqr_compress.dense import load_dense as load_dense
     from cqr_compress.errors import CqrCompressError as CqrCompressError
     from cqr_compress.inspection import inspect_file as inspect_file
-    from cqr_compress.plan import Request as Request
+    from cqr_compress.request import Request as Request
     from cqr_compress.table import CompressedTable as CompressedTable
 
 _PUBLIC = {
     "CompressedTable": "table",
     "CqrCompressError": "errors",
-    "Request": "plan",
+    "Request": "request",
     "convert": "conversion",
     "export": "dense",
     "inspect_file": "inspection",

@@ -33,11 +33,12 @@ from cqr_compress.errors import (
     TableNotFoundError,
     VerificationError,
 )
-from cqr_compress.plan import Request, TablePlan, plan_table
+from cqr_compress.plan import TablePlan, plan_table
 from cqr_compress.progress import Progress, Silent
 from cqr_compress.quality import Quality, QualityMeter
 from cqr_compress.quantize import fit, num_fit_steps
 from cqr_compress.report import SizeReport, size_report
+from cqr_compress.request import Request
 from cqr_compress.rows import ScannedTable, scan_table
 from cqr_compress.spec import AnySpec, TensorShape
 from cqr_compress.table import BLOCK_BYTES, CompressedTable, decode_block

@@ -15,9 +15,10 @@ from cqr_compress.checkpoint import TensorEntry, open_checkpoint
 from cqr_compress.checkpoint.compressed import CompressedCheckpoint, is_compressed
 from cqr_compress.discover import Candidate, find_tables, refuse_foreign, with_table_names
 from cqr_compress.errors import BudgetError, CheckpointError, NonFiniteError, TableRefusedError
-from cqr_compress.plan import Request, estimate_ratio
+from cqr_compress.plan import estimate_ratio
 from cqr_compress.progress import Progress, Silent
 from cqr_compress.report import SizeReport, report_of
+from cqr_compress.request import Request
 from cqr_compress.rows import ScannedTable, scan_table
 from cqr_compress.table import row_blocks
 

@@ -12,7 +12,7 @@ LAYERS = {
     "errors": 0, "bitpack": 0, "hashing": 0, "progress": 0,
     "spec": 1, "table": 1,
     "quantize": 2, "checkpoint": 2,
-    "families": 3, "rows": 3, "plan": 3, "quality": 3, "report": 3, "discover": 3,
+    "families": 3, "rows": 3, "request": 3, "layouts": 3, "plan": 3, "quality": 3, "report": 3, "discover": 3,
     "conversion": 4, "dense": 4, "inspection": 4,
     "cli": 5, "__init__": 5, "__main__": 5,
 }  # fmt: skip

@@ -259,7 +259,7 @@ def convert(
     def work() -> None:
         from cqr_compress.cli.render import TerminalProgress, print_load_hint, print_size_report
         from cqr_compress.conversion import convert as convert_file
-        from cqr_compress.plan import Request
+        from cqr_compress.request import Request
 
         given = {"min_rows": min_rows, "max_sample": sample_rows}
         request = Request(

@@ -23,7 +23,7 @@ import numpy as np
 from cqr_compress.checkpoint import open_checkpoint
 from cqr_compress.conversion import convert
 from cqr_compress.discover import find_tables
-from cqr_compress.plan import Request
+from cqr_compress.request import Request
 
 SEED = 1234  # faiss's own default
 

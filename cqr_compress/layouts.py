@@ -1,0 +1,170 @@
+"""Which layouts a table can have, and how many bytes it may take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cqr_compress.request import DEFAULT_BITS_PER_DIM, Request
+from cqr_compress.rows import ScannedTable
+from cqr_compress.spec import (
+    FLOAT_DTYPES,
+    HASHED,
+    QUOTIENT,
+    REMAINDER,
+    STORED,
+    AnySpec,
+    CodebookSpec,
+    RowwiseSpec,
+    dtype_name,
+)
+
+_AUTO_BITS = (4, 5, 6, 8)
+_PQ_BITS = tuple(range(1, 13))
+_MAX_LEVELS = 64
+_MAX_ROTATED_DIM = 1024
+
+
+def _base_fields(table: ScannedTable) -> dict[str, object]:
+    N, D = table.shape
+    return {
+        "num_embeddings": N,
+        "embedding_dim": D,
+        "dtype": dtype_name(table.entry.dtype),
+        "num_kept_rows": len(table.kept_ids),
+        "num_zero_rows": len(table.zero_ids),
+    }
+
+
+def budget_bytes(table: ScannedTable, request: Request) -> float | None:
+    """Bytes the table may take, or None where the layout alone decides."""
+    N, D = table.shape
+    if request.ratio is not None:
+        return table.entry.nbytes / request.ratio
+    if request.bits_per_dim is not None:
+        return N * D * request.bits_per_dim / 8
+    explicit = _is_explicit(request)
+    return None if explicit else N * D * DEFAULT_BITS_PER_DIM / 8
+
+
+def _is_explicit(request: Request) -> bool:
+    """Whether the layout's size is fixed without a budget."""
+    if request.method in ("int8", "int4"):
+        return True
+    columns, levels, bits = request.num_columns, request.num_levels, request.n_bits
+    needed = {"pq": (columns, bits), "rq": (levels, bits), "prq": (columns, levels, bits)}
+    return request.method in needed and None not in needed[request.method]
+
+
+def _value_dtype(table: ScannedTable, request: Request) -> str:
+    """The codebook dtype, or float32 where float16 cannot hold the table's magnitudes."""
+    # rotated values and jointly solved codewords reach the norm of a row
+    tiny = 0.0 < table.mean_square**0.5 < 1e-3
+    if request.codebook_dtype == "float16" and (table.largest * table.shape[1] ** 0.5 > 3e4 or tiny):
+        return "float32"
+    return request.codebook_dtype
+
+
+def layouts(request: Request, table: ScannedTable) -> Iterator[AnySpec]:
+    """Every layout of the method that the table's shape and the user's fixed choices allow."""
+    base = _base_fields(table)
+    dtype = _value_dtype(table, request)
+    if request.method in ("int8", "int4"):
+        bits = int(request.method[3:])
+        yield RowwiseSpec(method=request.method, n_bits=bits, scale_dtype=dtype, **base)  # type: ignore[arg-type]
+    elif request.method in ("hash", "qr"):
+        yield from _sketch_layouts(request, base, dtype, table)
+    else:
+        yield from _additive_layouts(request, base, dtype, table)
+
+
+def _additive_layouts(
+    request: Request, base: dict[str, object], dtype: str, table: ScannedTable
+) -> Iterator[CodebookSpec]:
+    N, D = table.shape
+    auto = request.method == "auto"
+    all_columns = [c for c in range(1, D + 1) if D % c == 0]
+    if request.num_columns:
+        all_columns = [request.num_columns]  # CodebookSpec says what is wrong with a bad one
+    elif request.method == "rq":
+        all_columns = [1]
+    bits_choices = (
+        (request.n_bits,) if request.n_bits else (_AUTO_BITS if auto or request.method != "pq" else _PQ_BITS)
+    )
+    rotations: tuple[str | None, ...] = (request.rotation,)
+    if auto and request.rotation is None and D <= _MAX_ROTATED_DIM:
+        rotations = (None, "opq")
+    if request.method == "pq":
+        levels_choices: tuple[int, ...] = (1,)
+    else:
+        levels_choices = (request.num_levels,) if request.num_levels else tuple(range(1, _MAX_LEVELS + 1))
+    for n_bits in bits_choices:
+        if 2**n_bits > max(16, N // 4) and not request.n_bits:
+            continue
+        for rotation in rotations:
+            for C in all_columns:
+                if rotation and (C == 1 or C == D) and rotation != request.rotation:
+                    continue
+                for L in levels_choices:
+                    if auto and not request.num_levels and (L > 4 if C > 1 else L > 16):
+                        break
+                    method = request.method if not auto else ("pq" if L == 1 else "rq" if C == 1 else "prq")
+                    yield CodebookSpec(
+                        method=method,
+                        num_columns=C,
+                        num_levels=L,
+                        codebook_size=2**n_bits,
+                        code_sources=(STORED,) * L,
+                        codebook_dtype=dtype,
+                        rotation=rotation,
+                        seed=request.seed,
+                        **base,  # type: ignore[arg-type]
+                    )
+
+
+def _sketch_layouts(
+    request: Request, base: dict[str, object], dtype: str, table: ScannedTable
+) -> Iterator[CodebookSpec]:
+    """The one codebook size that uses up the budget."""
+    N, D = table.shape
+    sources = (HASHED,) if request.method == "hash" else (QUOTIENT, REMAINDER)
+    C = request.num_columns or 1
+    budget = budget_bytes(table, request) or 0.0
+    smallest = 1 if request.method == "hash" else int((N - 1) ** 0.5) + 1
+
+    def spec(size: int) -> CodebookSpec:
+        return CodebookSpec(
+            method=request.method,
+            num_columns=C,
+            num_levels=len(sources),
+            codebook_size=size,
+            code_sources=sources,
+            codebook_dtype=dtype,
+            seed=request.seed,
+            **base,  # type: ignore[arg-type]
+        )
+
+    fixed = spec(smallest).nbytes - smallest * len(sources) * D * FLOAT_DTYPES[dtype].itemsize
+    size = int((budget - fixed) // (len(sources) * D * FLOAT_DTYPES[dtype].itemsize))
+    yield spec(max(smallest, min(size, N)))
+
+
+def impossible(table: ScannedTable, request: Request, budget: float, smallest: AnySpec | None) -> str:
+    """Say why no layout fits `budget` bytes, and what is possible."""
+    N, D = table.shape
+    asked = (
+        f"ratio {request.ratio:g}"
+        if request.ratio
+        else f"{request.bits_per_dim or DEFAULT_BITS_PER_DIM:g} bits per dim"
+    )
+    if smallest is None:
+        return f"no layout of {request.method} fits {table.entry.name!r} ({N} x {D})"
+    return (
+        f"cannot compress {table.entry.name!r} ({N} x {D} {dtype_name(table.entry.dtype)}, {table.entry.nbytes} "
+        f"bytes) to {asked}, which is {int(budget)} bytes: the smallest layout of {request.method} "
+        f"({smallest.layout}) takes {smallest.nbytes} bytes. Ask for at most "
+        f"--ratio {_floor(table.entry.nbytes / smallest.nbytes)}, exclude the table, or choose another method."
+    )
+
+
+def _floor(ratio: float) -> str:
+    return f"{int(ratio * 100) / 100:g}"
