@@ -2,7 +2,7 @@
 
 import cqr_compress as cqr
 cqr.convert("ckpt.pt", "small.safetensors", cqr.Request(ratio=16))
-model.load_state_dict(cqr.load_dense("small.safetensors"))
+cqr.load_compressed(model, "small.safetensors")
 """
 
 from importlib import import_module
@@ -16,17 +16,31 @@ if TYPE_CHECKING:
     from cqr_compress.dense import load_dense as load_dense
     from cqr_compress.errors import CqrCompressError as CqrCompressError
     from cqr_compress.inspection import inspect_file as inspect_file
+    from cqr_compress.live import compress_ as compress_
+    from cqr_compress.loading import load_compressed as load_compressed
+    from cqr_compress.loading import parameters_on_meta as parameters_on_meta
+    from cqr_compress.nn import CompressedEmbedding as CompressedEmbedding
+    from cqr_compress.nn import CompressedEmbeddingBag as CompressedEmbeddingBag
     from cqr_compress.request import Request as Request
+    from cqr_compress.swap import decompress_ as decompress_
+    from cqr_compress.swap import swap_embeddings_ as swap_embeddings_
     from cqr_compress.table import CompressedTable as CompressedTable
 
 _PUBLIC = {
+    "CompressedEmbedding": "nn",
+    "CompressedEmbeddingBag": "nn",
     "CompressedTable": "table",
     "CqrCompressError": "errors",
     "Request": "request",
+    "compress_": "live",
     "convert": "conversion",
+    "decompress_": "swap",
     "export": "dense",
     "inspect_file": "inspection",
+    "load_compressed": "loading",
     "load_dense": "dense",
+    "parameters_on_meta": "loading",
+    "swap_embeddings_": "swap",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

@@ -51,19 +51,22 @@ def unpack_codes(packed: Tensor, num_codes: int, n_bits: int) -> Tensor:
         n_bits: 1 to 16.
 
     Returns:
-        (N, M) int32 on the same device; every value lies in [0, 2**n_bits).
+        (N, M) on the same device, uint8 for 4 and 8 bits and int32 for others; every value lies in
+        [0, 2**n_bits).
 
     Raises:
         ShapeError: the width of `packed` does not fit M codes of `n_bits`.
     """
     _check_n_bits(n_bits)
-    if packed.shape[1] != packed_width(num_codes, n_bits):
+    if not torch.jit.is_tracing() and packed.shape[1] != packed_width(num_codes, n_bits):  # type: ignore
         raise ShapeError(
             f"cannot unpack {num_codes} codes of {n_bits} bits from rows of {packed.shape[1]} bytes: "
             f"they take {packed_width(num_codes, n_bits)}"
         )
     if n_bits == 8:
-        return packed.to(torch.int32)
+        return packed
+    if n_bits == 4:
+        return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)[:, :num_codes]
     first_byte, shift = _positions(num_codes, n_bits, packed.device)
     wide = torch.nn.functional.pad(packed, (0, 2)).to(torch.int32)
     codes = wide[:, first_byte] >> shift

@@ -26,6 +26,7 @@ from cqr_compress.checkpoint.safetensors_files import DTYPES
 from cqr_compress.checkpoint.tree import is_text
 from cqr_compress.checkpoint.writer import atomic_file, check_outputs
 from cqr_compress.discover import Candidate, find_tables, refuse_foreign, with_table_names
+from cqr_compress.encode import encode_table, kept_rows
 from cqr_compress.errors import (
     BudgetError,
     CheckpointError,
@@ -36,12 +37,11 @@ from cqr_compress.errors import (
 from cqr_compress.plan import TablePlan, plan_table
 from cqr_compress.progress import Progress, Silent
 from cqr_compress.quality import Quality, QualityMeter
-from cqr_compress.quantize import fit, num_fit_steps
 from cqr_compress.report import SizeReport, size_report
 from cqr_compress.request import Request
 from cqr_compress.rows import ScannedTable, scan_table
 from cqr_compress.spec import AnySpec, TensorShape
-from cqr_compress.table import BLOCK_BYTES, CompressedTable, decode_block
+from cqr_compress.table import BLOCK_BYTES, CompressedTable
 
 _HELD_SAMPLE_BYTES = 2**30
 _WIDEST_FIGURE = -0.000123456
@@ -294,38 +294,13 @@ def _write(
         scan = item.scan
         if len(scan.sample) == 0:
             scan = _scan(checkpoint.entries[name], request, progress)
-        written[name] = _write_table(out, name, replace(item, scan=scan), request.seed, progress)
-    return written
 
-
-def _write_table(
-    out: Output, name: str, item: _Work, seed: int, progress: Progress
-) -> tuple[Quality, QualityMeter]:
-    spec, scan = item.spec, item.scan
-    progress.start(f"fitting {name}", num_fit_steps(spec, item.plan.effort), "steps")
-    quantizer = fit(scan, spec, item.plan.effort, progress.advance)
-    shared = dict(quantizer.shared_tensors())
-    if spec.num_kept_rows + spec.num_zero_rows:
-        shared["kept_ids"] = scan.skipped_ids.to(spec.tensor_shapes()["kept_ids"].dtype)
-        shared["kept_rows"] = _read_rows(scan)
-    for short, tensor in shared.items():
-        out.write(stored_name(name, short), tensor)
-    meter = QualityMeter.for_table(spec.num_embeddings, seed)
-    progress.start(f"encoding {name}", spec.num_embeddings, "rows")
-    for start, rows in scan.blocks():
-        encoded = quantizer.encode(rows, start)
-        for short, tensor in encoded.items():
+        def put(short: str, tensor: Tensor, name: str = name) -> None:
             out.write(stored_name(name, short), tensor)
-        ids = torch.arange(start, start + len(rows))
-        decoded = decode_block(spec, {**shared, **encoded}, ids)
-        lost = ids[~decoded.isfinite().all(1)]
-        if not torch.isin(lost, scan.kept_ids).all():
-            raise VerificationError(
-                f"row {int(lost[0])} of {name!r} leaves the range of its dtype. Pass --codebook-dtype float32."
-            )
-        meter.add(rows, decoded, start)
-        progress.advance(len(rows))
-    return meter.result(), meter
+
+        meter = encode_table(scan, replace(item.plan, spec=item.spec), request.seed, put, progress)
+        written[name] = meter.result(), meter
+    return written
 
 
 def _verify(
@@ -351,19 +326,13 @@ def _verify(
             if not _close(_lookup(table, meter.sample_ids), torch.cat(meter.decoded)):
                 raise VerificationError(f"table {name!r} of {str(out.final_path)!r} decodes to other rows")
             kept = _lookup(table, scan.kept_ids)
-            if not torch.equal(kept.view(torch.uint8), _read_rows(scan).view(torch.uint8)):
+            if not torch.equal(kept.view(torch.uint8), kept_rows(scan).view(torch.uint8)):
                 raise VerificationError(f"table {name!r} of {str(out.final_path)!r} changed its kept rows")
 
 
 def _lookup(table: CompressedTable, ids: Tensor) -> Tensor:
     """Look rows up a few at a time, so that memory does not grow with their number."""
     return torch.cat([table.lookup(block) for block in torch.split(ids, 1024)])
-
-
-def _read_rows(scan: ScannedTable) -> Tensor:
-    """Read the rows that are stored verbatim."""
-    rows = [scan.entry.lazy.read_rows(int(i), int(i) + 1) for i in scan.kept_ids]
-    return torch.cat([torch.empty(0, scan.shape[1], dtype=scan.entry.dtype), *rows])
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

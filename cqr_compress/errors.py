@@ -47,3 +47,15 @@ class OutputError(CqrCompressError, OSError):
 
 class VerificationError(CqrCompressError, RuntimeError):
     """A file read back after writing does not say what was written."""
+
+
+class RowIndexError(CqrCompressError, IndexError):
+    """An id names no row of the table."""
+
+
+class WeightWriteError(CqrCompressError, TypeError):
+    """The rows of a compressed table were written to."""
+
+
+class SwapError(CqrCompressError, ValueError):
+    """A compressed file and a model do not fit each other; nothing was changed."""

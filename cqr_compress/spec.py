@@ -153,8 +153,9 @@ class CodebookSpec(TableSpec):
             raise SpecError(f"codebook_dtype {self.codebook_dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
         if self.rotation not in (None, "opq", "pca"):
             raise SpecError(f"rotation {self.rotation!r} is neither 'opq' nor 'pca'")
-        if self.num_stored_levels and (self.codebook_size & (self.codebook_size - 1) or self.n_bits > 16):
-            raise SpecError(f"codebook_size {self.codebook_size} is not a power of two up to 65536")
+        K = self.codebook_size
+        if self.num_stored_levels and (K < 2 or K & (K - 1) or self.n_bits > 16):
+            raise SpecError(f"codebook_size {K} is not a power of two from 2 to 65536")
         if QUOTIENT in self.code_sources and self.num_embeddings > self.codebook_size**2:
             raise SpecError(
                 f"quotient and remainder of {self.codebook_size} name {self.codebook_size**2} rows, "

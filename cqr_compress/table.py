@@ -12,10 +12,15 @@ from torch.nn import functional as F
 from cqr_compress.bitpack import unpack_codes
 from cqr_compress.errors import FormatError, ShapeError
 from cqr_compress.hashing import hash_ids
-from cqr_compress.spec import HASHED, QUOTIENT, STORED, AnySpec, CodebookSpec
+from cqr_compress.spec import HASHED, QUOTIENT, REMAINDER, STORED, AnySpec, CodebookSpec
 
 BLOCK_BYTES = 16 * 2**20
 """Working memory that one block of rows may take, in float32."""
+
+
+def is_tracing() -> bool:
+    """Whether torch is recording a graph, which must not depend on the values of this call."""
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore
 
 
 def row_blocks(num_rows: int, row_width: int, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
@@ -52,7 +57,7 @@ class CompressedTable:
         """Decode rows start..stop, as `lookup` does; the whole table by default."""
         stop = self.spec.num_embeddings if stop is None else stop
         out = torch.empty(stop - start, self.spec.embedding_dim, dtype=self.spec.torch_dtype)
-        for a, b in row_blocks(stop - start, _work_width(self.spec)):
+        for a, b in row_blocks(stop - start, work_width(self.spec)):
             out[a:b] = self.lookup(torch.arange(start + a, start + b))
         return out
 
@@ -79,71 +84,100 @@ PER_ROW = frozenset({"codes", "row_scale", "row_offset"})
 """Tensors with one entry for each row of the table."""
 
 
-def decode_block(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    """Decode some rows of a table and put its kept rows in their places.
+def decode_block(
+    spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Decode some rows of a table and put its kept rows in their places; differentiable.
 
     Args:
         spec: the table's spec.
         tensors: all of `spec.tensor_shapes()`; those in PER_ROW hold only the B rows of `ids`.
-        ids: (B,) int64 row numbers.
+        ids: (B,) int32 or int64 row numbers.
+        dtype: of the result; the source's if None.
 
     Returns:
-        (B, D) in the source's dtype.
+        (B, D) in `dtype`.
     """
-    rows = decode_rows(spec, tensors, ids).to(spec.torch_dtype)
+    dtype = dtype or spec.torch_dtype
+    rows = decode_rows(spec, tensors, ids).to(dtype)
     if "kept_ids" not in tensors:
         return rows
     # two sorted lists: the ids of `kept_rows`, then those of all-zero rows
-    for sorted_ids, values in (
-        (tensors["kept_ids"][: spec.num_kept_rows], tensors["kept_rows"]),
-        (tensors["kept_ids"][spec.num_kept_rows :], None),
-    ):
-        if len(sorted_ids):
-            at = torch.searchsorted(sorted_ids, ids.to(sorted_ids.dtype)).clamp_max(len(sorted_ids) - 1)
-            hit = sorted_ids[at] == ids
-            rows[hit] = 0.0 if values is None else values[at[hit]]
+    kept, zero = tensors["kept_ids"].tensor_split([spec.num_kept_rows])
+    if spec.num_kept_rows:
+        at, hit = _find(kept, spec.num_kept_rows, ids)
+        rows = torch.where(hit[:, None], torch.embedding(tensors["kept_rows"], at).to(dtype), rows)
+    if spec.num_zero_rows:
+        _, hit = _find(zero, spec.num_zero_rows, ids)
+        rows = rows.masked_fill(hit[:, None], 0.0)
     return rows
 
 
+def _find(sorted_ids: Tensor, length: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each id would stand in a sorted list, and whether it does."""
+    if length == 1:
+        return torch.zeros_like(ids), sorted_ids == ids
+    at = torch.searchsorted(sorted_ids, ids.to(sorted_ids.dtype)).clamp_max(length - 1)
+    return at, sorted_ids[at] == ids
+
+
 def decode_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    """Compute rows from their codes.
+    """Compute rows from their codes; differentiable.
 
     Args:
         spec: the table's spec.
         tensors: `spec.body_shapes()` by name; those in PER_ROW hold only the B rows of `ids`.
-        ids: (B,) int64, the row numbers, from which hashed codes are computed.
+        ids: (B,) the row numbers, from which hashed codes are computed.
 
     Returns:
-        (B, D) float32.
-
-    Raises:
-        FormatError: a stored code names no codeword.
+        (B, D) float32, or float64 where the codebooks are.
     """
     if isinstance(spec, CodebookSpec):
-        codes = _all_codes(spec, tensors.get("codes"), ids)
-        return decode_codes(codes, tensors["codebooks"].float(), tensors.get("rotation"))
+        flat = flat_codes(row_codes(spec, tensors.get("codes"), ids), spec)
+        table = at_least_float32(tensors["codebooks"]).reshape(-1, spec.sub_dim)
+        rows = sum_codewords(flat, table, spec.num_levels).reshape(-1, spec.embedding_dim)
+        if spec.rotation is None:
+            return rows
+        with torch.autocast(rows.device.type, enabled=False):  # a table has the precision of its dtype
+            return rows @ tensors["rotation"].to(rows.dtype)
     codes = unpack_codes(tensors["codes"], spec.embedding_dim, spec.n_bits)
-    return tensors["row_offset"].float()[:, None] + tensors["row_scale"].float()[:, None] * codes
+    scale, offset = (at_least_float32(tensors[name])[:, None] for name in ("row_scale", "row_offset"))
+    return offset + scale * codes
 
 
 def decode_codes(codes: Tensor, codebooks: Tensor, rotation: Tensor | None = None) -> Tensor:
-    """Evaluate the codebook formula.
+    """Evaluate the codebook formula for codes and codebooks that belong to no table yet.
 
     Args:
         codes: (B, C, L) integers in [0, K).
-        codebooks: (C, L, K, S) float32.
+        codebooks: (C, L, K, S) float32 or float64.
         rotation: (D, D) or None; the concatenated row is multiplied by it from the right.
 
     Returns:
-        (B, D) float32.
+        (B, D) in the dtype of the codebooks.
     """
     C, L, K, S = codebooks.shape
-    first = torch.arange(C * L, device=codes.device).view(C, L) * K
-    flat = codes + first  # (B, C, L) rows of the flattened codebooks
-    table = codebooks.reshape(C * L * K, S)
-    summed = F.embedding_bag(flat.view(-1, L), table, mode="sum") if L > 1 else F.embedding(flat, table)
-    rows = summed.reshape(-1, C * S)
-    return rows if rotation is None else rows @ rotation.float()
+    flat = codes + torch.arange(0, C * L * K, K, device=codes.device, dtype=torch.int32).view(C, L)
+    rows = sum_codewords(flat, codebooks.reshape(-1, S), L).reshape(-1, C * S)
+    return rows if rotation is None else rows @ rotation.to(rows.dtype)
+
+
+def flat_codes(codes: Tensor, spec: CodebookSpec) -> Tensor:
+    """Turn codes into rows of the codebooks flattened to (C * L * K, S): (B, C, L) integers to (B, C, L) int32."""
+    C, L, K = spec.num_columns, spec.num_levels, spec.codebook_size
+    return codes + torch.arange(0, C * L * K, K, device=codes.device, dtype=torch.int32).view(C, L)
+
+
+def sum_codewords(flat: Tensor, table: Tensor, num_levels: int) -> Tensor:
+    """Look up codewords and sum those of a column: (B, C, L) rows of `table` (R, S) to (B * C, S)."""
+    if num_levels == 1:
+        return F.embedding(flat.view(-1), table)
+    return F.embedding_bag(flat.view(-1, num_levels), table, mode="sum")
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Widen half precision, in which sums of codewords would lose digits."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def computed_codes(spec: CodebookSpec, ids: Tensor) -> Tensor:
@@ -151,40 +185,50 @@ def computed_codes(spec: CodebookSpec, ids: Tensor) -> Tensor:
 
     Args:
         spec: the table's spec.
-        ids: (B,) int64.
+        ids: (B,) integers, any device.
 
     Returns:
-        (B, C, L) int64.
+        (B, C, L) int64 on the device of `ids`.
     """
-    K = spec.codebook_size
-    codes = torch.zeros(len(ids), spec.num_columns, spec.num_levels, dtype=torch.int64)
-    for level, source in enumerate(spec.code_sources):
-        for column in range(spec.num_columns):
+    ids, K = ids.to(torch.int64), spec.codebook_size
+    codes = []
+    for column in range(spec.num_columns):
+        for level, source in enumerate(spec.code_sources):
             if source == HASHED:
-                stream = column * spec.num_levels + level
-                codes[:, column, level] = hash_ids(ids, K, spec.seed, stream)
+                codes.append(hash_ids(ids, K, spec.seed, stream=column * spec.num_levels + level))
             elif source == QUOTIENT:
-                codes[:, column, level] = ids // -(-spec.num_embeddings // K)
-            elif source != STORED:
-                codes[:, column, level] = ids % K
-    return codes
+                codes.append(ids // -(-spec.num_embeddings // K))
+            elif source == REMAINDER:
+                codes.append(ids % K)
+            else:
+                codes.append(torch.zeros_like(ids))
+    return torch.stack(codes, dim=1).view(-1, spec.num_columns, spec.num_levels)
 
 
-def _all_codes(spec: CodebookSpec, packed: Tensor | None, ids: Tensor) -> Tensor:
+def row_codes(spec: CodebookSpec, packed: Tensor | None, ids: Tensor) -> Tensor:
+    """All codes of some rows: stored ones unpacked, the others computed from the ids.
+
+    Args:
+        spec: the table's spec.
+        packed: (B, codes_width) uint8, the stored codes of the rows; None where none are stored.
+        ids: (B,) row numbers.
+
+    Returns:
+        (B, C, L) integers in [0, K).
+    """
     C, stored = spec.num_columns, spec.num_stored_levels
     if packed is None:
         return computed_codes(spec, ids)
     unpacked = unpack_codes(packed, C * stored, spec.n_bits).view(-1, C, stored)
-    if unpacked.numel() and int(unpacked.max()) >= spec.codebook_size:
-        raise FormatError(f"code {int(unpacked.max())} names no codeword of {spec.codebook_size}")
     if stored == spec.num_levels:
         return unpacked
-    codes = computed_codes(spec, ids)
-    codes[:, :, [source == STORED for source in spec.code_sources]] = unpacked.to(torch.int64)
-    return codes
+    from_file = iter(unpacked.to(torch.int64).unbind(2))
+    computed = computed_codes(spec, ids).unbind(2)
+    levels = [next(from_file) if s == STORED else computed[i] for i, s in enumerate(spec.code_sources)]
+    return torch.stack(levels, dim=2)
 
 
-def _work_width(spec: AnySpec) -> int:
+def work_width(spec: AnySpec) -> int:
     """Float32 values that decoding one row takes, codes included."""
     if isinstance(spec, CodebookSpec):
         return spec.embedding_dim + 4 * spec.num_columns * spec.num_levels

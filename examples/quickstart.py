@@ -126,7 +126,7 @@ def main() -> None:
     print(f"\n$ cqr-compress {' '.join(convert)}", flush=True)
     subprocess.run([sys.executable, "-m", "cqr_compress", *convert], check=True)
 
-    model.load_state_dict(cqr.load_dense(small))
+    cqr.load_compressed(model, small)  # the embedding layers are compressed from here on
     after = auc(model, test)
     print(f"\nAUC on {len(test):,} held-out clicks: {before:.4f} before, {after:.4f} after")
     sizes = f"{ckpt.stat().st_size:,} bytes before, {small.stat().st_size:,} after"

@@ -23,7 +23,7 @@ def test_the_four_commands_of_the_readme_run_one_after_another(
     inspected = cli("inspect", "ckpt.pt").stdout
     assert "item_embedding.weight" in inspected and "recommender table (0.99)" in inspected
     converted = cli("convert", "ckpt.pt", "-o", "small.safetensors", "--ratio", 8, "--method", "pq").stdout
-    assert "(measured)" in converted and "model.load_state_dict(cqr.load_dense('small.safetensors'))" in converted
+    assert "(measured)" in converted and "cqr.load_compressed(model, 'small.safetensors')" in converted
     report = cli("inspect", "small.safetensors").stdout
     assert report in converted
     assert cli("inspect", "small.report.json").stdout == report

@@ -43,7 +43,7 @@ def test_the_python_of_the_readme_runs(ckpt: Path, tmp_path: Path, monkeypatch: 
             self.register_buffer("steps", torch.tensor(0))
 
     for block in blocks:
-        exec(block, {"model": Model()})
+        exec(block, {"model": Model(), "Model": Model, "torch": torch})
 
 
 def test_every_command_and_method_is_in_the_readme() -> None:

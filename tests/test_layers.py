@@ -11,9 +11,9 @@ ROOT = Path(cqr_compress.__file__).parent
 LAYERS = {
     "errors": 0, "bitpack": 0, "hashing": 0, "progress": 0,
     "spec": 1, "table": 1,
-    "quantize": 2, "checkpoint": 2,
-    "families": 3, "rows": 3, "request": 3, "layouts": 3, "plan": 3, "quality": 3, "report": 3, "discover": 3,
-    "conversion": 4, "dense": 4, "inspection": 4,
+    "quantize": 2, "checkpoint": 2, "nn": 2,
+    "families": 3, "rows": 3, "request": 3, "layouts": 3, "plan": 3, "quality": 3, "report": 3, "discover": 3, "swap": 3, "encode": 3,
+    "conversion": 4, "dense": 4, "inspection": 4, "loading": 4, "live": 4,
     "cli": 5, "__init__": 5, "__main__": 5,
 }  # fmt: skip
 MODULES = sorted(ROOT.rglob("*.py"))
@@ -53,5 +53,5 @@ def test_decoding_needs_no_faiss() -> None:
     import subprocess
     import sys
 
-    code = "import sys, cqr_compress; cqr_compress.load_dense; sys.exit('faiss' in sys.modules)"
+    code = "import sys, cqr_compress; cqr_compress.load_dense, cqr_compress.load_compressed, cqr_compress.decompress_; sys.exit('faiss' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -118,7 +118,7 @@ def print_load_hint(report: SizeReport) -> None:
     console = _stdout()
     console.print()
     console.print(Text("import cqr_compress as cqr"), soft_wrap=True)
-    console.print(Text(f"model.load_state_dict(cqr.load_dense({report.file!r}))"), soft_wrap=True)
+    console.print(Text(f"cqr.load_compressed(model, {report.file!r})"), soft_wrap=True)
 
 
 def print_dense_report(report: DenseReport) -> None:

@@ -1,0 +1,152 @@
+"""Compress the embedding layers of a live model, without a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cqr_compress.checkpoint import Checkpoint, TensorEntry
+from cqr_compress.discover import find_tables
+from cqr_compress.encode import encode_table
+from cqr_compress.errors import BudgetError, TableNotFoundError
+from cqr_compress.nn import TableLayer
+from cqr_compress.plan import TablePlan, plan_table
+from cqr_compress.progress import Progress, Silent
+from cqr_compress.quality import Quality
+from cqr_compress.request import Request
+from cqr_compress.rows import scan_table
+from cqr_compress.spec import AnySpec
+from cqr_compress.swap import embedding_places, swap_embeddings_
+from cqr_compress.table import PER_ROW, CompressedTable
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """What became of one table of a model.
+
+    Attributes:
+        name: of the tensor in the state_dict.
+        spec: how it is compressed, or None if it stayed dense.
+        reason: why this layout, or why it stayed dense.
+        quality: agreement of the rows with what they were, or None if it stayed dense.
+    """
+
+    name: str
+    spec: AnySpec | None
+    reason: str
+    quality: Quality | None = None
+
+
+def compress_(
+    model: nn.Module,
+    request: Request | float | None = None,
+    *,
+    tables: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> list[CompressedLayer]:
+    """Compress the embedding layers of a model, in place.
+
+    Every table is planned before the first is compressed, and all are compressed before the model is changed:
+    dense and compressed tables are in memory together for a while.
+
+    Args:
+        model: changed in place; make its optimizer after this call.
+        request: method and budget, or the ratio of bytes before / after; 2 bits for each value if None.
+        tables: globs or "re:" patterns of tensors to take instead of the weights of all embedding layers; they may
+            name bare parameters.
+        exclude: the same, of tensors to leave.
+        progress: told of the work.
+
+    Returns:
+        One entry for each table that was looked at, in the order of the state_dict.
+
+    Raises:
+        TableNotFoundError: no embedding layer, a pattern that matches nothing, or no table that would gain.
+        BudgetError: tables for which no layout fits; the model is as it was.
+    """
+    progress = progress or Silent()
+    if request is None or isinstance(request, (int, float)):
+        request = Request(ratio=None if request is None else float(request))
+    entries = _entries(model, tables)
+    checkpoint = Checkpoint(path=Path(type(model).__name__), format="live model", entries=entries)
+    selected = [c.name for c in find_tables(checkpoint, tables or list(entries), exclude) if c.selected]
+    if not selected:
+        raise TableNotFoundError(f"{type(model).__name__} has no embedding layer: name its tables")
+    plans: list[TablePlan] = []
+    problems = []
+    for name in selected:
+        scan = scan_table(entries[name], request.keep_rows, request.nonfinite, request.seed, request.max_sample)
+        progress.start(f"choosing a layout for {name}", 0, "trials")
+        try:
+            plans.append(plan_table(scan, request, progress.advance))
+        except BudgetError as e:
+            problems.append(str(e))
+    if problems:
+        raise BudgetError("\n".join(problems))
+    if all(plan.spec is None for plan in plans):
+        reasons = "; ".join(f"{plan.name}: {plan.reason}" for plan in plans)
+        raise TableNotFoundError(f"no table of {type(model).__name__} would gain from compression ({reasons})")
+    made: dict[str, CompressedTable] = {}
+    layers = []
+    for plan in plans:
+        if plan.spec is None:
+            layers.append(CompressedLayer(plan.name, None, plan.reason))
+            continue
+        made[plan.name], quality = _compressed(entries[plan.name], plan, request, progress)
+        layers.append(CompressedLayer(plan.name, plan.spec, plan.reason, quality))
+    swap_embeddings_(model, made)
+    return layers
+
+
+def _compressed(
+    entry: TensorEntry, plan: TablePlan, request: Request, progress: Progress
+) -> tuple[CompressedTable, Quality]:
+    assert plan.spec is not None
+    scan = scan_table(entry, request.keep_rows, request.nonfinite, request.seed, request.max_sample)
+    blocks: dict[str, list[Tensor]] = {}
+    meter = encode_table(
+        scan, plan, request.seed, lambda short, t: blocks.setdefault(short, []).append(t), progress
+    )
+    tensors = {short: torch.cat(parts) if short in PER_ROW else parts[0] for short, parts in blocks.items()}
+    return CompressedTable(plan.spec, tensors), meter.result()
+
+
+def _entries(model: nn.Module, tables: Sequence[str]) -> Mapping[str, TensorEntry]:
+    """Tensors that may be tables, each once: weights of embedding layers, or all where patterns choose."""
+    entries: dict[str, TensorEntry] = {}
+    seen: set[int] = set()
+    for place in embedding_places(model):
+        if not isinstance(place.module, TableLayer) and place.key not in seen:
+            seen.add(place.key)
+            entries[place.name] = TensorEntry(place.name, _InMemory(place.tensor.detach()))
+    if tables:
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in seen and parameter.ndim == 2:
+                entries[name] = TensorEntry(name, _InMemory(parameter.detach()))
+    return entries
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """A `LazyTensor` over a tensor of the model, on any device."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def read(self) -> Tensor:
+        return self.tensor.cpu()
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.tensor[start:stop].cpu().clone()

@@ -1,0 +1,49 @@
+"""Reduce bags of rows that are computed, with all that nn.EmbeddingBag can be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def reduce_bags(
+    rows_of: Callable[[Tensor], Tensor],
+    input: Tensor,
+    offsets: Tensor | None,
+    mode: str,
+    per_sample_weights: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int | None,
+) -> Tensor:
+    """Reduce each bag of ids to one row, as F.embedding_bag does with the rows of a weight.
+
+    Args:
+        rows_of: computes rows (T, D) from ids (T,).
+        input: (B, n) ids, B bags of n; or (T,) ids of all bags, split at `offsets`.
+        offsets: (B,) first position of each bag; (B + 1,) with `include_last_offset`.
+        mode: "sum", "mean" or "max".
+        per_sample_weights: factors of the rows, of the shape of `input`.
+        include_last_offset: whether `offsets` ends with T.
+        padding_idx: id that bags skip, at least 0.
+
+    Returns:
+        (B, D); an empty bag gives zeros.
+    """
+    ids, skipped = input.reshape(-1), None
+    places = torch.arange(ids.shape[0], dtype=ids.dtype, device=ids.device)
+    if padding_idx is not None:  # one row at the end stands for the padding row
+        skipped = ids.shape[0]
+        places = torch.where(ids == padding_idx, skipped, places)
+        ids = torch.cat([ids, ids.new_full((1,), padding_idx)])
+    return F.embedding_bag(
+        places.view(input.shape),
+        rows_of(ids),
+        offsets,
+        mode=mode,
+        per_sample_weights=per_sample_weights,
+        include_last_offset=include_last_offset,
+        padding_idx=skipped,
+    )

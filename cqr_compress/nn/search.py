@@ -1,0 +1,154 @@
+"""Inner products of queries with all rows of a compressed table, and the best of them, row block by row block.
+
+The product of a query with a row is the sum of its products with the row's codewords. So each query is multiplied
+with the codebooks once, and a row costs one addition for each of its codes instead of D multiplications
+(asymmetric distances, Jegou et al. 2011, doi:10.1109/TPAMI.2010.57; for recommenders RecJPQ and PQTopK, Petrov &
+Macdonald 2024, arXiv:2312.06165 and arXiv:2408.09992). The products of several queries with one codeword lie side
+by side, so that the sum over a row's codes is one pass of embedding_bag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cqr_compress.errors import ShapeError
+from cqr_compress.spec import AnySpec, CodebookSpec
+from cqr_compress.table import at_least_float32, decode_rows, flat_codes, is_tracing, row_codes
+
+BLOCK_ROWS = 16_384
+BLOCK_QUERIES = 64
+_ALIGNED = 8  # embedding_bag is vectorized over queries, and slow where they are fewer
+
+
+class TopK(NamedTuple):
+    """The best rows for each query, best first.
+
+    Attributes:
+        values: (..., k) inner products.
+        indices: (..., k) int64 row numbers.
+    """
+
+    values: Tensor
+    indices: Tensor
+
+
+def search_scores(spec: AnySpec, tensors: Mapping[str, Tensor], h: Tensor) -> Tensor:
+    """Compute h @ rows.T without the rows; see `TableLayer.scores`.
+
+    Beside the result it takes about 4 * BLOCK_ROWS * (BLOCK_QUERIES + C * L) bytes, and 4 * C * L * K bytes for
+    each of BLOCK_QUERIES queries.
+    """
+    queries, shape = _queries(spec, h), (*h.shape[:-1], spec.num_embeddings)
+    graph = torch.is_grad_enabled() and any(t.requires_grad for t in (h, *tensors.values()))
+    if graph:
+        parts = [
+            torch.cat([scores for _, scores in _blocks(spec, tensors, part)]).t()
+            for part in torch.split(queries, BLOCK_QUERIES)
+        ]
+        return torch.cat(parts).to(h.dtype).view(shape)
+    out = torch.empty(len(queries), spec.num_embeddings, dtype=h.dtype, device=h.device)
+    for part, into in zip(torch.split(queries, BLOCK_QUERIES), torch.split(out, BLOCK_QUERIES), strict=True):
+        for start, scores in _blocks(spec, tensors, part):
+            into[:, start : start + len(scores)] = scores.t()
+    return out.view(shape)
+
+
+@torch.no_grad()
+def search_topk(spec: AnySpec, tensors: Mapping[str, Tensor], h: Tensor, k: int) -> TopK:
+    """Find the k largest of h @ rows.T for each query; see `TableLayer.topk`.
+
+    Of rows with equal products around the k-th place, those with the smaller ids are found, as far as they lie
+    in different row blocks.
+
+    Raises:
+        ShapeError: k is not in 1 to N, or the queries do not have D dimensions.
+    """
+    N = spec.num_embeddings
+    if not 1 <= k <= N:
+        raise ShapeError(f"cannot find the {k} best of {N} rows")
+    found = [_best_of(spec, tensors, part, k) for part in torch.split(_queries(spec, h), BLOCK_QUERIES)]
+    shape = (*h.shape[:-1], k)
+    return TopK(
+        torch.cat([values for values, _ in found]).to(h.dtype).view(shape),
+        torch.cat([indices for _, indices in found]).view(shape),
+    )
+
+
+def _best_of(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Keep the k best of the rows seen; a block adds only rows that beat some query's k-th."""
+    values = queries.new_empty(len(queries), 0)
+    indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start, scores in _blocks(spec, tensors, queries):
+        rows = torch.arange(start, start + len(scores), device=queries.device)
+        if values.shape[1] == k:
+            # `not <=` and not `>`: NaN counts as the largest, as in torch.topk
+            beats = (scores <= values[:, -1]).all(1).logical_not_().nonzero().flatten()
+            if len(beats) == 0:
+                continue
+            scores, rows = scores[beats], rows[beats]
+        values = torch.cat([values, scores.t()], 1)
+        indices = torch.cat([indices, rows.expand(len(queries), -1)], 1)
+        values, best = values.topk(min(k, values.shape[1]), dim=1)
+        indices = indices.gather(1, best)
+    return values, indices
+
+
+def _queries(spec: AnySpec, h: Tensor) -> Tensor:
+    """(Q, D) queries in the dtype of the work."""
+    if h.ndim == 0 or h.shape[-1] != spec.embedding_dim:
+        raise ShapeError(f"queries of shape {tuple(h.shape)} do not fit rows of {spec.embedding_dim} dimensions")
+    return at_least_float32(h.reshape(-1, spec.embedding_dim))
+
+
+def _blocks(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Scores of all rows in blocks: (first row, (R, Q)) pairs, kept rows in their places."""
+    N, Q = spec.num_embeddings, queries.shape[0]
+    rows = N if is_tracing() else BLOCK_ROWS
+    products = _codeword_products(spec, tensors, queries) if isinstance(spec, CodebookSpec) else None
+    for start in range(0, N, rows):
+        ids = torch.arange(start, min(start + rows, N), device=queries.device)
+        if isinstance(spec, CodebookSpec):
+            assert products is not None
+            packed = tensors["codes"][start : start + rows] if "codes" in tensors else None
+            flat = flat_codes(row_codes(spec, packed, ids), spec).flatten(1)
+            scores = F.embedding_bag(flat, products, mode="sum")[:, :Q]
+        else:
+            here = {short: tensors[short][start : start + rows] for short in spec.body_shapes()}
+            scores = decode_rows(spec, here, ids).to(queries.dtype) @ queries.t()
+        yield start, _with_kept_rows(spec, tensors, queries, start, scores)
+
+
+def _codeword_products(spec: CodebookSpec, tensors: Mapping[str, Tensor], queries: Tensor) -> Tensor:
+    """Products of all codewords with all queries, (C * L * K, Q) with Q padded to a multiple of 8."""
+    C, S = spec.num_columns, spec.sub_dim
+    codebooks = tensors["codebooks"].to(queries.dtype)
+    if "rotation" in tensors:  # (x R) . h = x . (h R^T)
+        queries = queries @ tensors["rotation"].to(queries.dtype).t()
+    Q = queries.shape[0]
+    queries = F.pad(queries, (0, 0, 0, -Q % _ALIGNED if Q else _ALIGNED))
+    products = torch.einsum("clks,qcs->clkq", codebooks, queries.view(queries.shape[0], C, S))
+    return products.reshape(spec.num_levels * C * spec.codebook_size, queries.shape[0])
+
+
+def _with_kept_rows(
+    spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor, start: int, scores: Tensor
+) -> Tensor:
+    if "kept_ids" not in tensors:
+        return scores
+    kept, zero = tensors["kept_ids"].tensor_split([spec.num_kept_rows])
+    whole = is_tracing()  # then the one block holds all rows, and nothing may depend on values
+    for sorted_ids, values in ((kept, tensors["kept_rows"]), (zero, None)):
+        inside = slice(None) if whole else (sorted_ids >= start) & (sorted_ids < start + len(scores))
+        at = sorted_ids[inside].to(torch.int64) - start
+        if len(at) == 0:
+            continue
+        if values is None:
+            scores = scores.index_fill(0, at, 0.0)
+        else:
+            scores = scores.index_copy(0, at, values[inside].to(queries.dtype) @ queries.t())
+    return scores

@@ -1,0 +1,271 @@
+"""What every layer over a compressed table has: its tensors, their decoded rows, and `weight`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cqr_compress.errors import RowIndexError, WeightWriteError
+from cqr_compress.nn.search import TopK, search_scores, search_topk
+from cqr_compress.nn.table_weight import TableWeight
+from cqr_compress.spec import AnySpec, CodebookSpec, dtype_name
+from cqr_compress.table import PER_ROW, CompressedTable, decode_block, is_tracing, row_blocks, work_width
+
+_LIKE = "_like"
+
+
+class TableLayer(nn.Module):
+    """A layer whose rows come from a compressed table; the base of the drop-in layers.
+
+    Floating-point tensors of the table are Parameters, integers are buffers, under the names of
+    `spec.tensor_shapes()`: the layer's state_dict is the table as it stands in the file. Rows are computed in
+    float32 (float64 where the codebooks are) and returned in the layer's dtype, which `.half()`, `.bfloat16()`
+    and `.to()` change as they change that of a weight.
+
+    A layer that is tied to another one holds no tensors and reads those of its `owner`.
+
+    Attributes:
+        spec: what the tensors mean.
+        num_embeddings: N, the rows.
+        embedding_dim: D, the columns.
+        padding_idx: row that receives no gradient, or None.
+        max_norm: rows longer than this are returned with this length, or None.
+        norm_type: p of that length.
+        scale_grad_by_freq: whether gradients are divided by how often an id is in the batch.
+    """
+
+    spec: AnySpec
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+    max_norm: float | None
+    norm_type: float
+    scale_grad_by_freq: bool
+    _owner: TableLayer | None
+
+    def hold_table(
+        self,
+        table: CompressedTable,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        requires_grad: bool = True,
+    ) -> None:
+        """Register a table's tensors with the layer, without copying those that are on `device` already.
+
+        Args:
+            table: the compressed table.
+            device: where to put it; where it is, if None.
+            dtype: of the rows; the source's if None.
+            requires_grad: whether codebooks and other floating-point tensors are trained.
+        """
+        self.spec, self._owner = table.spec, None
+        for short, tensor in table.tensors.items():
+            moved = tensor.to(device)
+            if moved.is_floating_point() and moved.numel():
+                self.register_parameter(short, nn.Parameter(moved, requires_grad))
+            else:
+                self.register_buffer(short, moved)
+        like = torch.empty(0, dtype=dtype or table.spec.torch_dtype, device=device)
+        self.register_buffer(_LIKE, like, persistent=False)
+
+    def tie_to(self, owner: TableLayer) -> None:
+        """Read the tensors of `owner`, which is not registered as a submodule, from here on."""
+        self.spec = owner.spec
+        object.__setattr__(self, "_owner", owner)
+
+    @property
+    def owner(self) -> TableLayer:
+        """The layer that holds the tensors: this one, or the one it is tied to."""
+        return self._owner or self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the rows."""
+        return cast(Tensor, self.owner._buffers[_LIKE]).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensors."""
+        return cast(Tensor, self.owner._buffers[_LIKE]).device
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the table's tensors in memory; 0 if they belong to another layer."""
+        return 0 if self.owner is not self else sum(t.nbytes for t in self.table_tensors().values())
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable scalars of the table; 0 if they belong to another layer."""
+        return 0 if self.owner is not self else sum(p.numel() for p in self.parameters(recurse=False))
+
+    def table_tensors(self) -> dict[str, Tensor]:
+        """The table's tensors by short name, as they are in memory."""
+        owner = self.owner
+        return {short: cast(Tensor, getattr(owner, short)) for short in self.spec.tensor_shapes()}
+
+    def table(self) -> CompressedTable:
+        """The table as it is in memory; its tensors are shared, not copied."""
+        tensors = {short: tensor.detach() for short, tensor in self.table_tensors().items()}
+        if isinstance(self.spec, CodebookSpec):
+            dtypes = {"codebook_dtype": dtype_name(tensors["codebooks"].dtype)}
+        else:
+            dtypes = {"scale_dtype": dtype_name(tensors["row_scale"].dtype)}
+        if "kept_rows" in tensors:
+            tensors["kept_rows"] = tensors["kept_rows"].to(self.dtype)
+        spec = replace(self.spec, dtype=dtype_name(self.dtype), **dtypes)  # type: ignore[arg-type]
+        return CompressedTable(spec, tensors)
+
+    def decode_ids(self, ids: Tensor) -> Tensor:
+        """Compute the rows of some ids; differentiable.
+
+        Args:
+            ids: (B,) int32 or int64 in [0, N).
+
+        Returns:
+            (B, D) in the layer's dtype.
+
+        Raises:
+            RowIndexError: an id outside [0, N) (an IndexError); on CUDA the device asserts, as for nn.Embedding.
+        """
+        if "codes" not in self.spec.tensor_shapes() and not is_tracing():
+            self._check_range(ids)
+        here = {
+            short: _gather(self, tensor, ids) if short in PER_ROW else tensor
+            for short, tensor in self.table_tensors().items()
+        }
+        return decode_block(self.spec, here, ids, self.dtype)
+
+    def decode(self) -> Tensor:
+        """Compute all rows, (N, D) in the layer's dtype; differentiable.
+
+        Without gradients the work is done in row blocks: memory beside the result is bounded.
+        """
+        if is_tracing():
+            return self.decode_ids(torch.arange(self.num_embeddings, device=self.device))
+        blocks = (self.decode_ids(torch.arange(a, b, device=self.device)) for a, b in self._row_blocks())
+        if torch.is_grad_enabled() and any(t.requires_grad for t in self.table_tensors().values()):
+            return torch.cat(list(blocks))
+        out = torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.dtype, device=self.device)
+        for (a, b), block in zip(self._row_blocks(), blocks, strict=True):
+            out[a:b] = block
+        return out
+
+    @property
+    def weight(self) -> Any:
+        """The rows as a tensor (N, D), decoded when an operation needs their values; differentiable.
+
+        `h @ layer.weight.T`, `F.linear(h, layer.weight)` and `F.embedding(ids, layer.weight)` work without
+        decoding the whole table; anything else decodes it. Writing to it is refused.
+        """
+        return self.decode() if is_tracing() else TableWeight.of(self)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self._set_weight(value)
+
+    def _set_weight(self, value: Any) -> None:
+        """Accept the layer's own weight, which code that ties weights assigns again, and nothing else."""
+        if not (isinstance(value, TableWeight) and value.layer.owner is self.owner):
+            raise WeightWriteError(
+                f"cannot set the weight of {type(self).__name__}: its rows are compressed. "
+                "Call cqr_compress.decompress_(model) first."
+            )
+
+    def scores(self, h: Tensor) -> Tensor:
+        """Compute the inner products of queries with all rows, without decoding the table as a whole.
+
+        See `search.search_scores` for how, and for what memory it takes.
+
+        Args:
+            h: (..., D) floating-point queries.
+
+        Returns:
+            (..., N) in the dtype of `h`; equal to `h @ weight.T` to rounding. Differentiable.
+        """
+        return search_scores(self.spec, self.table_tensors(), h)
+
+    def topk(self, h: Tensor, k: int) -> TopK:
+        """Find the k rows with the largest inner product for each query, in bounded memory.
+
+        Args:
+            h: (..., D) floating-point queries.
+            k: 1 to N.
+
+        Returns:
+            `values` (..., k) in the dtype of `h` and `indices` (..., k) int64, largest first. Not differentiable.
+        """
+        return search_topk(self.spec, self.table_tensors(), h, k)
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """Rows of ids of any shape, with what the arguments of nn.Embedding ask of them.
+
+        Args:
+            ids: (...) int32 or int64 in [0, N).
+
+        Returns:
+            (..., D) in the layer's dtype.
+        """
+        flat = ids.reshape(-1)
+        rows = self.decode_ids(flat)
+        trains = torch.is_grad_enabled() and rows.requires_grad
+        if trains or torch.jit.is_tracing():  # type: ignore
+            if self.padding_idx is not None:
+                rows = torch.where((flat == self.padding_idx)[:, None], rows.detach(), rows)
+            if self.scale_grad_by_freq:
+                counts = torch.zeros(self.num_embeddings, dtype=rows.dtype, device=rows.device)
+                counts = counts.index_add(0, flat, torch.ones_like(flat, dtype=rows.dtype))
+                constant = rows.detach()
+                rows = constant + (rows - constant) / counts[flat][:, None]
+        if self.max_norm is not None:
+            length = rows.detach().norm(self.norm_type, dim=1, keepdim=True)
+            rows = rows * torch.where(length > self.max_norm, self.max_norm / (length + 1e-7), 1.0)
+        return rows.view(*ids.shape, self.embedding_dim)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":  # before nn.Module registers a Parameter
+            self._set_weight(value)
+        else:
+            super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        """The arguments of the dense layer, the method and the layout."""
+        tied = "" if self.owner is self else ", tied"
+        return f"{super().extra_repr()}, {self.spec.method} {self.spec.layout}{tied}"
+
+    def _row_blocks(self) -> Iterator[tuple[int, int]]:
+        return row_blocks(self.num_embeddings, work_width(self.spec))
+
+    def _check_range(self, ids: Tensor) -> None:
+        """Refuse ids outside the table.
+
+        Raises:
+            RowIndexError: names the first such id.
+        """
+        if ids.device.type != "cpu":
+            torch._assert_async(((ids >= 0) & (ids < self.num_embeddings)).all())
+            return
+        bad = (ids < 0) | (ids >= self.num_embeddings)
+        if bad.any():
+            raise RowIndexError(
+                f"id {int(ids[bad][0])} is outside the table of {self.num_embeddings} rows: "
+                f"ids go from 0 to {self.num_embeddings - 1}"
+            )
+
+
+def _gather(layer: TableLayer, tensor: Tensor, ids: Tensor) -> Tensor:
+    """Take the entries of `ids`; the bounds are checked by the gather itself."""
+    if is_tracing():
+        return _take(tensor, ids)
+    try:
+        return _take(tensor, ids)
+    except IndexError:
+        layer._check_range(ids)
+        raise
+
+
+def _take(tensor: Tensor, ids: Tensor) -> Tensor:
+    return torch.embedding(tensor, ids) if tensor.ndim == 2 else tensor.index_select(0, ids)

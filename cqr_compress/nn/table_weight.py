@@ -1,0 +1,227 @@
+"""A stand-in for the weight of a compressed layer: it has the weight's shape and decodes when it must."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cqr_compress.errors import WeightWriteError
+from cqr_compress.nn.bags import reduce_bags
+
+if TYPE_CHECKING:
+    from cqr_compress.nn.table_layer import TableLayer
+
+
+def _getter(name: str) -> Callable[..., Any]:
+    """What __torch_function__ is told when an attribute of a tensor is read."""
+    return cast(Callable[..., Any], getattr(Tensor, name).__get__)
+
+
+_ABOUT = frozenset(
+    {
+        *map(
+            _getter,
+            [
+                "shape",
+                "dtype",
+                "device",
+                "ndim",
+                "layout",
+                "itemsize",
+                "is_cpu",
+                "is_cuda",
+                "is_meta",
+                "is_sparse",
+                "is_quantized",
+            ],
+        ),
+        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex),
+        *(Tensor.element_size, Tensor.__len__, Tensor.get_device, Tensor.ndimension, Tensor.nelement),
+    }
+)
+"""Questions about a tensor that need none of its values."""
+_TURNED = frozenset({Tensor.t, torch.t, _getter("T"), _getter("mT")})
+_TRANSPOSED = frozenset({Tensor.transpose, torch.transpose})
+_PRODUCTS = frozenset({Tensor.matmul, Tensor.__matmul__, torch.matmul, torch.mm, Tensor.mm})
+_DETACHED = frozenset({Tensor.detach, _getter("data")})
+_REQUIRES_GRAD, _IS_LEAF = _getter("requires_grad"), _getter("is_leaf")
+
+
+class TableWeight(torch.Tensor):
+    """The (N, D) weight of a compressed layer, or its transpose, as a tensor without values.
+
+    Shape, dtype and device are answered at once. Looking up ids and multiplying queries with the transpose go
+    through the layer; every other operation decodes the whole table first. Writing in place is refused, because
+    the rows cannot be written: they are computed.
+
+    Attributes:
+        layer: the compressed layer.
+        turned: whether this is the transpose.
+        detached: whether gradients stop here.
+    """
+
+    layer: TableLayer
+    turned: bool
+    detached: bool
+    _is_param = True  # nn.Module.get_parameter and tie_weights of transformers ask for a Parameter
+
+    @staticmethod
+    def of(layer: TableLayer, turned: bool = False, detached: bool = False) -> Tensor:
+        """Make the stand-in for a layer's weight; inside a tensor mode that cannot hold one, decode it."""
+        shape = (layer.num_embeddings, layer.embedding_dim)
+        value = torch.full((1, 1), torch.nan, dtype=layer.dtype, device=layer.device).expand(shape)
+        if type(value) is not Tensor:
+            return layer.decode().t() if turned else layer.decode()
+        weight = (value.t() if turned else value).as_subclass(TableWeight)
+        weight.layer, weight.turned, weight.detached = layer, turned, detached
+        return weight
+
+    def decode(self) -> Tensor:
+        """The values: a plain tensor, with gradients unless detached."""
+        if self.detached:
+            with torch.no_grad():
+                rows = self.layer.decode()
+        else:
+            rows = self.layer.decode()
+        return rows.t() if self.turned else rows
+
+    def rows_of(self, ids: Tensor, padding_idx: int | None) -> Tensor:
+        """Look ids (...) up without decoding the table; the padding row gets no gradient."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
+            rows = self.layer.decode_ids(ids.reshape(-1)).view(*ids.shape, self.layer.embedding_dim)
+        if padding_idx is None or not rows.requires_grad:
+            return rows
+        is_padding = ids == padding_idx % self.layer.num_embeddings
+        return torch.where(is_padding[..., None], rows.detach(), rows)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer an operation on the stand-in."""
+        kwargs = kwargs or {}
+        first = next(iter((*args, *kwargs.values())), None)
+        if isinstance(first, TableWeight):
+            if func in _ABOUT:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+            if func is _REQUIRES_GRAD:
+                return not first.detached and any(t.requires_grad for t in first.layer.table_tensors().values())
+            if func is _IS_LEAF:
+                return False
+            if func in _DETACHED:
+                return TableWeight.of(first.layer, first.turned, detached=True)
+            if func in _TURNED or (func in _TRANSPOSED and _swaps_both(args[1:], kwargs)):
+                return TableWeight.of(first.layer, not first.turned, first.detached)
+        if isinstance(kwargs.get("out"), TableWeight) or (isinstance(first, TableWeight) and _writes(func)):
+            raise WeightWriteError(
+                f"{func.__name__} would write to the weight of a compressed layer, whose rows are computed "
+                "from codes. Call cqr_compress.decompress_(model) first."
+            )
+        fast = _through_layer(func, args, kwargs)
+        if fast is not None:
+            return fast
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*_decoded(args), **_decoded(kwargs))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        shape = "x".join(str(n) for n in self.shape)
+        return f"TableWeight({shape}, {self.dtype}, of {self.layer})"
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.decode().detach().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.decode().detach().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def _swaps_both(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    dims = {*args, *kwargs.values()}
+    return bool(dims) and {d % 2 for d in dims} == {0, 1}
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    name = func.__name__
+    in_place = name.endswith("_") and not name.endswith("__")
+    return name in ("__setitem__", "__set__") or (in_place and name != "requires_grad_")
+
+
+def _through_layer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Do a lookup or a product with all rows through the layer, or return None."""
+    if func in _PRODUCTS and len(args) == 2 and not kwargs:
+        h, weight = args
+        if isinstance(weight, TableWeight) and weight.turned and not isinstance(h, TableWeight) and h.ndim:
+            return _scores(weight, h)
+    if func is F.linear and len(args) >= 2:
+        h, weight, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
+        if isinstance(weight, TableWeight) and not weight.turned and not isinstance(h, TableWeight):
+            scores = _scores(weight, h)
+            return scores if scores is None or bias is None else scores + bias
+    if func is F.embedding:
+        return _lookup(*args, **kwargs)
+    if func is F.embedding_bag:
+        return _bags(*args, **kwargs)
+    return None
+
+
+def _lookup(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor | None:
+    """F.embedding of a weight that is not decoded; gradients are dense."""
+    if not isinstance(weight, TableWeight) or weight.turned or max_norm is not None or scale_grad_by_freq:
+        return None
+    return weight.rows_of(input, padding_idx)
+
+
+def _bags(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor | None:
+    """F.embedding_bag of a weight that is not decoded; gradients are dense."""
+    if not isinstance(weight, TableWeight) or weight.turned or max_norm is not None or scale_grad_by_freq:
+        return None
+    if padding_idx is not None:
+        padding_idx %= weight.layer.num_embeddings
+
+    def rows_of(ids: Tensor) -> Tensor:
+        return weight.rows_of(ids, padding_idx)
+
+    return reduce_bags(rows_of, input, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
+
+
+def _scores(weight: TableWeight, h: Tensor) -> Tensor | None:
+    """Products through the codebooks where no gradient is asked for; training decodes once instead."""
+    layer = weight.layer
+    trains = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    if trains or h.dtype != layer.dtype or torch.is_autocast_enabled(h.device.type):
+        return None
+    return layer.scores(h)
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, TableWeight):
+        return value.decode()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_decoded(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _decoded(v) for k, v in value.items()}
+    return cast(Any, value)
