@@ -268,7 +268,8 @@ def _become_dense(layer: TableLayer) -> None:
     for short in (*layer.spec.tensor_shapes(), "_like"):
         _drop(layer, short)
     layer._non_persistent_buffers_set.discard("_like")
-    del layer.__dict__["spec"], layer.__dict__["_owner"]
+    for attribute in ("spec", "_owner", "_names"):
+        layer.__dict__.pop(attribute, None)
     cls: Any = type(layer)
     dense: Any = getattr(cls, "_dense_class", None) or next(d for d, c in _DENSE if cls is c)
     layer.__class__ = dense

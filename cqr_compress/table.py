@@ -20,7 +20,7 @@ BLOCK_BYTES = 16 * 2**20
 
 def is_tracing() -> bool:
     """Whether torch is recording a graph, which must not depend on the values of this call."""
-    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def row_blocks(num_rows: int, row_width: int, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
@@ -99,17 +99,32 @@ def decode_block(
         (B, D) in `dtype`.
     """
     dtype = dtype or spec.torch_dtype
-    rows = decode_rows(spec, tensors, ids).to(dtype)
+    return with_kept_rows(spec, tensors, ids, decode_rows(spec, tensors, ids).to(dtype))
+
+
+def with_kept_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, rows: Tensor) -> Tensor:
+    """Put the rows that are stored verbatim in the places of those that codes give.
+
+    Args:
+        spec: the table's spec.
+        tensors: with `kept_ids` and `kept_rows`, where the spec has them.
+        ids: (B,) row numbers.
+        rows: (B, D), what their codes give, in any dtype; overwritten where no gradient is asked for.
+
+    Returns:
+        (B, D) in the dtype of `rows`.
+    """
     if "kept_ids" not in tensors:
         return rows
     # two sorted lists: the ids of `kept_rows`, then those of all-zero rows
     kept, zero = tensors["kept_ids"].tensor_split([spec.num_kept_rows])
     if spec.num_kept_rows:
         at, hit = _find(kept, spec.num_kept_rows, ids)
-        rows = torch.where(hit[:, None], torch.embedding(tensors["kept_rows"], at).to(dtype), rows)
+        rows = torch.where(hit[:, None], torch.embedding(tensors["kept_rows"], at).to(rows.dtype), rows)
     if spec.num_zero_rows:
         _, hit = _find(zero, spec.num_zero_rows, ids)
-        rows = rows.masked_fill(hit[:, None], 0.0)
+        in_place = not rows.requires_grad and not is_tracing()
+        rows = (rows.masked_fill_ if in_place else rows.masked_fill)(hit[:, None], 0.0)
     return rows
 
 
@@ -135,14 +150,18 @@ def decode_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Te
     if isinstance(spec, CodebookSpec):
         flat = flat_codes(row_codes(spec, tensors.get("codes"), ids), spec)
         table = at_least_float32(tensors["codebooks"]).reshape(-1, spec.sub_dim)
-        rows = sum_codewords(flat, table, spec.num_levels).reshape(-1, spec.embedding_dim)
-        if spec.rotation is None:
-            return rows
-        with torch.autocast(rows.device.type, enabled=False):  # a table has the precision of its dtype
-            return rows @ tensors["rotation"].to(rows.dtype)
+        return rotated(tensors, sum_codewords(flat, table, spec.num_levels).reshape(-1, spec.embedding_dim))
     codes = unpack_codes(tensors["codes"], spec.embedding_dim, spec.n_bits)
     scale, offset = (at_least_float32(tensors[name])[:, None] for name in ("row_scale", "row_offset"))
     return offset + scale * codes
+
+
+def rotated(tensors: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+    """Multiply rows (B, D) by the table's rotation, where it has one."""
+    if "rotation" not in tensors:
+        return rows
+    with torch.autocast(rows.device.type, enabled=False):  # a table has the precision of its dtype
+        return rows @ tensors["rotation"].to(rows.dtype)
 
 
 def decode_codes(codes: Tensor, codebooks: Tensor, rotation: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import cqr_compress
 
 ROOT = Path(cqr_compress.__file__).parent
 LAYERS = {
-    "errors": 0, "bitpack": 0, "hashing": 0, "progress": 0,
+    "errors": 0, "bitpack": 0, "hashing": 0, "progress": 0, "native": 0,
     "spec": 1, "table": 1,
     "quantize": 2, "checkpoint": 2, "nn": 2,
     "families": 3, "rows": 3, "request": 3, "layouts": 3, "plan": 3, "quality": 3, "report": 3, "discover": 3, "swap": 3, "encode": 3,

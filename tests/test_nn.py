@@ -74,6 +74,13 @@ def pq() -> CompressedTable:
     return random_table(SPECS["kept"])
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def each_lookup(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test with the compiled lookup, where there is one, and with torch's."""
+    if request.param == "torch":
+        monkeypatch.setattr("cqr_compress.native.available", lambda: False)
+
+
 def dense(table: CompressedTable, **arguments: Any) -> nn.Embedding:
     """The oracle: nn.Embedding over the decoded rows."""
     layer = nn.Embedding(N, D, **arguments)
@@ -84,6 +91,7 @@ def dense(table: CompressedTable, **arguments: Any) -> nn.Embedding:
 IDS = torch.tensor([[0, 5, 299, 17], [5, 200, 1, 9], [250, 0, 3, 3]])
 
 
+@pytest.mark.usefixtures("each_lookup")
 @pytest.mark.parametrize("ids", [IDS, IDS[0], IDS[0, 0], IDS[:, None], IDS[:0], IDS[:, :0], IDS.int(), IDS.t()])
 def test_lookup_equals_rows_of_the_decoded_table(table: CompressedTable, ids: Tensor) -> None:
     rows = CompressedEmbedding(table)(ids)
@@ -128,6 +136,7 @@ def reference_rows(table: CompressedTable, parameters: dict[str, Tensor]) -> Ten
     return torch.stack(rows)
 
 
+@pytest.mark.usefixtures("each_lookup")
 @pytest.mark.parametrize("name", ["pq8", "pq4", "pq5", "rq", "prq", "opq", "kept", "int8", "int4"])
 def test_gradients_are_those_of_the_formula(name: str) -> None:
     table = random_table(SPECS[name])
@@ -145,6 +154,7 @@ def test_gradients_are_those_of_the_formula(name: str) -> None:
         assert torch.allclose(layer.get_parameter(short).grad, parameter.grad), short
 
 
+@pytest.mark.usefixtures("each_lookup")
 @pytest.mark.parametrize("size", [4, 3000, 9000])
 @pytest.mark.parametrize("name", ["pq8", "pq4", "rq", "prq", "opq", "int8"])
 def test_gradients_in_float32_do_not_depend_on_the_batch_size(name: str, size: int) -> None:
@@ -167,6 +177,7 @@ def test_gradients_reach_half_precision_codebooks(pq: CompressedTable) -> None:
     assert layer.codebooks.grad.dtype == torch.float16 and layer.codebooks.grad.abs().sum() > 0
 
 
+@pytest.mark.usefixtures("each_lookup")
 def test_padding_row_gets_no_gradient() -> None:
     table = random_table(SPECS["pq8"])
     layer = CompressedEmbedding(table, padding_idx=-N + 3)
@@ -179,6 +190,7 @@ def test_padding_row_gets_no_gradient() -> None:
     assert torch.equal(layer.codebooks.grad, other.codebooks.grad)
 
 
+@pytest.mark.usefixtures("each_lookup")
 @pytest.mark.parametrize("norm_type", [1.0, 2.0])
 def test_max_norm_shortens_rows_as_the_dense_layer_does(table: CompressedTable, norm_type: float) -> None:
     oracle = dense(table, max_norm=2.5, norm_type=norm_type)
@@ -197,6 +209,7 @@ def test_scale_grad_by_freq_divides_by_the_count_in_the_batch() -> None:
     assert torch.allclose(layer.codebooks.grad, plain.codebooks.grad, atol=1e-5)
 
 
+@pytest.mark.usefixtures("each_lookup")
 @pytest.mark.parametrize("bad", [300, -1, 2**40])
 def test_error_names_the_bad_id_and_the_range(table: CompressedTable, bad: int) -> None:
     for layer in (CompressedEmbedding(table), CompressedEmbeddingBag(table)):
@@ -209,6 +222,7 @@ def test_ids_that_are_not_integers_are_refused_as_by_the_dense_layer(pq: Compres
         CompressedEmbedding(pq)(torch.tensor([1.0]))
 
 
+@pytest.mark.usefixtures("each_lookup")
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("padding_idx", [None, 5])
 @pytest.mark.parametrize("index", [torch.int64, torch.int32])

@@ -10,10 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from cqr_compress.errors import RowIndexError, WeightWriteError
+from cqr_compress.nn.fast_rows import fast_rows
 from cqr_compress.nn.search import TopK, search_scores, search_topk
 from cqr_compress.nn.table_weight import TableWeight
 from cqr_compress.spec import AnySpec, CodebookSpec, dtype_name
-from cqr_compress.table import PER_ROW, CompressedTable, decode_block, is_tracing, row_blocks, work_width
+from cqr_compress.table import (
+    PER_ROW,
+    CompressedTable,
+    decode_block,
+    is_tracing,
+    rotated,
+    row_blocks,
+    with_kept_rows,
+    work_width,
+)
 
 _LIKE = "_like"
 
@@ -46,6 +56,7 @@ class TableLayer(nn.Module):
     norm_type: float
     scale_grad_by_freq: bool
     _owner: TableLayer | None
+    _names: tuple[str, ...]  # of the table's tensors, so that a lookup need not ask the spec
 
     def hold_table(
         self,
@@ -62,7 +73,7 @@ class TableLayer(nn.Module):
             dtype: of the rows; the source's if None.
             requires_grad: whether codebooks and other floating-point tensors are trained.
         """
-        self.spec, self._owner = table.spec, None
+        self.spec, self._owner, self._names = table.spec, None, tuple(table.spec.tensor_shapes())
         for short, tensor in table.tensors.items():
             moved = tensor.to(device)
             if moved.is_floating_point() and moved.numel():
@@ -104,8 +115,8 @@ class TableLayer(nn.Module):
 
     def table_tensors(self) -> dict[str, Tensor]:
         """The table's tensors by short name, as they are in memory."""
-        owner = self.owner
-        return {short: cast(Tensor, getattr(owner, short)) for short in self.spec.tensor_shapes()}
+        parameters, buffers = self.owner._parameters, self.owner._buffers
+        return {n: cast(Tensor, parameters[n] if n in parameters else buffers[n]) for n in self.owner._names}
 
     def table(self) -> CompressedTable:
         """The table as it is in memory; its tensors are shared, not copied."""
@@ -131,11 +142,15 @@ class TableLayer(nn.Module):
         Raises:
             RowIndexError: an id outside [0, N) (an IndexError); on CUDA the device asserts, as for nn.Embedding.
         """
+        tensors = self.table_tensors()
+        rows = fast_rows(self.spec, tensors, ids)
+        if rows is not None:
+            rows = rotated(tensors, rows).to(self.dtype)
+            return with_kept_rows(self.spec, tensors, ids, rows) if "kept_ids" in tensors else rows
         if "codes" not in self.spec.tensor_shapes() and not is_tracing():
             self._check_range(ids)
         here = {
-            short: _gather(self, tensor, ids) if short in PER_ROW else tensor
-            for short, tensor in self.table_tensors().items()
+            short: _gather(self, tensor, ids) if short in PER_ROW else tensor for short, tensor in tensors.items()
         }
         return decode_block(self.spec, here, ids, self.dtype)
 
@@ -212,7 +227,7 @@ class TableLayer(nn.Module):
         flat = ids.reshape(-1)
         rows = self.decode_ids(flat)
         trains = torch.is_grad_enabled() and rows.requires_grad
-        if trains or torch.jit.is_tracing():  # type: ignore
+        if trains or torch._C._get_tracing_state() is not None:
             if self.padding_idx is not None:
                 rows = torch.where((flat == self.padding_idx)[:, None], rows.detach(), rows)
             if self.scale_grad_by_freq:
@@ -223,7 +238,7 @@ class TableLayer(nn.Module):
         if self.max_norm is not None:
             length = rows.detach().norm(self.norm_type, dim=1, keepdim=True)
             rows = rows * torch.where(length > self.max_norm, self.max_norm / (length + 1e-7), 1.0)
-        return rows.view(*ids.shape, self.embedding_dim)
+        return rows if ids.ndim == 1 else rows.view(*ids.shape, self.embedding_dim)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # before nn.Module registers a Parameter

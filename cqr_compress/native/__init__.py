@@ -1,0 +1,228 @@
+"""Compiled lookups for the CPU: `lookup.c`, built with the system's C compiler when it is first needed.
+
+Without a compiler, or with CQR_COMPRESS_NATIVE=0 in the environment, lookups are done by torch alone, with the
+same results and more passes over memory. The library is built once (about a second) into the user's cache folder,
+under a name that holds the source, the flags and the processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SOURCE = Path(__file__).with_name("lookup.c")
+_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-ffp-contract=off")
+_ROWS_PER_THREAD = 256
+"""Rows that are worth waking a thread for."""
+
+
+@dataclass(frozen=True)
+class Native:
+    """Whether the compiled lookups are in use.
+
+    Attributes:
+        library: the loaded library, or None.
+        reason: where it is, or why there is none.
+    """
+
+    library: ctypes.CDLL | None
+    reason: str
+
+
+@functools.cache
+def native() -> Native:
+    """Load the library, after building it where it was not built before; never raises."""
+    if os.environ.get("CQR_COMPRESS_NATIVE", "1") == "0":
+        return Native(None, "turned off by CQR_COMPRESS_NATIVE=0")
+    named = os.environ.get("CC", "cc")
+    compiler = shutil.which(named) or shutil.which("gcc") or shutil.which("clang")
+    if os.name != "posix" or compiler is None:
+        return Native(None, f"no C compiler: neither {named!r}, gcc nor clang is there")
+    try:
+        path = _build(compiler, ("-fopenmp",))
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:  # torch was built with another OpenMP library than this compiler's
+            path = _build(compiler, ())
+            library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as e:
+        detail = getattr(e, "stderr", b"") or b""
+        return Native(None, f"{compiler} failed: {e} {detail.decode(errors='replace')[-500:]}")
+    _declare(library)
+    return Native(library, str(path))
+
+
+def codebook_rows(ids: Tensor, codes: Tensor, codebooks: Tensor, num_rows: int, n_bits: int) -> Tensor | None:
+    """Look rows up; the codebook formula for stored codes.
+
+    Args:
+        ids: (B,) int32 or int64, contiguous, on the CPU.
+        codes: (N, width) uint8, contiguous.
+        codebooks: (C, L, K, S) floating point, contiguous.
+        num_rows: N.
+        n_bits: of a code, log2 K.
+
+    Returns:
+        (B, C * S) float32; None if an id is outside [0, N).
+    """
+    C, L, K, S = codebooks.shape
+    B = ids.shape[0]
+    values, is_half = _readable(codebooks)
+    out = torch.empty(B, C * S)
+    bad = _library().codebook_rows(
+        out.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B, num_rows,
+        codes.data_ptr(), codes.shape[1], values.data_ptr(), is_half, C, L, K, S, n_bits, _threads(B),
+    )  # fmt: skip
+    return out if bad < 0 else None
+
+
+def codebook_gradient(
+    grad_rows: Tensor, ids: Tensor, codes: Tensor, shape: tuple[int, int, int, int], n_bits: int
+) -> Tensor:
+    """Sum the gradients of looked-up rows into their codewords.
+
+    Args:
+        grad_rows: (B, D) float32, contiguous.
+        ids: (B,) as `codebook_rows` took them.
+        codes: (N, width) uint8.
+        shape: (C, L, K, S).
+        n_bits: of a code.
+
+    Returns:
+        (C, L, K, S) float32; independent of the number of threads.
+    """
+    C, L, K, S = shape
+    B = ids.shape[0]
+    grad = torch.zeros(shape)
+    _library().codebook_gradient(
+        grad.data_ptr(), grad_rows.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B,
+        codes.data_ptr(), codes.shape[1], C, L, K, S, n_bits, min(_threads(B), C * L),
+    )  # fmt: skip
+    return grad
+
+
+def rowwise_rows(
+    ids: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, num_rows: int, dim: int, n_bits: int
+) -> Tensor | None:
+    """Look up rows of integers with a scale and an offset for each.
+
+    Args:
+        ids: (B,) int32 or int64, contiguous, on the CPU.
+        codes: (N, width) uint8, contiguous.
+        scale: (N,) float16 or float32, contiguous.
+        offset: (N,) of the same dtype.
+        num_rows: N.
+        dim: D.
+        n_bits: 8 or 4.
+
+    Returns:
+        (B, D) float32; None if an id is outside [0, N).
+    """
+    B = ids.shape[0]
+    out = torch.empty(B, dim)
+    bad = _library().rowwise_rows(
+        out.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B, num_rows,
+        codes.data_ptr(), codes.shape[1], scale.data_ptr(), offset.data_ptr(), scale.dtype == torch.float16,
+        dim, n_bits, _threads(B),
+    )  # fmt: skip
+    return out if bad < 0 else None
+
+
+@functools.cache
+def available() -> bool:
+    """Whether there is a library."""
+    return native().library is not None
+
+
+@functools.cache
+def has_half() -> bool:
+    """Whether the library reads float16 itself."""
+    return bool(ctypes.c_int.in_dll(_library(), "has_half").value)
+
+
+def _readable(codebooks: Tensor) -> tuple[Tensor, bool]:
+    """The codebooks in a dtype that the library reads, and whether that is float16."""
+    is_half = codebooks.dtype == torch.float16 and has_half()
+    return (codebooks, True) if is_half else (codebooks.float(), False)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = native().library
+    assert library is not None, "asked before looking whether there is one"
+    return library
+
+
+def _threads(rows: int) -> int:
+    return 1 if rows < 2 * _ROWS_PER_THREAD else min(torch.get_num_threads(), rows // _ROWS_PER_THREAD)
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer: Any = ctypes.c_void_p
+    integer: Any = ctypes.c_int
+    long: Any = ctypes.c_int64
+    library.codebook_rows.restype = library.rowwise_rows.restype = long
+    library.codebook_gradient.restype = None
+    batch = [pointer, integer, long]  # ids, is_int64, B
+    library.codebook_rows.argtypes = [pointer, *batch, long, pointer, long, pointer, *[integer] * 7]
+    library.codebook_gradient.argtypes = [pointer, pointer, *batch, pointer, long, *[integer] * 6]
+    library.rowwise_rows.argtypes = [pointer, *batch, long, pointer, long, pointer, pointer, *[integer] * 4]
+
+
+def _build(compiler: str, more_flags: tuple[str, ...]) -> Path:
+    """Compile the library, unless that was done before.
+
+    It is linked without an OpenMP library of its own: it finds the one that torch has loaded, so that both
+    share one pool of threads.
+    """
+    source = _SOURCE.read_bytes()
+    flags = (*_FLAGS, *more_flags)
+    key = hashlib.sha256(b"\0".join([source, compiler.encode(), " ".join(flags).encode(), _processor()]))
+    folder = _cache_folder()
+    path = folder / f"lookup-{key.hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        compiled, linked = Path(work, "lookup.o"), Path(work, "lookup.so")
+        for command in (
+            [compiler, *flags, "-c", str(_SOURCE), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), "-o", str(linked)],
+        ):
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+        linked.replace(path)  # whole or not at all, also when several processes build
+    return path
+
+
+def _cache_folder() -> Path:
+    """A folder that no one else can write to; one for this process alone where the cache is not like that."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "cqr-compress"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+        if about.st_uid == os.getuid() and not about.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="cqr-compress-"))
+
+
+def _processor() -> bytes:
+    """What the processor can do, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "".join(line for line in lines if line.startswith(("flags", "Features")))[:8192].encode()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".encode()

@@ -1,0 +1,211 @@
+/* Lookups in compressed tables and their gradients on the CPU.
+ *
+ * Rows come straight from packed codes to floats, without the index tensors that the same work takes in torch.
+ * Shapes: N rows, D = C * S columns, C columns of S dimensions, L levels, K codewords; a row of codes is
+ * `width` bytes, C * L codes of n_bits without gaps, least significant bit first. Codes are below K because K is
+ * 2**n_bits. Work is split so that no two threads write to one place: results do not depend on their number.
+ */
+#include <stdint.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define AHEAD 12 /* rows whose codes are fetched before their turn */
+#define MAX_LEVELS 64 /* levels that are summed in one go */
+
+typedef float f4 __attribute__((vector_size(16), aligned(4)));
+typedef float f16 __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t half; /* the bits of an IEEE float16 */
+
+INLINE float float_1(const float *p) { return *p; }
+INLINE f4 float_4(const float *p) { return *(const f4 *)p; }
+INLINE f16 float_16(const float *p) { return *(const f16 *)p; }
+
+#ifdef __F16C__
+#include <immintrin.h>
+const int has_half = 1;
+INLINE float half_1(const half *p) { return _cvtsh_ss(*p); }
+INLINE f4 half_4(const half *p) { return (f4)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)p)); }
+INLINE f16 half_16(const half *p) {
+#ifdef __AVX512F__
+    return (f16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#else
+    union { __m256 two[2]; f16 all; } sum;
+    sum.two[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+    sum.two[1] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)));
+    return sum.all;
+#endif
+}
+#else
+const int has_half = 0; /* the caller widens float16 first */
+INLINE float half_1(const half *p) { return (float)*p; }
+INLINE f4 half_4(const half *p) { return (f4){(float)*p}; }
+INLINE f16 half_16(const half *p) { return (f16){(float)*p}; }
+#endif
+
+INLINE int64_t id_at(const void *ids, int is_int64, int64_t i) {
+    return is_int64 ? ((const int64_t *)ids)[i] : (int64_t)((const int32_t *)ids)[i];
+}
+
+/* The first place whose id is no row of the table, or -1. */
+static int64_t first_bad_id(const void *ids, int is_int64, int64_t B, int64_t N) {
+    for (int64_t i = 0; i < B; i++)
+        if ((uint64_t)id_at(ids, is_int64, i) >= (uint64_t)N) return i;
+    return -1;
+}
+
+/* The m-th code of a packed row; touches no byte beyond the row. */
+INLINE uint32_t code_at(const uint8_t *row, int64_t m, int n_bits) {
+    if (n_bits == 8) return row[m];
+    if (n_bits == 4) return row[m >> 1] >> (m & 1) * 4 & 15;
+    int64_t bit = m * n_bits;
+    int shift = bit & 7;
+    uint32_t word = row[bit >> 3];
+    if (shift + n_bits > 8) word |= (uint32_t)row[(bit >> 3) + 1] << 8;
+    if (shift + n_bits > 16) word |= (uint32_t)row[(bit >> 3) + 2] << 16;
+    return word >> shift & ((1u << n_bits) - 1);
+}
+
+/* Sums over the levels of S dimensions from s on, in vectors of `width` floats, onto what `to` holds if `more`. */
+#define SUM_LEVELS(vector, width, load)                                                                \
+    for (; s + width <= S; s += width) {                                                               \
+        vector sum = load(words[0] + s);                                                               \
+        for (int l = 1; l < levels; l++) sum += load(words[l] + s);                                    \
+        if (more) sum += *(vector *)(to + s);                                                          \
+        *(vector *)(to + s) = sum;                                                                     \
+    }
+
+/* The same for 64 dimensions at a time, so that a codeword is read in one piece. */
+#define SUM_LEVELS_BY_FOUR(load)                                                                       \
+    for (; s + 64 <= S; s += 64) {                                                                     \
+        f16 sum[4];                                                                                    \
+        for (int j = 0; j < 4; j++) sum[j] = load(words[0] + s + 16 * j);                              \
+        for (int l = 1; l < levels; l++)                                                               \
+            for (int j = 0; j < 4; j++) sum[j] += load(words[l] + s + 16 * j);                         \
+        for (int j = 0; j < 4; j++) {                                                                  \
+            if (more) sum[j] += *(f16 *)(to + s + 16 * j);                                             \
+            *(f16 *)(to + s + 16 * j) = sum[j];                                                        \
+        }                                                                                              \
+    }
+
+/* Rows a..b of the batch. Where L, S and n_bits are constants the compiler unrolls the loops. */
+#define DEFINE_ROWS(value)                                                                             \
+    INLINE void value##_rows(float *out, const void *ids, int is_int64, int64_t a, int64_t b,          \
+                             const uint8_t *codes, int64_t width, const value *codebooks, int C,       \
+                             int L, int K, int S, int n_bits) {                                        \
+        for (int64_t i = a; i < b; i++) {                                                              \
+            if (i + AHEAD < b) __builtin_prefetch(codes + id_at(ids, is_int64, i + AHEAD) * width);    \
+            const uint8_t *row = codes + id_at(ids, is_int64, i) * width;                              \
+            float *to = out + i * C * S;                                                               \
+            for (int c = 0; c < C; c++, to += S) {                                                     \
+                const value *first = codebooks + (int64_t)c * L * K * S, *words[MAX_LEVELS];           \
+                for (int start = 0; start < L; start += MAX_LEVELS) {                                  \
+                    int levels = L - start < MAX_LEVELS ? L - start : MAX_LEVELS, more = start, s = 0; \
+                    for (int l = 0; l < levels; l++) {                                                 \
+                        int64_t m = (int64_t)c * L + start + l;                                        \
+                        words[l] = first + ((int64_t)(start + l) * K + code_at(row, m, n_bits)) * S;   \
+                    }                                                                                  \
+                    SUM_LEVELS_BY_FOUR(value##_16)                                                     \
+                    SUM_LEVELS(f16, 16, value##_16)                                                    \
+                    SUM_LEVELS(f4, 4, value##_4)                                                       \
+                    SUM_LEVELS(float, 1, value##_1)                                                    \
+                }                                                                                      \
+            }                                                                                          \
+        }                                                                                              \
+    }                                                                                                  \
+    static void value##_rows_any(float *out, const void *ids, int is_int64, int64_t a, int64_t b,      \
+                                 const uint8_t *codes, int64_t width, const value *codebooks, int C,   \
+                                 int L, int K, int S, int n_bits) {                                    \
+        if (L == 1 && n_bits == 8 && S == 4)                                                           \
+            value##_rows(out, ids, is_int64, a, b, codes, width, codebooks, C, 1, 256, 4, 8);          \
+        else if (L == 1 && n_bits == 4 && S == 4)                                                      \
+            value##_rows(out, ids, is_int64, a, b, codes, width, codebooks, C, 1, 16, 4, 4);           \
+        else if (L == 1 && n_bits == 8)                                                                \
+            value##_rows(out, ids, is_int64, a, b, codes, width, codebooks, C, 1, 256, S, 8);          \
+        else if (L == 1)                                                                               \
+            value##_rows(out, ids, is_int64, a, b, codes, width, codebooks, C, 1, K, S, n_bits);       \
+        else if (n_bits == 8)                                                                          \
+            value##_rows(out, ids, is_int64, a, b, codes, width, codebooks, C, L, 256, S, 8);          \
+        else                                                                                           \
+            value##_rows(out, ids, is_int64, a, b, codes, width, codebooks, C, L, K, S, n_bits);       \
+    }
+
+DEFINE_ROWS(float)
+DEFINE_ROWS(half)
+
+/* out (B, D) = rows of ids; codebooks (C, L, K, S) float or half. Returns the place of a bad id, or -1. */
+int64_t codebook_rows(float *out, const void *ids, int is_int64, int64_t B, int64_t N, const uint8_t *codes,
+                      int64_t width, const void *codebooks, int is_half, int C, int L, int K, int S, int n_bits,
+                      int threads) {
+    int64_t bad = first_bad_id(ids, is_int64, B, N);
+    if (bad >= 0) return bad;
+    int64_t step = (B + threads - 1) / threads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int t = 0; t < threads; t++) {
+        int64_t a = t * step, b = a + step < B ? a + step : B;
+        if (is_half) half_rows_any(out, ids, is_int64, a, b, codes, width, codebooks, C, L, K, S, n_bits);
+        else float_rows_any(out, ids, is_int64, a, b, codes, width, codebooks, C, L, K, S, n_bits);
+    }
+    return -1;
+}
+
+INLINE void add_codewords(float *grad, const float *g, const void *ids, int is_int64, int64_t B,
+                          const uint8_t *codes, int64_t width, int first, int last, int C, int L, int K, int S,
+                          int n_bits) {
+    for (int64_t i = 0; i < B; i++) {
+        if (i + AHEAD < B) __builtin_prefetch(codes + id_at(ids, is_int64, i + AHEAD) * width);
+        const uint8_t *row = codes + id_at(ids, is_int64, i) * width;
+        for (int m = first; m < last; m++) {
+            float *to = grad + ((int64_t)m * K + code_at(row, m, n_bits)) * S;
+            const float *from = g + i * C * S + (int64_t)(m / L) * S;
+            for (int s = 0; s < S; s++) to[s] += from[s];
+        }
+    }
+}
+
+/* grad (C, L, K, S) += what the rows' gradients g (B, D) give their codewords; ids are rows of the table. */
+void codebook_gradient(float *grad, const float *g, const void *ids, int is_int64, int64_t B,
+                       const uint8_t *codes, int64_t width, int C, int L, int K, int S, int n_bits, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int t = 0; t < threads; t++) {
+        int first = (int64_t)C * L * t / threads, last = (int64_t)C * L * (t + 1) / threads;
+        if (L == 1 && n_bits == 8 && S == 4) add_codewords(grad, g, ids, is_int64, B, codes, width, first, last, C, 1, K, 4, 8);
+        else if (L == 1 && n_bits == 4 && S == 4) add_codewords(grad, g, ids, is_int64, B, codes, width, first, last, C, 1, K, 4, 4);
+        else if (n_bits == 8) add_codewords(grad, g, ids, is_int64, B, codes, width, first, last, C, L, K, S, 8);
+        else add_codewords(grad, g, ids, is_int64, B, codes, width, first, last, C, L, K, S, n_bits);
+    }
+}
+
+INLINE float half_at(const void *values, int is_half, int64_t i) {
+    return is_half ? half_1((const half *)values + i) : ((const float *)values)[i];
+}
+
+INLINE void integer_rows(float *out, const void *ids, int is_int64, int64_t a, int64_t b, const uint8_t *codes,
+                         int64_t width, const void *scale, const void *offset, int is_half, int D, int n_bits) {
+    for (int64_t i = a; i < b; i++) {
+        if (i + AHEAD < b) {
+            int64_t next = id_at(ids, is_int64, i + AHEAD);
+            for (int64_t byte = 0; byte < width; byte += 64) __builtin_prefetch(codes + next * width + byte);
+            __builtin_prefetch((const char *)scale + next * (is_half ? 2 : 4));
+            __builtin_prefetch((const char *)offset + next * (is_half ? 2 : 4));
+        }
+        int64_t id = id_at(ids, is_int64, i);
+        const uint8_t *row = codes + id * width;
+        float *to = out + i * D, step = half_at(scale, is_half, id), low = half_at(offset, is_half, id);
+        for (int d = 0; d < D; d++) to[d] = low + step * (float)code_at(row, d, n_bits);
+    }
+}
+
+/* out (B, D) = offset + scale * integers of n_bits 8 or 4. Returns the place of a bad id, or -1. */
+int64_t rowwise_rows(float *out, const void *ids, int is_int64, int64_t B, int64_t N, const uint8_t *codes,
+                     int64_t width, const void *scale, const void *offset, int is_half, int D, int n_bits,
+                     int threads) {
+    int64_t bad = first_bad_id(ids, is_int64, B, N);
+    if (bad >= 0) return bad;
+    int64_t step = (B + threads - 1) / threads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int t = 0; t < threads; t++) {
+        int64_t a = t * step, b = a + step < B ? a + step : B;
+        if (n_bits == 8) integer_rows(out, ids, is_int64, a, b, codes, width, scale, offset, is_half, D, 8);
+        else integer_rows(out, ids, is_int64, a, b, codes, width, scale, offset, is_half, D, 4);
+    }
+    return -1;
+}

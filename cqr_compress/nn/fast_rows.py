@@ -1,0 +1,92 @@
+"""Choose between the compiled lookup and torch's, and give the compiled one its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from cqr_compress import native
+from cqr_compress.spec import AnySpec, CodebookSpec
+from cqr_compress.table import is_tracing
+
+_FLOATS = (torch.float16, torch.float32)
+
+
+def fast_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
+    """Compute rows in one pass over their codes, where that is possible.
+
+    It is on the CPU in eager mode, for stored codes and codebooks up to float32.
+
+    Args:
+        spec: the table's spec.
+        tensors: `spec.body_shapes()` by name, whole.
+        ids: (B,) row numbers.
+
+    Returns:
+        (B, D) float32, before rotation and kept rows and differentiable; None where torch has to do it, also for
+        an id outside the table, so that torch says so.
+    """
+    codes = tensors.get("codes")
+    if codes is None or not _is_plain(ids) or is_tracing() or torch._C._are_functorch_transforms_active():
+        return None
+    N, ids = spec.num_embeddings, ids.contiguous()
+    trains = torch.is_grad_enabled()
+    if isinstance(spec, CodebookSpec):
+        codebooks = tensors["codebooks"]
+        if spec.num_stored_levels != spec.num_levels or not _usable(codes, codebooks):
+            return None
+        if trains and codebooks.requires_grad:
+            return cast("Tensor | None", _CodebookRows.apply(codebooks, codes, ids, N, spec.n_bits))  # type: ignore
+        return native.codebook_rows(ids, codes, codebooks, N, spec.n_bits)
+    scale, offset = tensors["row_scale"], tensors["row_offset"]
+    if trains and (scale.requires_grad or offset.requires_grad):
+        return None
+    if not _usable(codes, scale) or scale.dtype != offset.dtype or not offset.is_contiguous():
+        return None
+    if scale.dtype == torch.float16 and not native.has_half():
+        return None
+    return native.rowwise_rows(ids, codes, scale, offset, N, spec.embedding_dim, spec.n_bits)
+
+
+class _CodebookRows(torch.autograd.Function):
+    """The codebook formula for stored codes; the codebooks' gradient is summed in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, codebooks: Tensor, codes: Tensor, ids: Tensor, num_rows: int, n_bits: int
+    ) -> Tensor | None:
+        """Look up rows (B, D)."""
+        ctx.save_for_backward(codes, ids)
+        ctx.shape, ctx.dtype, ctx.n_bits = tuple(codebooks.shape), codebooks.dtype, n_bits
+        return native.codebook_rows(ids, codes, codebooks, num_rows, n_bits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """Give each codeword the sum of its rows' gradients."""
+        codes, ids = ctx.saved_tensors
+        grad_rows = grad_rows.to(torch.float32).contiguous()
+        grad = native.codebook_gradient(grad_rows, ids, codes, ctx.shape, ctx.n_bits)
+        return grad.to(ctx.dtype), None, None, None, None
+
+
+def _is_plain(ids: Tensor) -> bool:
+    return type(ids) is Tensor and ids.is_cpu and ids.dtype in (torch.int32, torch.int64)
+
+
+def _usable(codes: Tensor, values: Tensor) -> bool:
+    """Whether the compiled lookup takes these tensors, and is there."""
+    return (
+        native.available()
+        and type(values) in (Tensor, Parameter)
+        and codes.is_cpu
+        and values.is_cpu
+        and values.dtype in _FLOATS
+        and codes.is_contiguous()
+        and values.is_contiguous()
+    )

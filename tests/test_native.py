@@ -1,0 +1,164 @@
+"""The compiled lookup gives what torch gives, for every layout, and its absence changes nothing but the time."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cqr_compress import CompressedEmbedding, CompressedTable, native
+from cqr_compress.spec import STORED, CodebookSpec, RowwiseSpec
+
+needs_library = pytest.mark.skipif(not native.available(), reason=f"no compiled lookup: {native.native().reason}")
+
+
+def random_table(spec: Any, seed: int) -> CompressedTable:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for short, shape in spec.tensor_shapes().items():
+        if shape.dtype == torch.uint8:
+            tensors[short] = torch.randint(256, shape.shape, generator=generator, dtype=torch.uint8)
+        else:
+            tensors[short] = torch.randn(shape.shape, generator=generator).to(shape.dtype)
+    return CompressedTable(spec, tensors)
+
+
+def rows_and_gradients(table: CompressedTable, ids: torch.Tensor) -> list[torch.Tensor]:
+    layer = CompressedEmbedding(table)
+    with torch.no_grad():
+        alone = layer(ids)
+    rows = layer(ids)
+    assert torch.equal(rows, alone)
+    rows.backward(torch.linspace(-1, 1, rows.numel()).view_as(rows))
+    return [rows.detach(), *(p.grad.float() for p in layer.parameters() if p.grad is not None)]
+
+
+def assert_same(table: CompressedTable, ids: torch.Tensor) -> None:
+    """Compare the compiled lookup with torch's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "available", lambda: False)
+        expected = rows_and_gradients(table, ids)
+    found = rows_and_gradients(table, ids)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(
+            a, b, rtol=2e-3 if a is not found[0] else 1e-5, atol=1e-3 if a is not found[0] else 1e-5
+        )
+
+
+@needs_library
+@settings(max_examples=150, deadline=None)
+@given(
+    n_bits=st.integers(1, 16), columns=st.integers(1, 5), levels=st.sampled_from([1, 2, 3, 8, 64, 65, 130]),
+    sub_dim=st.sampled_from([1, 2, 3, 4, 5, 8, 16, 19, 20, 64, 85]), dtype=st.sampled_from(["float16", "float32"]),
+    size=st.sampled_from([0, 1, 7, 300, 1100]), index=st.sampled_from([torch.int32, torch.int64]), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_codebook_lookups_agree_with_torch(
+    n_bits: int, columns: int, levels: int, sub_dim: int, dtype: str, size: int, index: torch.dtype, seed: int
+) -> None:
+    if levels > 8 and n_bits > 6:
+        n_bits = 6  # keep codebooks small
+    spec = CodebookSpec(
+        method="test", num_embeddings=50, embedding_dim=columns * sub_dim, num_columns=columns, num_levels=levels,
+        codebook_size=2**n_bits, code_sources=(STORED,) * levels, codebook_dtype=dtype,
+    )  # fmt: skip
+    assert_same(
+        random_table(spec, seed),
+        torch.randint(50, (size,), generator=torch.Generator().manual_seed(seed)).to(index),
+    )
+
+
+@needs_library
+@pytest.mark.parametrize("n_bits", [4, 8])
+@pytest.mark.parametrize("dim", [1, 7, 64, 65])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rowwise_lookups_agree_with_torch(n_bits: int, dim: int, dtype: str) -> None:
+    spec = RowwiseSpec(method="int", num_embeddings=90, embedding_dim=dim, n_bits=n_bits, scale_dtype=dtype)
+    for size in (0, 1, 90, 1000):
+        assert_same(random_table(spec, 0), torch.randint(90, (size,)))
+
+
+@needs_library
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    spec = CodebookSpec(
+        method="test", num_embeddings=500, embedding_dim=24, num_columns=3, num_levels=2, codebook_size=32,
+        code_sources=(STORED,) * 2,
+    )  # fmt: skip
+    table, ids = random_table(spec, 0), torch.randint(500, (5000,))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(rows_and_gradients(table, ids))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_library
+def test_views_and_odd_strides_are_read_right() -> None:
+    spec = CodebookSpec(
+        method="test", num_embeddings=50, embedding_dim=8, num_columns=2, num_levels=1, codebook_size=256,
+        code_sources=(STORED,),
+    )  # fmt: skip
+    table = random_table(spec, 0)
+    layer, ids = CompressedEmbedding(table), torch.randint(50, (20, 10))
+    rows = table.decode()
+    for view in (ids.t(), ids[:, ::3], ids[3:].T[1], torch.tensor(5).expand(4)):
+        assert torch.allclose(layer(view), rows[view], atol=1e-6)
+    layer.codes = layer.codes.t().contiguous().t()
+    assert torch.allclose(layer(ids), rows[ids], atol=1e-6)
+    layer(ids).sum().backward()  # the gradient is an expanded scalar
+    assert layer.codebooks.grad.sum() == pytest.approx(200 * 8, rel=1e-2)
+
+
+SCRIPT = """
+import torch
+from cqr_compress import CompressedEmbedding, CompressedTable, native
+from cqr_compress.spec import RowwiseSpec
+spec = RowwiseSpec(method="int8", num_embeddings=3, embedding_dim=2, n_bits=8)
+table = CompressedTable(spec, {"codes": torch.tensor([[1, 2], [3, 4], [5, 6]]).byte(),
+                               "row_scale": torch.ones(3).half(), "row_offset": torch.zeros(3).half()})
+print(CompressedEmbedding(table)(torch.tensor([2, 0])).tolist(), native.native().reason)
+"""
+
+
+def run(tmp_path: Path, **environment: str) -> str:
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path), **environment}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[[5.0, 6.0], [1.0, 2.0]] ") and done.stderr == ""
+    return done.stdout.split("]] ")[1].strip()
+
+
+def test_lookups_work_where_nothing_can_be_compiled(tmp_path: Path) -> None:
+    assert run(tmp_path, CQR_COMPRESS_NATIVE="0") == "turned off by CQR_COMPRESS_NATIVE=0"
+    bare = run(tmp_path, PATH=str(tmp_path), CC="nothing")
+    assert bare == "no C compiler: neither 'nothing', gcc nor clang is there"
+    assert "false failed" in run(tmp_path, CC="false")
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@needs_library
+def test_the_library_is_built_once_into_a_private_folder(tmp_path: Path) -> None:
+    first, again = run(tmp_path), run(tmp_path)
+    assert first == again and Path(first).parent == tmp_path / "cache" / "cqr-compress"
+    assert (
+        stat.S_IMODE(Path(first).parent.stat().st_mode) == 0o700 and len(list(Path(first).parent.iterdir())) == 1
+    )
+
+
+@needs_library
+def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "cqr-compress"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    path = Path(run(tmp_path))
+    assert folder not in path.parents and path.name.endswith(".so") and not list(folder.iterdir())
