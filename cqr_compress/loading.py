@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,7 +80,7 @@ def load_compressed(
             place.module._parameters[place.attribute] = nn.Parameter(torch.empty_like(place.tensor))
         for swap in plan.swaps:
             apply_swap(swap, fill)
-        _load_dense(model, plan.read_dense(opened), fill)
+        _load_dense(model, opened, plan.dense, fill)
     if device is not None:
         model.to(device)
     tables = tuple(place.name for swap in plan.swaps for place in swap.places)
@@ -128,17 +128,6 @@ class _LoadPlan:
     separated: list[Place]
     missing: list[str]
     unexpected: list[str]
-
-    def read_dense(self, opened: CompressedCheckpoint) -> dict[str, Tensor]:
-        """Read the tensors; names that share one in the file share one here."""
-        read: dict[str, Tensor] = {}
-        for source in self.dense.values():
-            if source not in read:
-                is_table = source in opened.specs
-                read[source] = (
-                    opened.table(source).decode() if is_table else opened.dense_entries[source].lazy.read()
-                )
-        return {name: read[source] for name, source in self.dense.items()}
 
 
 def _plan(model: nn.Module, opened: CompressedCheckpoint, strict: bool, prefix: str | None) -> _LoadPlan:
@@ -214,15 +203,10 @@ def _assign(
             if source in given and not place.is_layer:
                 dense[name] = source
                 continue
-            tables[name] = _copied(opened.table(source))
+            tables[name] = opened.table(source)
             given.add(source)
             held.add(place.key)
     return tables, dense
-
-
-def _copied(table: CompressedTable) -> CompressedTable:
-    """A table in memory of its own; reading safetensors maps the file, which may be replaced."""
-    return replace(table, tensors={short: tensor.clone() for short, tensor in table.tensors.items()})
 
 
 def _places(model: nn.Module) -> dict[str, Place]:
@@ -266,21 +250,31 @@ def _list(what: str, names: Sequence[str]) -> list[str]:
     return [f"{what}: {', '.join(repr(name) for name in names[:_LISTED])}{more}"]
 
 
-def _load_dense(model: nn.Module, dense: dict[str, Tensor], device: torch.device | str | None) -> None:
-    """Fill all other tensors; those on the meta device get memory, and stay tied where they were."""
+def _load_dense(
+    model: nn.Module, opened: CompressedCheckpoint, dense: Mapping[str, str], device: torch.device | str | None
+) -> None:
+    """Fill all other tensors; those on the meta device get memory, one by one, and stay tied where they were."""
     on_meta = {name: place for name, place in places_of(model) if place.tensor.is_meta}
-    model.load_state_dict({name: t for name, t in dense.items() if name not in on_meta}, strict=False)
+    held = {source: _read(opened, source) for name, source in dense.items() if name not in on_meta}
+    model.load_state_dict({name: held[dense[name]] for name in dense if name not in on_meta}, strict=False)
     filled: dict[int, Tensor] = {}
     for name, place in on_meta.items():
         old, key = place.tensor, place.key
         if name in dense and key not in filled:
-            value = dense[name].to(device=device, dtype=old.dtype, copy=True)
+            value = _read(opened, dense[name]).to(device=device, dtype=old.dtype)
             filled[key] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
     for place in on_meta.values():
         if place.key in filled:
             module, attribute = place.module, place.attribute
             where: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
             where[attribute] = filled[place.key]
+
+
+def _read(opened: CompressedCheckpoint, source: str) -> Tensor:
+    """Read a tensor into memory, or decode a table that no layer of the model can hold."""
+    if source in opened.specs:
+        return opened.table(source).decode()
+    return opened.dense_entries[source].lazy.read()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

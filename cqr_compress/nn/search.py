@@ -71,8 +71,10 @@ def search_topk(spec: AnySpec, tensors: Mapping[str, Tensor], h: Tensor, k: int)
     N = spec.num_embeddings
     if not 1 <= k <= N:
         raise ShapeError(f"cannot find the {k} best of {N} rows")
-    found = [_best_of(spec, tensors, part, k) for part in torch.split(_queries(spec, h), BLOCK_QUERIES)]
-    shape = (*h.shape[:-1], k)
+    queries, shape = _queries(spec, h), (*h.shape[:-1], k)
+    if queries.shape[0] == 0:
+        return TopK(h.new_empty(shape), torch.empty(shape, dtype=torch.int64, device=h.device))
+    found = [_best_of(spec, tensors, part, k) for part in torch.split(queries, BLOCK_QUERIES)]
     return TopK(
         torch.cat([values for values, _ in found]).to(h.dtype).view(shape),
         torch.cat([indices for _, indices in found]).view(shape),
@@ -86,8 +88,8 @@ def _best_of(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor, k: i
     for start, scores in _blocks(spec, tensors, queries):
         rows = torch.arange(start, start + len(scores), device=queries.device)
         if values.shape[1] == k:
-            # `not <=` and not `>`: NaN counts as the largest, as in torch.topk
-            beats = (scores <= values[:, -1]).all(1).logical_not_().nonzero().flatten()
+            # `not <= 0` and not `> 0`: NaN counts as the largest, as in torch.topk
+            beats = ((scores - values[:, -1]).amax(1) <= 0).logical_not_().nonzero().flatten()
             if len(beats) == 0:
                 continue
             scores, rows = scores[beats], rows[beats]
