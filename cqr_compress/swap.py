@@ -7,23 +7,26 @@ a class that computes rows from codes. So tied layers stay one object, and a sub
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from cqr_compress.errors import SwapError
-from cqr_compress.nn import CompressedEmbedding, CompressedEmbeddingBag, TableLayer
-from cqr_compress.table import CompressedTable
-
-_DENSE: tuple[tuple[type[nn.Module], type[TableLayer]], ...] = (
-    (nn.Embedding, CompressedEmbedding),
-    (nn.EmbeddingBag, CompressedEmbeddingBag),
+from cqr_compress.nn import CompressedEmbedding, TableLayer
+from cqr_compress.nn.in_place import (
+    DENSE_LAYERS,
+    become_dense,
+    become_layer,
+    compute,
+    computed,
+    drop,
+    hidden_name,
+    stop_computing,
 )
+from cqr_compress.table import CompressedTable
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,13 @@ class Place:
     @property
     def key(self) -> int:
         """Equal for places that read one tensor or one compressed table, and different for others."""
-        computed = _computed(self.module).get(self.attribute)
-        return id(self.tensor) if computed is None else id(computed.owner)
+        layer = computed(self.module).get(self.attribute)
+        return id(self.tensor) if layer is None else id(layer.owner)
 
     @property
     def is_layer(self) -> bool:
         """Whether the tensor is the weight of an embedding layer, and not a bare parameter."""
-        return self.attribute == "weight" and isinstance(self.module, tuple(dense for dense, _ in _DENSE))
+        return self.attribute == "weight" and isinstance(self.module, tuple(dense for dense, _ in DENSE_LAYERS))
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def find_place(model: nn.Module, name: str) -> Place | None:
         return None
     if attribute in module._parameters or attribute in module._buffers:
         return Place(path, module, attribute) if isinstance(getattr(module, attribute), Tensor) else None
-    if attribute in _computed(module):
+    if attribute in computed(module):
         return Place(path, module, attribute)
     return None
 
@@ -164,15 +167,15 @@ def apply_swap(swap: Swap, device: torch.device | str | None = None) -> None:
     holder = _holder(first)
     if holder is None:
         holder = CompressedEmbedding(swap.table, device=device, dtype=dtype).requires_grad_(requires_grad)
-        _compute(first, holder)
-        first.module.add_module(_hidden_name(first.attribute), holder)
+        compute(first.module, first.attribute, holder)
+        first.module.add_module(hidden_name(first.attribute), holder)
     else:
         holder.hold_table(swap.table, device, dtype, requires_grad)
     for place in others:
         if place.is_layer:
-            _become_layer(place.module).tie_to(holder)
+            become_layer(place.module).tie_to(holder)
         else:
-            _compute(place, holder)
+            compute(place.module, place.attribute, holder)
 
 
 def decompress_(model: nn.Module) -> list[str]:
@@ -184,7 +187,7 @@ def decompress_(model: nn.Module) -> list[str]:
     Returns:
         Names of the dense weights.
     """
-    found = [(place, _computed(place.module)[place.attribute]) for place in compressed_places(model)]
+    found = [(place, computed(place.module)[place.attribute]) for place in compressed_places(model)]
     weights: dict[int, nn.Parameter] = {}
     for _, layer in found:
         owner = layer.owner
@@ -195,9 +198,9 @@ def decompress_(model: nn.Module) -> list[str]:
     new = [(place, weights[id(layer.owner)]) for place, layer in found]
     for place, weight in new:
         if isinstance(place.module, TableLayer):
-            _become_dense(place.module)
+            become_dense(place.module)
         else:
-            _stop_computing(place.module, place.attribute)
+            stop_computing(place.module, place.attribute)
         others = dict(place.module._parameters)
         place.module._parameters.clear()
         place.module._parameters.update({place.attribute: weight, **others})
@@ -216,7 +219,7 @@ def places_of(model: nn.Module) -> Iterator[tuple[str, Place]]:
 
 def _all_places(model: nn.Module, found: Place) -> tuple[Place, ...]:
     """The places of one tensor: an embedding layer first, as it can hold a table, and the others."""
-    if isinstance(found.module, TableLayer) or found.attribute in _computed(found.module):
+    if isinstance(found.module, TableLayer) or found.attribute in computed(found.module):
         return (found,)
     target = found.tensor
     places: dict[tuple[int, str], Place] = {}
@@ -233,74 +236,27 @@ def _problem(place: Place, table: CompressedTable) -> str | None:
         return f"{place.name!r}: the table is {spec.num_embeddings} x {spec.embedding_dim}, the model's is {have}"
     cls = type(place.module)
     if place.is_layer and not isinstance(place.module, TableLayer):
-        dense = next(dense for dense, _ in _DENSE if isinstance(place.module, dense))
+        dense = next(dense for dense, _ in DENSE_LAYERS if isinstance(place.module, dense))
         between = cls.__mro__[: cls.__mro__.index(dense)]
         if any("weight" in vars(c) for c in between):
             return f"{place.name!r}: {cls.__name__} defines its own `weight`, so it cannot read a compressed one"
         if type(cls) is not type:
             return f"{place.name!r}: {cls.__name__} has the metaclass {type(cls).__name__}, and cannot be extended"
+    hidden = hidden_name(place.attribute)
+    if not place.is_layer and place.attribute not in computed(place.module) and hasattr(place.module, hidden):
+        return f"{place.name!r}: {cls.__name__} has an attribute {hidden!r} already"
     return None
 
 
 def _holder(place: Place) -> TableLayer | None:
     """The layer at a place, emptied for another table; None at a bare parameter."""
     module, attribute = place.module, place.attribute
-    layer = _computed(module).get(attribute)
+    layer = computed(module).get(attribute)
     if layer is not None:
         for short in layer.spec.tensor_shapes():
-            _drop(layer, short)
+            drop(layer, short)
         return layer
-    return _become_layer(module) if place.is_layer else None
-
-
-def _become_layer(module: nn.Module) -> TableLayer:
-    """Give a dense embedding layer the class that computes its rows."""
-    cls: Any = type(module)
-    dense, compressed = next(pair for pair in _DENSE if isinstance(module, pair[0]))
-    if getattr(module, "sparse", False):
-        warnings.warn(f"{cls.__name__}: sparse=True has no effect any more, gradients are dense", stacklevel=4)
-    _drop(module, "weight")
-    module.__class__ = compressed if cls is dense else _extended(cls, cast(Any, compressed))
-    return cast(TableLayer, module)
-
-
-def _become_dense(layer: TableLayer) -> None:
-    for short in (*layer.spec.tensor_shapes(), "_like"):
-        _drop(layer, short)
-    layer._non_persistent_buffers_set.discard("_like")
-    for attribute in ("spec", "_owner", "_names"):
-        layer.__dict__.pop(attribute, None)
-    cls: Any = type(layer)
-    dense: Any = getattr(cls, "_dense_class", None) or next(d for d, c in _DENSE if cls is c)
-    layer.__class__ = dense
-
-
-def _compute(place: Place, owner: TableLayer) -> None:
-    """Let a module compute an attribute from a compressed layer instead of holding it."""
-    module = place.module
-    _drop(module, place.attribute)
-    sources = {**module.__dict__.get("_cqr_sources", {}), place.attribute: owner}
-    module.__dict__["_cqr_sources"] = sources
-    module.__class__ = _computing(cast(Any, _plain_class(type(module))), tuple(sorted(sources)))
-
-
-def _stop_computing(module: nn.Module, attribute: str) -> None:
-    sources = {name: layer for name, layer in _computed(module).items() if name != attribute}
-    module._modules.pop(_hidden_name(attribute), None)
-    plain: Any = _plain_class(type(module))
-    if sources:
-        module.__dict__["_cqr_sources"] = sources
-        module.__class__ = _computing(plain, tuple(sorted(sources)))
-    else:
-        del module.__dict__["_cqr_sources"]
-        module.__class__ = plain
-
-
-def _computed(module: nn.Module) -> dict[str, TableLayer]:
-    """Attributes that a module computes, with the layers they come from."""
-    if isinstance(module, TableLayer):
-        return {"weight": module}
-    return cast("dict[str, TableLayer]", module.__dict__.get("_cqr_sources", {}))
+    return become_layer(module) if place.is_layer else None
 
 
 def compressed_places(model: nn.Module, every_path: bool = False) -> Iterator[Place]:
@@ -314,64 +270,10 @@ def compressed_places(model: nn.Module, every_path: bool = False) -> Iterator[Pl
         id(layer)
         for module in model.modules()
         if not isinstance(module, TableLayer)
-        for name, layer in _computed(module).items()
-        if module._modules.get(_hidden_name(name)) is layer
+        for name, layer in computed(module).items()
+        if module._modules.get(hidden_name(name)) is layer
     }
     for path, module in model.named_modules(remove_duplicate=not every_path):
         if id(module) not in hidden:
-            for attribute in _computed(module):
+            for attribute in computed(module):
                 yield Place(path, module, attribute)
-
-
-def _hidden_name(attribute: str) -> str:
-    """Name of the layer that stands beside an attribute which it computes."""
-    return f"{attribute}_table"
-
-
-def _drop(module: nn.Module, attribute: str) -> None:
-    module._parameters.pop(attribute, None)
-    module._buffers.pop(attribute, None)
-
-
-def _plain_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return cast("type[nn.Module]", vars(cls).get("_dense_class", cls))
-
-
-@functools.cache
-def _extended(cls: Any, compressed: Any) -> type[TableLayer]:
-    """A subclass of the user's layer class in which `super()` of its methods leads to the compressed layer."""
-    body = {"_dense_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce_ex__": _reduce}
-    made = type(f"Compressed{cls.__name__}", (cls, compressed), body)
-    made._made_by = (_extended, (cls, compressed))  # type: ignore[attr-defined]
-    return made
-
-
-@functools.cache
-def _computing(cls: Any, attributes: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of a module's class in which some tensors are computed from compressed layers."""
-
-    def read(module: nn.Module, attribute: str) -> Tensor:
-        return cast(Tensor, _computed(module)[attribute].weight)
-
-    def assign(module: nn.Module, name: str, value: Any) -> None:
-        if name in attributes:
-            _computed(module)[name].weight = value  # refused unless it is that layer's weight
-        else:
-            cls.__setattr__(module, name, value)
-
-    body: dict[str, Any] = {name: property(functools.partial(read, attribute=name)) for name in attributes}
-    body |= {"_dense_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    body |= {"__reduce_ex__": _reduce, "__setattr__": assign}
-    made = type(f"Compressed{cls.__name__}", (cls,), body)
-    made._made_by = (_computing, (cls, attributes))  # type: ignore[attr-defined]
-    return made
-
-
-def _reduce(module: nn.Module, protocol: Any) -> Any:
-    """Pickle a layer of a class that was made at run time."""
-    return _remake, type(module)._made_by, module.__dict__  # type: ignore[attr-defined]
-
-
-def _remake(make: Any, arguments: tuple[Any, ...]) -> nn.Module:
-    cls = make(*arguments)
-    return cast(nn.Module, cls.__new__(cls))

@@ -353,7 +353,10 @@ def test_weight_looks_like_a_parameter_and_decodes_when_used(table: CompressedTa
     layer = CompressedEmbedding(table)
     rows = table.decode()
     weight = layer.weight
-    assert isinstance(weight, nn.Parameter) and weight.shape == (N, D) and weight.requires_grad
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompressedEmbedding, "decode", lambda self: pytest.fail("decoded"))
+        assert isinstance(weight, nn.Parameter) and weight.shape == (N, D) and weight.requires_grad
+        assert not weight.is_leaf and weight.grad is None and not weight.data.requires_grad
     assert weight.dtype == torch.float32 and weight.device.type == "cpu" and len(weight) == N
     assert weight.numel() == N * D and weight.T.shape == (D, N) and weight.size(1) == D and weight.dim() == 2
     for found in (weight + 0, weight[:], weight.T.T * 1, weight.clone(), weight.data.clone(), torch.cat([weight])):
@@ -407,6 +410,30 @@ def test_functional_embedding_of_the_weight_is_a_lookup(pq: CompressedTable, pad
     rows[0, 0].sum().backward()
     bags = F.embedding_bag(IDS, layer.weight, mode="sum")
     assert torch.allclose(bags, layer(IDS).sum(1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "index", [3, -1, slice(None), slice(5, 90, 7), slice(-4, None), IDS, IDS - N, IDS.int(), 0, torch.tensor(4)]
+)
+def test_indexing_the_weight_looks_rows_up(table: CompressedTable, index: Any, monkeypatch: Any) -> None:
+    layer, rows = CompressedEmbedding(table), table.decode()
+    monkeypatch.setattr(CompressedEmbedding, "decode", lambda self: pytest.fail("decoded"))
+    assert torch.allclose(layer.weight[index], rows[index], atol=1e-6)
+    assert layer.weight[index].requires_grad and not layer.weight.data[index].requires_grad
+
+
+def test_other_indices_of_the_weight_decode_it(pq: CompressedTable) -> None:
+    layer, rows = CompressedEmbedding(pq), pq.decode()
+    mask = torch.arange(N) % 3 == 0
+    for index in (mask, (3, 4), (slice(2, 5), 1), None, ..., [1, 2], (IDS, 0)):
+        assert torch.allclose(layer.weight[index], rows[index], atol=1e-6)
+    assert torch.allclose(layer.weight.T[2], rows.T[2], atol=1e-6)
+    assert torch.allclose(layer.weight.index_select(0, IDS[0]), rows[IDS[0]], atol=1e-6)
+    assert torch.allclose(torch.index_select(layer.weight, 1, IDS[0] % D), rows[:, IDS[0] % D], atol=1e-6)
+    for bad in (N, -N - 1, torch.tensor([N])):
+        with pytest.raises(IndexError):
+            layer.weight[bad]
+    assert layer.weight.grad is None
 
 
 def test_writing_to_the_weight_is_refused(pq: CompressedTable) -> None:

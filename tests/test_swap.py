@@ -153,7 +153,7 @@ def test_the_state_dict_is_the_file(loaded: Model, small: Path) -> None:
     with open_checkpoint(small) as checkpoint:
         in_file = {name: entry.lazy.read().clone() for name, entry in checkpoint.entries.items()}
     state = {k: v for k, v in loaded.state_dict().items() if not k.startswith("again.")}
-    state = {k.replace("relation_table.", "relation."): v for k, v in state.items()}
+    state = {k.replace("relation_compressed.", "relation."): v for k, v in state.items()}
     assert state.keys() == in_file.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in in_file.items())
     other = Model()

@@ -48,7 +48,8 @@ _TURNED = frozenset({Tensor.t, torch.t, _getter("T"), _getter("mT")})
 _TRANSPOSED = frozenset({Tensor.transpose, torch.transpose})
 _PRODUCTS = frozenset({Tensor.matmul, Tensor.__matmul__, torch.matmul, torch.mm, Tensor.mm})
 _DETACHED = frozenset({Tensor.detach, _getter("data")})
-_REQUIRES_GRAD, _IS_LEAF = _getter("requires_grad"), _getter("is_leaf")
+_REQUIRES_GRAD, _IS_LEAF, _GRAD = _getter("requires_grad"), _getter("is_leaf"), _getter("grad")
+_SELECTED = frozenset({Tensor.index_select, torch.index_select})
 
 
 class TableWeight(torch.Tensor):
@@ -109,10 +110,12 @@ class TableWeight(torch.Tensor):
             if func in _ABOUT:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
-            if func is _REQUIRES_GRAD:
+            if func == _REQUIRES_GRAD:
                 return not first.detached and any(t.requires_grad for t in first.layer.table_tensors().values())
-            if func is _IS_LEAF:
+            if func == _IS_LEAF:
                 return False
+            if func == _GRAD:
+                return None
             if func in _DETACHED:
                 return TableWeight.of(first.layer, first.turned, detached=True)
             if func in _TURNED or (func in _TRANSPOSED and _swaps_both(args[1:], kwargs)):
@@ -161,10 +164,27 @@ def _through_layer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
         if isinstance(weight, TableWeight) and not weight.turned and not isinstance(h, TableWeight):
             scores = _scores(weight, h)
             return scores if scores is None or bias is None else scores + bias
+    if func is Tensor.__getitem__ and not args[0].turned:
+        return _rows_at(*args)
+    if func in _SELECTED and len(args) == 3 and isinstance(args[0], TableWeight) and not args[0].turned:
+        return args[0].rows_of(args[2], None) if args[1] == 0 else None
     if func is F.embedding:
         return _lookup(*args, **kwargs)
     if func is F.embedding_bag:
         return _bags(*args, **kwargs)
+    return None
+
+
+def _rows_at(weight: TableWeight, index: Any) -> Tensor | None:
+    """Rows by a number, a slice or a tensor of ids, negative ones counting from the end."""
+    N, device = weight.layer.num_embeddings, weight.device
+    if isinstance(index, slice):
+        return weight.rows_of(torch.arange(N, device=device)[index], None)
+    if isinstance(index, int) and not isinstance(index, bool) and -N <= index < N:
+        return weight.rows_of(torch.tensor(index % N, device=device), None)
+    if isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32):
+        ids = index.to(device)
+        return weight.rows_of(torch.where(ids < 0, ids + N, ids), None)
     return None
 
 

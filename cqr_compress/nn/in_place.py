@@ -1,0 +1,127 @@
+"""Give a live module another class, so that it computes what it held, and its old class back.
+
+The object stays: a class is made that inherits from the module's own, and `module.__class__` is set to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from cqr_compress.nn.embedding import CompressedEmbedding, CompressedEmbeddingBag
+from cqr_compress.nn.table_layer import TableLayer
+
+DENSE_LAYERS: tuple[tuple[type[nn.Module], type[TableLayer]], ...] = (
+    (nn.Embedding, CompressedEmbedding),
+    (nn.EmbeddingBag, CompressedEmbeddingBag),
+)
+
+
+def become_layer(module: nn.Module) -> TableLayer:
+    """Give a dense embedding layer the class that computes its rows."""
+    cls: Any = type(module)
+    dense, compressed = next(pair for pair in DENSE_LAYERS if isinstance(module, pair[0]))
+    if getattr(module, "sparse", False):
+        warnings.warn(f"{cls.__name__}: sparse=True has no effect any more, gradients are dense", stacklevel=5)
+    drop(module, "weight")
+    module.__class__ = compressed if cls is dense else _extended(cls, cast(Any, compressed))
+    return cast(TableLayer, module)
+
+
+def become_dense(layer: TableLayer) -> None:
+    """Give a compressed layer its dense class back, without a weight."""
+    for short in (*layer.spec.tensor_shapes(), "_like"):
+        drop(layer, short)
+    layer._non_persistent_buffers_set.discard("_like")
+    for attribute in ("spec", "_owner", "_names"):
+        layer.__dict__.pop(attribute, None)
+    cls: Any = type(layer)
+    dense: Any = getattr(cls, "_dense_class", None) or next(d for d, c in DENSE_LAYERS if cls is c)
+    layer.__class__ = dense
+
+
+def compute(module: nn.Module, attribute: str, owner: TableLayer) -> None:
+    """Let a module compute an attribute from a compressed layer instead of holding it."""
+    drop(module, attribute)
+    sources = {**module.__dict__.get("_cqr_sources", {}), attribute: owner}
+    module.__dict__["_cqr_sources"] = sources
+    module.__class__ = _computing(cast(Any, _plain_class(type(module))), tuple(sorted(sources)))
+
+
+def stop_computing(module: nn.Module, attribute: str) -> None:
+    """Undo `compute`, without giving the module a tensor."""
+    sources = {name: layer for name, layer in computed(module).items() if name != attribute}
+    module._modules.pop(hidden_name(attribute), None)
+    plain: Any = _plain_class(type(module))
+    if sources:
+        module.__dict__["_cqr_sources"] = sources
+        module.__class__ = _computing(plain, tuple(sorted(sources)))
+    else:
+        del module.__dict__["_cqr_sources"]
+        module.__class__ = plain
+
+
+def computed(module: nn.Module) -> dict[str, TableLayer]:
+    """Attributes that a module computes, with the layers they come from."""
+    if isinstance(module, TableLayer):
+        return {"weight": module}
+    return cast("dict[str, TableLayer]", module.__dict__.get("_cqr_sources", {}))
+
+
+def hidden_name(attribute: str) -> str:
+    """Name of the layer that stands beside an attribute which it computes."""
+    return f"{attribute}_compressed"
+
+
+def drop(module: nn.Module, attribute: str) -> None:
+    """Remove a parameter or buffer, where there is one."""
+    module._parameters.pop(attribute, None)
+    module._buffers.pop(attribute, None)
+
+
+def _plain_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return cast("type[nn.Module]", vars(cls).get("_dense_class", cls))
+
+
+@functools.cache
+def _extended(cls: Any, compressed: Any) -> type[TableLayer]:
+    """A subclass of the user's layer class in which `super()` of its methods leads to the compressed layer."""
+    body = {"_dense_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce_ex__": _reduce}
+    made = type(f"Compressed{cls.__name__}", (cls, compressed), body)
+    made._made_by = (_extended, (cls, compressed))  # type: ignore[attr-defined]
+    return made
+
+
+@functools.cache
+def _computing(cls: Any, attributes: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of a module's class in which some tensors are computed from compressed layers."""
+
+    def read(module: nn.Module, attribute: str) -> Tensor:
+        return cast(Tensor, computed(module)[attribute].weight)
+
+    def assign(module: nn.Module, name: str, value: Any) -> None:
+        if name in attributes:
+            computed(module)[name].weight = value  # refused unless it is that layer's weight
+        else:
+            cls.__setattr__(module, name, value)
+
+    body: dict[str, Any] = {name: property(functools.partial(read, attribute=name)) for name in attributes}
+    body |= {"_dense_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    body |= {"__reduce_ex__": _reduce, "__setattr__": assign}
+    made = type(f"Compressed{cls.__name__}", (cls,), body)
+    made._made_by = (_computing, (cls, attributes))  # type: ignore[attr-defined]
+    return made
+
+
+def _reduce(module: nn.Module, protocol: Any) -> Any:
+    """Pickle a layer of a class that was made at run time."""
+    state = getattr(module, "__getstate__", lambda: module.__dict__)()
+    return _remake, type(module)._made_by, state  # type: ignore[attr-defined]
+
+
+def _remake(make: Any, arguments: tuple[Any, ...]) -> nn.Module:
+    cls = make(*arguments)
+    return cast(nn.Module, cls.__new__(cls))
