@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cqr_compress import CompressedEmbedding, CompressedTable, native
+from cqr_compress.errors import ShapeError
 from cqr_compress.spec import STORED, CodebookSpec, RowwiseSpec
 
 needs_library = pytest.mark.skipif(not native.available(), reason=f"no compiled lookup: {native.native().reason}")
@@ -118,6 +119,57 @@ def test_views_and_odd_strides_are_read_right() -> None:
     assert torch.allclose(layer(ids), rows[ids], atol=1e-6)
     layer(ids).sum().backward()  # the gradient is an expanded scalar
     assert layer.codebooks.grad.sum() == pytest.approx(200 * 8, rel=1e-2)
+
+
+@needs_library
+def test_tensors_that_no_longer_fit_are_refused_and_not_read_beyond() -> None:
+    spec = CodebookSpec(
+        method="test", num_embeddings=50, embedding_dim=8, num_columns=2, num_levels=1, codebook_size=256,
+        code_sources=(STORED,),
+    )  # fmt: skip
+    for change in (
+        {"codes": torch.zeros(49, 2, dtype=torch.uint8)}, {"codes": torch.zeros(50, 1, dtype=torch.uint8)},
+        {"codes": torch.zeros(50, 2, dtype=torch.int8)}, {"codebooks": torch.zeros(2, 1, 255, 4)},
+        {"codebooks": torch.zeros(3, 1, 256, 4)},
+    ):  # fmt: skip
+        layer = CompressedEmbedding(random_table(spec, 0)).requires_grad_(False)
+        for short, tensor in change.items():
+            getattr(layer, short).data = tensor
+        with pytest.raises(ShapeError, match="do not make a table of 50 rows with codes of 8 bits"):
+            layer(torch.tensor([49]))
+    rowwise = RowwiseSpec(method="int8", num_embeddings=50, embedding_dim=8, n_bits=8)
+    for short, tensor in {
+        "codes": torch.zeros(50, 7, dtype=torch.uint8),
+        "row_scale": torch.ones(9).half(),
+    }.items():
+        layer = CompressedEmbedding(random_table(rowwise, 0)).requires_grad_(False)
+        getattr(layer, short).data = tensor
+        with pytest.raises(ShapeError, match="do not make a table of 50 x 8"):
+            layer(torch.tensor([49]))
+
+
+def lookup_in_worker(layer: CompressedEmbedding) -> list[torch.Tensor]:
+    class Rows(torch.utils.data.Dataset[torch.Tensor]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, i: int) -> torch.Tensor:
+            with torch.no_grad():
+                return layer(torch.full((700,), i))
+
+    return list(torch.utils.data.DataLoader(Rows(), batch_size=2, num_workers=2, timeout=60))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forked_workers_look_rows_up() -> None:
+    spec = CodebookSpec(
+        method="test", num_embeddings=50, embedding_dim=8, num_columns=2, num_levels=1, codebook_size=256,
+        code_sources=(STORED,),
+    )  # fmt: skip
+    layer = CompressedEmbedding(random_table(spec, 0)).requires_grad_(False)
+    layer(torch.zeros(5000, dtype=torch.int64))  # threads of this process are awake
+    batches = torch.cat(lookup_in_worker(layer))
+    assert torch.equal(batches[:, 0], layer(torch.arange(4)))
 
 
 SCRIPT = """

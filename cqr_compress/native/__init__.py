@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cqr_compress.errors import ShapeError
+
 _SOURCE = Path(__file__).with_name("lookup.c")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-ffp-contract=off")
 _ROWS_PER_THREAD = 256
@@ -76,9 +78,17 @@ def codebook_rows(ids: Tensor, codes: Tensor, codebooks: Tensor, num_rows: int, 
 
     Returns:
         (B, C * S) float32; None if an id is outside [0, N).
+
+    Raises:
+        ShapeError: the tensors do not make a table of N rows; nothing is read beyond them.
     """
     C, L, K, S = codebooks.shape
-    B = ids.shape[0]
+    B, (N, width) = ids.shape[0], codes.shape
+    if num_rows > N or 8 * width < C * L * n_bits or 1 << n_bits != K or codes.dtype != torch.uint8:
+        raise ShapeError(
+            f"codes {tuple(codes.shape)} {codes.dtype} and codebooks {tuple(codebooks.shape)} do not make a table "
+            f"of {num_rows} rows with codes of {n_bits} bits"
+        )
     values, is_half = _readable(codebooks)
     out = torch.empty(B, C * S)
     bad = _library().codebook_rows(
@@ -129,8 +139,16 @@ def rowwise_rows(
 
     Returns:
         (B, D) float32; None if an id is outside [0, N).
+
+    Raises:
+        ShapeError: the tensors do not make a table of N rows.
     """
-    B = ids.shape[0]
+    B, (N, width) = ids.shape[0], codes.shape
+    if min(N, len(scale), len(offset)) < num_rows or 8 * width < dim * n_bits or codes.dtype != torch.uint8:
+        raise ShapeError(
+            f"codes {tuple(codes.shape)} {codes.dtype}, scale {tuple(scale.shape)} and offset "
+            f"{tuple(offset.shape)} do not make a table of {num_rows} x {dim}"
+        )
     out = torch.empty(B, dim)
     bad = _library().rowwise_rows(
         out.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B, num_rows,
