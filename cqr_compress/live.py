@@ -20,7 +20,7 @@ from cqr_compress.quality import Quality
 from cqr_compress.request import Request
 from cqr_compress.rows import scan_table
 from cqr_compress.spec import AnySpec
-from cqr_compress.swap import embedding_places, swap_embeddings_
+from cqr_compress.swap import embedding_places, refuse_wrapper, swap_embeddings_
 from cqr_compress.table import PER_ROW, CompressedTable
 
 
@@ -72,6 +72,7 @@ def compress_(
     progress = progress or Silent()
     if request is None or isinstance(request, (int, float)):
         request = Request(ratio=None if request is None else float(request))
+    refuse_wrapper(model)
     entries = _entries(model, tables)
     checkpoint = Checkpoint(path=Path(type(model).__name__), format="live model", entries=entries)
     selected = [c.name for c in find_tables(checkpoint, tables or list(entries), exclude) if c.selected]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from cqr_compress.swap import (
     find_place,
     places_of,
     plan_swaps,
+    refuse_wrapper,
 )
 from cqr_compress.table import CompressedTable
 
@@ -77,7 +79,8 @@ def load_compressed(
         plan = _plan(model, opened, strict, prefix)
         fill = device or ("cpu" if any(place.tensor.is_meta for _, place in places_of(model)) else None)
         for place in plan.separated:
-            place.module._parameters[place.attribute] = nn.Parameter(torch.empty_like(place.tensor))
+            old = place.tensor
+            place.module._parameters[place.attribute] = nn.Parameter(torch.empty_like(old), old.requires_grad)
         for swap in plan.swaps:
             apply_swap(swap, fill)
         _load_dense(model, opened, plan.dense, fill)
@@ -98,10 +101,15 @@ def parameters_on_meta() -> Iterator[None]:
     Buffers are built as ever, also those that no file has. Affects nn.Module in all threads while it is open.
     """
     register = nn.Module.register_parameter
+    moved: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}  # shared parameters stay shared
 
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if isinstance(param, nn.Parameter) and not param.is_meta:
-            param = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+        if type(param) is nn.Parameter and not param.is_meta:
+            known = moved.get(id(param))
+            if known is None or known[0]() is not param:
+                on_meta = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+                known = moved[id(param)] = weakref.ref(param), on_meta
+            param = known[1]
         register(module, name, param)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore
@@ -281,6 +289,5 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The module inside a wrapper of torch.compile; wrappers that hold on to parameters are refused."""
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         return cast(nn.Module, model._orig_mod)
-    if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
-        raise SwapError(f"load before wrapping the model: {type(model).__name__} holds on to its parameters")
+    refuse_wrapper(model)
     return model

@@ -94,6 +94,7 @@ def swap_embeddings_(model: nn.Module, tables: Mapping[str, CompressedTable]) ->
         SwapError: layers that are missing, of another shape, or that cannot be swapped; all are listed, and the
             model is as it was.
     """
+    refuse_wrapper(model)
     swaps, problems = plan_swaps(model, tables)
     if problems:
         layers = ", ".join(place.name for place in embedding_places(model)) or "none"
@@ -104,6 +105,16 @@ def swap_embeddings_(model: nn.Module, tables: Mapping[str, CompressedTable]) ->
     for swap in swaps:
         apply_swap(swap)
     return [place.name for swap in swaps for place in swap.places]
+
+
+def refuse_wrapper(model: nn.Module) -> None:
+    """Refuse a wrapper that holds on to parameters and would go on training the old ones.
+
+    Raises:
+        SwapError: names the wrapper.
+    """
+    if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        raise SwapError(f"load before wrapping the model: {type(model).__name__} holds on to its parameters")
 
 
 def plan_swaps(
@@ -196,8 +207,8 @@ def decompress_(model: nn.Module) -> list[str]:
             with torch.no_grad():
                 weights[id(owner)] = nn.Parameter(owner.decode(), trains)
     new = [(place, weights[id(layer.owner)]) for place, layer in found]
-    for place, weight in new:
-        if isinstance(place.module, TableLayer):
+    for place, weight in sorted(new, key=lambda pair: pair[0].attribute == "weight"):  # the class goes last
+        if isinstance(place.module, TableLayer) and place.attribute == "weight":
             become_dense(place.module)
         else:
             stop_computing(place.module, place.attribute)
@@ -210,11 +221,13 @@ def decompress_(model: nn.Module) -> list[str]:
 def places_of(model: nn.Module) -> Iterator[tuple[str, Place]]:
     """All parameters and buffers of a model that are held and not computed, by all their names."""
     for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, TableLayer):
-            for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
-                    place = Place(path, module, attribute)
-                    yield place.name, place
+        computed_from = (
+            {*module._names, "_like"} if isinstance(module, TableLayer) and module.owner is module else ()
+        )
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and attribute not in computed_from:
+                place = Place(path, module, attribute)
+                yield place.name, place
 
 
 def _all_places(model: nn.Module, found: Place) -> tuple[Place, ...]:
@@ -253,6 +266,7 @@ def _holder(place: Place) -> TableLayer | None:
     module, attribute = place.module, place.attribute
     layer = computed(module).get(attribute)
     if layer is not None:
+        layer = layer.owner
         for short in layer.spec.tensor_shapes():
             drop(layer, short)
         return layer
@@ -269,7 +283,6 @@ def compressed_places(model: nn.Module, every_path: bool = False) -> Iterator[Pl
     hidden = {
         id(layer)
         for module in model.modules()
-        if not isinstance(module, TableLayer)
         for name, layer in computed(module).items()
         if module._modules.get(hidden_name(name)) is layer
     }

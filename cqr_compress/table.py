@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from cqr_compress.bitpack import unpack_codes
@@ -21,6 +22,15 @@ BLOCK_BYTES = 16 * 2**20
 def is_tracing() -> bool:
     """Whether torch is recording a graph, which must not depend on the values of this call."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def is_intercepted() -> bool:
+    """Whether someone watches the operations (a dispatch mode, functorch, forward-mode gradients)."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+    )
 
 
 def row_blocks(num_rows: int, row_width: int, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:

@@ -173,7 +173,8 @@ def test_gradients_in_float32_do_not_depend_on_the_batch_size(name: str, size: i
 
 def test_gradients_reach_half_precision_codebooks(pq: CompressedTable) -> None:
     layer = CompressedEmbedding(pq)
-    layer(IDS).square().sum().backward()
+    with pytest.warns(UserWarning, match=r"Call model.float\(\) before training"):
+        layer(IDS).square().sum().backward()
     assert layer.codebooks.grad.dtype == torch.float16 and layer.codebooks.grad.abs().sum() > 0
 
 
@@ -605,3 +606,104 @@ def test_an_optimizer_trains_a_layer(pq: CompressedTable) -> None:
 
 def test_specs_of_this_file_are_what_they_say() -> None:
     assert replace(SPECS["pq8"], method="pq").nbytes == N * 3 + 3 * 256 * 4 * 2  # type: ignore[arg-type]
+
+
+# ---- what surrounds a layer
+
+
+@pytest.mark.parametrize("name", ["pq8", "int8"])
+def test_defaults_of_torch_do_not_reach_the_lookup(name: str) -> None:
+    table = random_table(SPECS[name])
+    layer = CompressedEmbedding(table)
+    expected = layer(IDS)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(layer(IDS), expected)
+        torch.set_default_dtype(torch.float16)
+        layer(IDS.repeat(3000, 1)).sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(layer(IDS), expected)
+
+
+def test_codes_of_another_dtype_are_refused(pq: CompressedTable) -> None:
+    layer = CompressedEmbedding(pq).requires_grad_(False)
+    layer.load_state_dict({name: t.float() for name, t in layer.state_dict().items()}, assign=True)
+    with pytest.raises(ShapeError, match=r"torch.float32 .* do not make a table"):
+        layer(IDS)
+
+
+def test_the_stand_in_has_no_values_to_be_taken_by_mistake(pq: CompressedTable) -> None:
+    head = nn.Linear(D, N, bias=False)
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):
+        head.weight.data = CompressedEmbedding(pq).weight.data
+    layer = CompressedEmbedding(pq).requires_grad_(False)
+    with pytest.raises(ValueError, match="non-leaf"):
+        head.weight = layer.weight
+    assert layer.weight.device.type == "cpu" and layer.weight.is_cpu and not layer.weight.is_meta
+
+
+def test_requires_grad_of_the_weight_is_that_of_the_table(pq: CompressedTable) -> None:
+    layer = CompressedEmbedding(pq)
+    layer.weight.requires_grad = False
+    assert not layer.codebooks.requires_grad and not layer.weight.requires_grad
+    layer.weight.requires_grad_(True)
+    assert layer.codebooks.requires_grad and layer.weight.requires_grad
+    layer(IDS).sum().backward()
+    layer.weight.grad = None
+    assert layer.codebooks.grad is None
+
+
+def test_lists_and_outputs_that_would_write_are_refused(pq: CompressedTable) -> None:
+    layer = CompressedEmbedding(pq)
+    with pytest.raises(WeightWriteError):
+        torch._foreach_mul_([layer.weight], 0.0)
+    with pytest.raises(WeightWriteError):
+        torch.nn.init.zeros_(layer.weight)
+
+
+@pytest.mark.parametrize("name", ["pq8", "hash"])
+def test_recorded_and_mapped_lookups_depend_on_their_ids(name: str) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    table = random_table(SPECS[name])
+    layer, rows = CompressedEmbedding(table).requires_grad_(False), table.decode()
+    graph = make_fx(layer)(IDS)
+    assert torch.allclose(graph(IDS.flip(0)), rows[IDS.flip(0)], atol=1e-6)
+    assert torch.allclose(torch.vmap(layer)(IDS), rows[IDS], atol=1e-6)
+
+
+def test_second_derivatives_are_those_of_the_formula() -> None:
+    layers = [CompressedEmbedding(random_table(SPECS["pq8"])).float() for _ in range(2)]
+    layers[1].double()
+    found = []
+    for layer in layers:
+        rows = layer(IDS).double()
+        (first,) = torch.autograd.grad(rows.pow(3).sum(), layer.codebooks, create_graph=True)
+        first.square().sum().backward()
+        found.append(layer.codebooks.grad.double())
+    assert torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-1)
+
+
+def test_hashed_tables_refuse_ids_that_are_not_integers() -> None:
+    with pytest.raises(RuntimeError, match=r"ids are int32 or int64"):
+        CompressedEmbedding(random_table(SPECS["hash"]))(torch.tensor([1.5]))
+
+
+def test_gradients_are_not_shortened_by_max_norm() -> None:
+    table = random_table(SPECS["float32"])
+    layer, plain, oracle = (
+        CompressedEmbedding(table, max_norm=0.5),
+        CompressedEmbedding(table),
+        dense(table, max_norm=0.5),
+    )
+    oracle(IDS).square().sum().backward()
+    layer(IDS).square().sum().backward()
+    plain.decode().backward(oracle.weight.grad)
+    assert torch.allclose(layer.codebooks.grad, plain.codebooks.grad, atol=1e-4)
+
+
+def test_padding_outside_the_table_is_refused_by_functional_lookups(pq: CompressedTable) -> None:
+    with pytest.raises((AssertionError, RuntimeError)):
+        F.embedding(IDS, CompressedEmbedding(pq).weight, N + 5)

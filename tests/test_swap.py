@@ -490,3 +490,87 @@ def test_a_model_without_a_table_is_refused() -> None:
     with pytest.raises(cqr.CqrCompressError, match="smallest layout"):
         cqr.compress_(model, 10_000.0)
     assert_unchanged(model, before)
+
+
+# ---- reloading, sharing and names
+
+
+def converted(model: nn.Module, path: Path, tables: list[str], ratio: float = 4.0) -> Path:
+    torch.save(model.state_dict(), path.with_suffix(".pt"))
+    cqr.convert(path.with_suffix(".pt"), path, Request(method="pq", ratio=ratio), tables=tables, force=True)
+    return path
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Embedding(1200, 16), nn.Embedding(1200, 16)
+        self.b.weight = self.a.weight
+
+
+@pytest.mark.parametrize("table", ["a.weight", "b.weight"])
+def test_another_file_reaches_all_tied_layers(tmp_path: Path, table: str) -> None:
+    model = Tied()
+    cqr.load_compressed(model, converted(Tied(), tmp_path / "one.safetensors", ["a.weight"], 4))
+    second = converted(Tied(), tmp_path / "two.safetensors", [table], 9)
+    cqr.load_compressed(model, second)
+    rows = cqr.load_dense(second)["a.weight"]
+    assert torch.allclose(model.a(IDS), rows[IDS], atol=1e-6) and torch.equal(model.a(IDS), model.b(IDS))
+    assert model.b.spec == model.a.spec
+    cqr.decompress_(model)
+    assert model.a.weight is model.b.weight and torch.equal(model.a.weight, rows)
+
+
+def test_a_name_that_is_taken_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    model = nn.Module()
+    model.item = nn.Parameter(torch.randn(1200, 16))
+    file = converted(model, tmp_path / "n.safetensors", ["item"])
+    model.item_compressed = nn.Linear(2, 2)
+    message = refusal(lambda: cqr.load_compressed(model, file, strict=False), model)
+    assert "'item': Module has an attribute 'item_compressed' already" in message
+
+
+def test_a_subclass_with_a_second_table_and_a_bias_is_handled(tmp_path: Path) -> None:
+    class Two(nn.Embedding):
+        def __init__(self) -> None:
+            super().__init__(1200, 16)
+            self.other = nn.Parameter(torch.randn(1300, 16))
+            self.bias = nn.Parameter(torch.randn(16))
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + self.other[input] + self.bias
+
+    torch.manual_seed(0)
+    file = converted(nn.ModuleDict({"t": Two()}), tmp_path / "t.safetensors", ["t.weight", "t.other"])
+    dense = nn.ModuleDict({"t": Two()})
+    dense.load_state_dict(cqr.load_dense(file))
+    with cqr.parameters_on_meta():
+        on_meta = nn.ModuleDict({"t": Two()})
+    for model in (nn.ModuleDict({"t": Two()}), on_meta):
+        cqr.load_compressed(model, file)
+        assert torch.allclose(model["t"](IDS), dense["t"](IDS), atol=1e-5)
+        assert torch.allclose(copy.deepcopy(model)["t"](IDS), dense["t"](IDS), atol=1e-5)
+        cqr.decompress_(model)
+        assert type(model["t"]) is Two and torch.equal(model["t"](IDS), dense["t"](IDS))
+
+
+def test_a_parameter_that_two_modules_share_stays_shared_on_meta() -> None:
+    with cqr.parameters_on_meta():
+        first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+        shared = nn.Parameter(torch.ones(2, 2))
+        first.weight = shared
+        second.weight = shared
+        nn.LazyLinear(3)
+    assert first.weight is second.weight and first.weight.is_meta
+
+
+def test_a_wrapped_model_is_refused_everywhere(tmp_path: Path, small: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Embedding(1200, 16))
+        with pytest.raises(SwapError, match="before wrapping"):
+            cqr.compress_(wrapped, 4.0)
+        with pytest.raises(SwapError, match="before wrapping"):
+            cqr.swap_embeddings_(wrapped, {"module.weight": tables_of(small)["item.weight"]})
+    finally:
+        torch.distributed.destroy_process_group()

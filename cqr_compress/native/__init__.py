@@ -26,6 +26,7 @@ from cqr_compress.errors import ShapeError
 
 _SOURCE = Path(__file__).with_name("lookup.c")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-ffp-contract=off")
+_FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults of torch are
 _ROWS_PER_THREAD = 256
 """Rows that are worth waking a thread for."""
 
@@ -90,7 +91,7 @@ def codebook_rows(ids: Tensor, codes: Tensor, codebooks: Tensor, num_rows: int, 
             f"of {num_rows} rows with codes of {n_bits} bits"
         )
     values, is_half = _readable(codebooks)
-    out = torch.empty(B, C * S)
+    out = torch.empty(B, C * S, **_FLOAT)
     bad = _library().codebook_rows(
         out.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B, num_rows,
         codes.data_ptr(), codes.shape[1], values.data_ptr(), is_half, C, L, K, S, n_bits, _threads(B),
@@ -115,7 +116,7 @@ def codebook_gradient(
     """
     C, L, K, S = shape
     B = ids.shape[0]
-    grad = torch.zeros(shape)
+    grad = torch.zeros(shape, **_FLOAT)
     _library().codebook_gradient(
         grad.data_ptr(), grad_rows.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B,
         codes.data_ptr(), codes.shape[1], C, L, K, S, n_bits, min(_threads(B), C * L),
@@ -149,7 +150,7 @@ def rowwise_rows(
             f"codes {tuple(codes.shape)} {codes.dtype}, scale {tuple(scale.shape)} and offset "
             f"{tuple(offset.shape)} do not make a table of {num_rows} x {dim}"
         )
-    out = torch.empty(B, dim)
+    out = torch.empty(B, dim, **_FLOAT)
     bad = _library().rowwise_rows(
         out.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B, num_rows,
         codes.data_ptr(), codes.shape[1], scale.data_ptr(), offset.data_ptr(), scale.dtype == torch.float16,

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from cqr_compress import native
 from cqr_compress.spec import AnySpec, CodebookSpec
-from cqr_compress.table import is_tracing
+from cqr_compress.table import is_intercepted, is_tracing
 
 _FLOATS = (torch.float16, torch.float32)
 
@@ -32,7 +31,7 @@ def fast_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tens
         an id outside the table, so that torch says so.
     """
     codes = tensors.get("codes")
-    if codes is None or not _is_plain(ids) or is_tracing() or torch._C._are_functorch_transforms_active():
+    if codes is None or not _is_plain(ids) or is_tracing() or is_intercepted():
         return None
     N, ids = spec.num_embeddings, ids.contiguous()
     trains = torch.is_grad_enabled()
@@ -41,7 +40,8 @@ def fast_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tens
         if spec.num_stored_levels != spec.num_levels or not _usable(codes, codebooks):
             return None
         if trains and codebooks.requires_grad:
-            return cast("Tensor | None", _CodebookRows.apply(codebooks, codes, ids, N, spec.n_bits))  # type: ignore
+            rows: Tensor | None = _CodebookRows.apply(codebooks, codes, ids, N, spec.n_bits)  # type: ignore
+            return rows
         return native.codebook_rows(ids, codes, codebooks, N, spec.n_bits)
     scale, offset = tensors["row_scale"], tensors["row_offset"]
     if trains and (scale.requires_grad or offset.requires_grad):
@@ -62,17 +62,35 @@ class _CodebookRows(torch.autograd.Function):
     ) -> Tensor | None:
         """Look up rows (B, D)."""
         ctx.save_for_backward(codes, ids)
-        ctx.shape, ctx.dtype, ctx.n_bits = tuple(codebooks.shape), codebooks.dtype, n_bits
+        ctx.shape, ctx.dtype, ctx.sizes = tuple(codebooks.shape), codebooks.dtype, (num_rows, n_bits)
         return native.codebook_rows(ids, codes, codebooks, num_rows, n_bits)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Give each codeword the sum of its rows' gradients."""
         codes, ids = ctx.saved_tensors
-        grad_rows = grad_rows.to(torch.float32).contiguous()
-        grad = native.codebook_gradient(grad_rows, ids, codes, ctx.shape, ctx.n_bits)
+        grad: Tensor = _CodewordSums.apply(grad_rows, codes, ids, ctx.shape, *ctx.sizes)  # type: ignore
         return grad.to(ctx.dtype), None, None, None, None
+
+
+class _CodewordSums(torch.autograd.Function):
+    """The transpose of the lookup: sum rows (B, D) into the codewords that they are made of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, codes: Tensor, ids: Tensor, shape: tuple[int, int, int, int], N: int, n_bits: int
+    ) -> Tensor:
+        """Sum into (C, L, K, S) float32."""
+        ctx.save_for_backward(codes, ids)
+        ctx.dtype, ctx.sizes = rows.dtype, (N, n_bits)
+        return native.codebook_gradient(rows.float().contiguous(), ids, codes, shape, n_bits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+        """Look the gradients of the codewords up: the lookup is linear."""
+        codes, ids = ctx.saved_tensors
+        rows: Tensor = _CodebookRows.apply(grad.contiguous(), codes, ids, *ctx.sizes)  # type: ignore
+        return rows.to(ctx.dtype), None, None, None, None, None
 
 
 def _is_plain(ids: Tensor) -> bool:

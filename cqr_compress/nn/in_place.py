@@ -33,10 +33,10 @@ def become_layer(module: nn.Module) -> TableLayer:
 
 def become_dense(layer: TableLayer) -> None:
     """Give a compressed layer its dense class back, without a weight."""
-    for short in (*layer.spec.tensor_shapes(), "_like"):
+    for short in (*layer.__dict__.get("_names", ()), "_like"):
         drop(layer, short)
     layer._non_persistent_buffers_set.discard("_like")
-    for attribute in ("spec", "_owner", "_names"):
+    for attribute in ("_spec", "_owner", "_names"):
         layer.__dict__.pop(attribute, None)
     cls: Any = type(layer)
     dense: Any = getattr(cls, "_dense_class", None) or next(d for d, c in DENSE_LAYERS if cls is c)
@@ -53,7 +53,7 @@ def compute(module: nn.Module, attribute: str, owner: TableLayer) -> None:
 
 def stop_computing(module: nn.Module, attribute: str) -> None:
     """Undo `compute`, without giving the module a tensor."""
-    sources = {name: layer for name, layer in computed(module).items() if name != attribute}
+    sources = {name: layer for name, layer in module.__dict__["_cqr_sources"].items() if name != attribute}
     module._modules.pop(hidden_name(attribute), None)
     plain: Any = _plain_class(type(module))
     if sources:
@@ -66,9 +66,8 @@ def stop_computing(module: nn.Module, attribute: str) -> None:
 
 def computed(module: nn.Module) -> dict[str, TableLayer]:
     """Attributes that a module computes, with the layers they come from."""
-    if isinstance(module, TableLayer):
-        return {"weight": module}
-    return cast("dict[str, TableLayer]", module.__dict__.get("_cqr_sources", {}))
+    sources = cast("dict[str, TableLayer]", module.__dict__.get("_cqr_sources", {}))
+    return {"weight": module, **sources} if isinstance(module, TableLayer) else sources
 
 
 def hidden_name(attribute: str) -> str:
@@ -83,7 +82,7 @@ def drop(module: nn.Module, attribute: str) -> None:
 
 
 def _plain_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return cast("type[nn.Module]", vars(cls).get("_dense_class", cls))
+    return cast("type[nn.Module]", vars(cls).get("_computed_from", cls))
 
 
 @functools.cache
@@ -109,7 +108,7 @@ def _computing(cls: Any, attributes: tuple[str, ...]) -> type[nn.Module]:
             cls.__setattr__(module, name, value)
 
     body: dict[str, Any] = {name: property(functools.partial(read, attribute=name)) for name in attributes}
-    body |= {"_dense_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    body |= {"_computed_from": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
     body |= {"__reduce_ex__": _reduce, "__setattr__": assign}
     made = type(f"Compressed{cls.__name__}", (cls,), body)
     made._made_by = (_computing, (cls, attributes))  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -18,6 +19,7 @@ from cqr_compress.table import (
     PER_ROW,
     CompressedTable,
     decode_block,
+    is_intercepted,
     is_tracing,
     rotated,
     row_blocks,
@@ -39,7 +41,6 @@ class TableLayer(nn.Module):
     A layer that is tied to another one holds no tensors and reads those of its `owner`.
 
     Attributes:
-        spec: what the tensors mean.
         num_embeddings: N, the rows.
         embedding_dim: D, the columns.
         padding_idx: row that receives no gradient, or None.
@@ -48,13 +49,13 @@ class TableLayer(nn.Module):
         scale_grad_by_freq: whether gradients are divided by how often an id is in the batch.
     """
 
-    spec: AnySpec
     num_embeddings: int
     embedding_dim: int
     padding_idx: int | None
     max_norm: float | None
     norm_type: float
     scale_grad_by_freq: bool
+    _spec: AnySpec
     _owner: TableLayer | None
     _names: tuple[str, ...]  # of the table's tensors, so that a lookup need not ask the spec
 
@@ -73,7 +74,7 @@ class TableLayer(nn.Module):
             dtype: of the rows; the source's if None.
             requires_grad: whether codebooks and other floating-point tensors are trained.
         """
-        self.spec, self._owner, self._names = table.spec, None, tuple(table.spec.tensor_shapes())
+        self._spec, self._owner, self._names = table.spec, None, tuple(table.spec.tensor_shapes())
         for short, tensor in table.tensors.items():
             moved = tensor.to(device)
             if moved.is_floating_point() and moved.numel():
@@ -85,13 +86,17 @@ class TableLayer(nn.Module):
 
     def tie_to(self, owner: TableLayer) -> None:
         """Read the tensors of `owner`, which is not registered as a submodule, from here on."""
-        self.spec = owner.spec
         object.__setattr__(self, "_owner", owner)
 
     @property
     def owner(self) -> TableLayer:
         """The layer that holds the tensors: this one, or the one it is tied to."""
         return self._owner or self
+
+    @property
+    def spec(self) -> AnySpec:
+        """What the table's tensors mean."""
+        return self.owner._spec
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,7 +152,7 @@ class TableLayer(nn.Module):
         if rows is not None:
             rows = rotated(tensors, rows).to(self.dtype)
             return with_kept_rows(self.spec, tensors, ids, rows) if "kept_ids" in tensors else rows
-        if "codes" not in self.spec.tensor_shapes() and not is_tracing():
+        if "codes" not in tensors and not is_tracing():
             self._check_range(ids)
         here = {
             short: _gather(self, tensor, ids) if short in PER_ROW else tensor for short, tensor in tensors.items()
@@ -230,14 +235,18 @@ class TableLayer(nn.Module):
         if trains or torch._C._get_tracing_state() is not None:
             if self.padding_idx is not None:
                 rows = torch.where((flat == self.padding_idx)[:, None], rows.detach(), rows)
+            if trains and not is_tracing() and self._is_half():
+                rows.register_hook(_warn_of_half)  # type: ignore[no-untyped-call]
             if self.scale_grad_by_freq:
                 counts = torch.zeros(self.num_embeddings, dtype=rows.dtype, device=rows.device)
                 counts = counts.index_add(0, flat, torch.ones_like(flat, dtype=rows.dtype))
                 constant = rows.detach()
                 rows = constant + (rows - constant) / counts[flat][:, None]
         if self.max_norm is not None:
-            length = rows.detach().norm(self.norm_type, dim=1, keepdim=True)
-            rows = rows * torch.where(length > self.max_norm, self.max_norm / (length + 1e-7), 1.0)
+            constant = rows.detach()
+            length = constant.norm(self.norm_type, dim=1, keepdim=True)
+            short = constant * torch.where(length > self.max_norm, self.max_norm / (length + 1e-7), 1.0)
+            rows = short + (rows - constant) if trains else short  # gradients are not shortened
         return rows if ids.ndim == 1 else rows.view(*ids.shape, self.embedding_dim)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -251,6 +260,11 @@ class TableLayer(nn.Module):
         tied = "" if self.owner is self else ", tied"
         return f"{super().extra_repr()}, {self.spec.method} {self.spec.layout}{tied}"
 
+    def _is_half(self) -> bool:
+        """Whether parameters have less precision than the rows, so that an optimizer would lose its steps."""
+        half, parameters = (torch.float16, torch.bfloat16), self.owner.parameters(recurse=False)
+        return self.dtype not in half and any(p.dtype in half for p in parameters)
+
     def _row_blocks(self) -> Iterator[tuple[int, int]]:
         return row_blocks(self.num_embeddings, work_width(self.spec))
 
@@ -260,6 +274,10 @@ class TableLayer(nn.Module):
         Raises:
             RowIndexError: names the first such id.
         """
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise RuntimeError(f"indices have dtype {ids.dtype}: ids are int32 or int64")
+        if is_intercepted():  # values may not be looked at
+            return
         if ids.device.type != "cpu":
             torch._assert_async(((ids >= 0) & (ids < self.num_embeddings)).all())
             return
@@ -269,6 +287,13 @@ class TableLayer(nn.Module):
                 f"id {int(ids[bad][0])} is outside the table of {self.num_embeddings} rows: "
                 f"ids go from 0 to {self.num_embeddings - 1}"
             )
+
+
+def _warn_of_half(gradient: Tensor) -> None:
+    warnings.warn(
+        "gradients of float16 codebooks: Adam's epsilon vanishes in float16. Call model.float() before training.",
+        stacklevel=2,
+    )
 
 
 def _gather(layer: TableLayer, tensor: Tensor, ids: Tensor) -> Tensor:

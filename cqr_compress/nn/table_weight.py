@@ -21,34 +21,28 @@ def _getter(name: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], getattr(Tensor, name).__get__)
 
 
+def _setter(name: str) -> Callable[..., Any]:
+    """What __torch_function__ is told when an attribute of a tensor is assigned."""
+    return cast(Callable[..., Any], getattr(Tensor, name).__set__)
+
+
 _ABOUT = frozenset(
     {
-        *map(
-            _getter,
-            [
-                "shape",
-                "dtype",
-                "device",
-                "ndim",
-                "layout",
-                "itemsize",
-                "is_cpu",
-                "is_cuda",
-                "is_meta",
-                "is_sparse",
-                "is_quantized",
-            ],
-        ),
+        *map(_getter, ["shape", "dtype", "ndim", "layout", "itemsize", "is_sparse", "is_quantized"]),
         *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex),
-        *(Tensor.element_size, Tensor.__len__, Tensor.get_device, Tensor.ndimension, Tensor.nelement),
+        *(Tensor.element_size, Tensor.__len__, Tensor.ndimension, Tensor.nelement),
     }
 )
 """Questions about a tensor that need none of its values."""
+_WHERE = frozenset({*map(_getter, ("device", "is_cpu", "is_cuda", "is_meta")), Tensor.get_device})
+"""Questions about the device, which the layer answers: the stand-in itself is on meta, where nothing reads it."""
 _TURNED = frozenset({Tensor.t, torch.t, _getter("T"), _getter("mT")})
 _TRANSPOSED = frozenset({Tensor.transpose, torch.transpose})
 _PRODUCTS = frozenset({Tensor.matmul, Tensor.__matmul__, torch.matmul, torch.mm, Tensor.mm})
 _DETACHED = frozenset({Tensor.detach, _getter("data")})
-_REQUIRES_GRAD, _IS_LEAF, _GRAD = _getter("requires_grad"), _getter("is_leaf"), _getter("grad")
+_REQUIRES_GRAD, _IS_LEAF = _getter("requires_grad"), _getter("is_leaf")
+_GRAD, _GRAD_FN = _getter("grad"), _getter("grad_fn")
+_SET_GRAD, _SET_REQUIRES_GRAD = _setter("grad"), _setter("requires_grad")
 _SELECTED = frozenset({Tensor.index_select, torch.index_select})
 
 
@@ -74,7 +68,7 @@ class TableWeight(torch.Tensor):
     def of(layer: TableLayer, turned: bool = False, detached: bool = False) -> Tensor:
         """Make the stand-in for a layer's weight; inside a tensor mode that cannot hold one, decode it."""
         shape = (layer.num_embeddings, layer.embedding_dim)
-        value = torch.full((1, 1), torch.nan, dtype=layer.dtype, device=layer.device).expand(shape)
+        value = torch.empty(shape, dtype=layer.dtype, device="meta")
         if type(value) is not Tensor:
             return layer.decode().t() if turned else layer.decode()
         weight = (value.t() if turned else value).as_subclass(TableWeight)
@@ -89,6 +83,10 @@ class TableWeight(torch.Tensor):
         else:
             rows = self.layer.decode()
         return rows.t() if self.turned else rows
+
+    def has_row(self, row: int | None) -> bool:
+        """Whether a number is a row, negative ones counting from the end; None is."""
+        return row is None or -self.layer.num_embeddings <= row < self.layer.num_embeddings
 
     def rows_of(self, ids: Tensor, padding_idx: int | None) -> Tensor:
         """Look ids (...) up without decoding the table; the padding row gets no gradient."""
@@ -110,6 +108,16 @@ class TableWeight(torch.Tensor):
             if func in _ABOUT:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
+            if func in _WHERE:
+                return func(torch.empty(0, dtype=first.layer.dtype, device=first.layer.device))
+            if func in (Tensor.requires_grad_, _SET_REQUIRES_GRAD):
+                for tensor in first.layer.owner.parameters(recurse=False):
+                    tensor.requires_grad_(next(iter((*args[1:], *kwargs.values())), True))
+                return None if func == _SET_REQUIRES_GRAD else first
+            if func == _SET_GRAD and args[1] is None:
+                return first.layer.owner.zero_grad()
+            if func == _GRAD_FN:  # not a leaf: nn.Module refuses to register it as a Parameter
+                return first.layer
             if func == _REQUIRES_GRAD:
                 return not first.detached and any(t.requires_grad for t in first.layer.table_tensors().values())
             if func == _IS_LEAF:
@@ -120,7 +128,7 @@ class TableWeight(torch.Tensor):
                 return TableWeight.of(first.layer, first.turned, detached=True)
             if func in _TURNED or (func in _TRANSPOSED and _swaps_both(args[1:], kwargs)):
                 return TableWeight.of(first.layer, not first.turned, first.detached)
-        if isinstance(kwargs.get("out"), TableWeight) or (isinstance(first, TableWeight) and _writes(func)):
+        if _holds_one(kwargs.get("out")) or (_holds_one(first) and _writes(func)):
             raise WeightWriteError(
                 f"{func.__name__} would write to the weight of a compressed layer, whose rows are computed "
                 "from codes. Call cqr_compress.decompress_(model) first."
@@ -150,7 +158,11 @@ def _swaps_both(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def _writes(func: Callable[..., Any]) -> bool:
     name = func.__name__
     in_place = name.endswith("_") and not name.endswith("__")
-    return name in ("__setitem__", "__set__") or (in_place and name != "requires_grad_")
+    return name in ("__setitem__", "__set__") or in_place
+
+
+def _holds_one(value: Any) -> bool:
+    return isinstance(value, TableWeight) or (isinstance(value, (tuple, list)) and any(map(_holds_one, value)))
 
 
 def _through_layer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -200,7 +212,7 @@ def _lookup(
     """F.embedding of a weight that is not decoded; gradients are dense."""
     if not isinstance(weight, TableWeight) or weight.turned or max_norm is not None or scale_grad_by_freq:
         return None
-    return weight.rows_of(input, padding_idx)
+    return weight.rows_of(input, padding_idx) if weight.has_row(padding_idx) else None
 
 
 def _bags(
@@ -219,8 +231,9 @@ def _bags(
     """F.embedding_bag of a weight that is not decoded; gradients are dense."""
     if not isinstance(weight, TableWeight) or weight.turned or max_norm is not None or scale_grad_by_freq:
         return None
-    if padding_idx is not None:
-        padding_idx %= weight.layer.num_embeddings
+    if not weight.has_row(padding_idx):
+        return None
+    padding_idx = None if padding_idx is None else padding_idx % weight.layer.num_embeddings
 
     def rows_of(ids: Tensor) -> Tensor:
         return weight.rows_of(ids, padding_idx)
