@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of the compressed layer")
     args = parser.parse_args()
     torch.manual_seed(0)
+    warnings.filterwarnings("ignore", "gradients of float16")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, native: {native().library is not None}")
     for num_rows in args.rows:
         dense = nn.Embedding(num_rows, args.dim, device=args.device)
