@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from cqr_compress.checkpoint import Checkpoint, TensorEntry
 from cqr_compress.discover import find_tables
 from cqr_compress.encode import encode_table
-from cqr_compress.errors import BudgetError, TableNotFoundError
+from cqr_compress.errors import BudgetError, SpecError, TableNotFoundError
 from cqr_compress.nn import TableLayer
 from cqr_compress.plan import TablePlan, plan_table
 from cqr_compress.progress import Progress, Silent
 from cqr_compress.quality import Quality
 from cqr_compress.request import Request
 from cqr_compress.rows import scan_table
-from cqr_compress.spec import AnySpec
+from cqr_compress.spec import AnySpec, CodebookSpec, RowwiseSpec
 from cqr_compress.swap import embedding_places, refuse_wrapper, swap_embeddings_
 from cqr_compress.table import PER_ROW, CompressedTable
 
@@ -43,7 +43,7 @@ class CompressedLayer:
 
 def compress_(
     model: nn.Module,
-    request: Request | float | None = None,
+    request: Request | AnySpec | float | None = None,
     *,
     tables: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -56,7 +56,8 @@ def compress_(
 
     Args:
         model: changed in place; make its optimizer after this call.
-        request: method and budget, or the ratio of bytes before / after; 2 bits for each value if None.
+        request: method and budget; or a spec, whose layout each table gets (its shape and rows do not count); or
+            the ratio of bytes before / after; 2 bits for each value if None.
         tables: globs or "re:" patterns of tensors to take instead of the weights of all embedding layers; they may
             name bare parameters.
         exclude: the same, of tensors to leave.
@@ -67,11 +68,11 @@ def compress_(
 
     Raises:
         TableNotFoundError: no embedding layer, a pattern that matches nothing, or no table that would gain.
+        SpecError: a spec without stored codes, or a layout that a table's shape cannot have.
         BudgetError: tables for which no layout fits; the model is as it was.
     """
     progress = progress or Silent()
-    if request is None or isinstance(request, (int, float)):
-        request = Request(ratio=None if request is None else float(request))
+    request = _as_request(request)
     refuse_wrapper(model)
     entries = _entries(model, tables)
     checkpoint = Checkpoint(path=Path(type(model).__name__), format="live model", entries=entries)
@@ -102,6 +103,26 @@ def compress_(
         layers.append(CompressedLayer(plan.name, plan.spec, plan.reason, quality))
     swap_embeddings_(model, made)
     return layers
+
+
+def _as_request(wanted: Request | AnySpec | float | None) -> Request:
+    if isinstance(wanted, RowwiseSpec):
+        return Request(method=wanted.method, codebook_dtype=wanted.scale_dtype)
+    if isinstance(wanted, CodebookSpec):
+        if not wanted.num_stored_levels:
+            raise SpecError(
+                f"a spec of {wanted.method} fixes no size for other tables: give a Request with a ratio"
+            )
+        return Request(
+            method=wanted.method,
+            num_columns=wanted.num_columns,
+            num_levels=wanted.num_levels,
+            n_bits=wanted.n_bits,
+            rotation=wanted.rotation,
+            codebook_dtype=wanted.codebook_dtype,
+            seed=wanted.seed,
+        )
+    return wanted if isinstance(wanted, Request) else Request(ratio=None if wanted is None else float(wanted))
 
 
 def _compressed(

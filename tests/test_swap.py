@@ -480,6 +480,25 @@ def test_a_request_and_patterns_choose_what_is_compressed() -> None:
     assert [layer.name for layer in again] == ["scaled.weight", "functional.weight"]
 
 
+def test_a_spec_gives_its_layout_to_every_table() -> None:
+    model = Model()
+    first = cqr.compress_(
+        model, Request(method="prq", num_columns=4, num_levels=2, n_bits=4), tables=["item.weight"]
+    )
+    assert first[0].spec is not None
+    done = cqr.compress_(model, first[0].spec, tables=["bag.weight", "scaled.weight"])
+    assert [layer.spec.layout for layer in done if layer.spec] == [first[0].spec.layout] * 2
+    assert [layer.spec.num_embeddings for layer in done if layer.spec] == [1100, 1300]
+    rowwise = cqr.compress_(Model(), Request(method="int4"))[0].spec
+    assert rowwise is not None and cqr.compress_(Model(), rowwise)[1].spec.method == "int4"
+    for method, fixed in (("pq", {"num_columns": 4}), ("rq", {"num_levels": 3})):
+        spec = cqr.compress_(Model(), Request(method=method, n_bits=4, **fixed))[0].spec
+        assert spec is not None and cqr.compress_(Model(), spec)[1].spec.layout == spec.layout
+    hashed = cqr.compress_(Model(), Request(method="hash", ratio=4))[0].spec
+    with pytest.raises(cqr.CqrCompressError, match="give a Request with a ratio"):
+        cqr.compress_(Model(), hashed)
+
+
 def test_a_model_without_a_table_is_refused() -> None:
     with pytest.raises(TableNotFoundError, match="Linear has no embedding layer"):
         cqr.compress_(nn.Linear(3, 3), 4.0)
