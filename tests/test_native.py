@@ -184,7 +184,8 @@ print(CompressedEmbedding(table)(torch.tensor([2, 0])).tolist(), native.native()
 
 
 def run(tmp_path: Path, **environment: str) -> str:
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path), **environment}
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
+    env |= {"CQR_COMPRESS_NATIVE": "1", **environment}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("[[5.0, 6.0], [1.0, 2.0]] ") and done.stderr == ""
     return done.stdout.split("]] ")[1].strip()

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cqr_compress.errors import RowIndexError, WeightWriteError
+from cqr_compress.errors import RowIndexError, ShapeError, WeightWriteError
 from cqr_compress.nn.fast_rows import fast_rows
 from cqr_compress.nn.search import TopK, search_scores, search_topk
 from cqr_compress.nn.table_weight import TableWeight
@@ -154,6 +154,10 @@ class TableLayer(nn.Module):
             return with_kept_rows(self.spec, tensors, ids, rows) if "kept_ids" in tensors else rows
         if "codes" not in tensors and not is_tracing():
             self._check_range(ids)
+        if "codes" in tensors and tensors["codes"].dtype != torch.uint8:
+            raise ShapeError(
+                f"codes of {tensors['codes'].dtype} do not make a table: they are packed in torch.uint8"
+            )
         here = {
             short: _gather(self, tensor, ids) if short in PER_ROW else tensor for short, tensor in tensors.items()
         }
