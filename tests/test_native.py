@@ -18,6 +18,11 @@ from cqr_compress.spec import STORED, CodebookSpec, RowwiseSpec
 
 needs_library = pytest.mark.skipif(not native.available(), reason=f"no compiled lookup: {native.native().reason}")
 
+SMALL = CodebookSpec(
+    method="test", num_embeddings=50, embedding_dim=8, num_columns=2, num_levels=1, codebook_size=256,
+    code_sources=(STORED,),
+)  # fmt: skip
+
 
 def random_table(spec: Any, seed: int) -> CompressedTable:
     generator = torch.Generator().manual_seed(seed)
@@ -106,11 +111,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 @needs_library
 def test_views_and_odd_strides_are_read_right() -> None:
-    spec = CodebookSpec(
-        method="test", num_embeddings=50, embedding_dim=8, num_columns=2, num_levels=1, codebook_size=256,
-        code_sources=(STORED,),
-    )  # fmt: skip
-    table = random_table(spec, 0)
+    table = random_table(SMALL, 0)
     layer, ids = CompressedEmbedding(table), torch.randint(50, (20, 10))
     rows = table.decode()
     for view in (ids.t(), ids[:, ::3], ids[3:].T[1], torch.tensor(5).expand(4)):
@@ -123,16 +124,12 @@ def test_views_and_odd_strides_are_read_right() -> None:
 
 @needs_library
 def test_tensors_that_no_longer_fit_are_refused_and_not_read_beyond() -> None:
-    spec = CodebookSpec(
-        method="test", num_embeddings=50, embedding_dim=8, num_columns=2, num_levels=1, codebook_size=256,
-        code_sources=(STORED,),
-    )  # fmt: skip
     for change in (
         {"codes": torch.zeros(49, 2, dtype=torch.uint8)}, {"codes": torch.zeros(50, 1, dtype=torch.uint8)},
         {"codes": torch.zeros(50, 2, dtype=torch.int8)}, {"codebooks": torch.zeros(2, 1, 255, 4)},
         {"codebooks": torch.zeros(3, 1, 256, 4)},
     ):  # fmt: skip
-        layer = CompressedEmbedding(random_table(spec, 0)).requires_grad_(False)
+        layer = CompressedEmbedding(random_table(SMALL, 0)).requires_grad_(False)
         for short, tensor in change.items():
             getattr(layer, short).data = tensor
         with pytest.raises(ShapeError, match="do not make a table of 50 rows with codes of 8 bits"):
@@ -162,11 +159,7 @@ def lookup_in_worker(layer: CompressedEmbedding) -> list[torch.Tensor]:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_forked_workers_look_rows_up() -> None:
-    spec = CodebookSpec(
-        method="test", num_embeddings=50, embedding_dim=8, num_columns=2, num_levels=1, codebook_size=256,
-        code_sources=(STORED,),
-    )  # fmt: skip
-    layer = CompressedEmbedding(random_table(spec, 0)).requires_grad_(False)
+    layer = CompressedEmbedding(random_table(SMALL, 0)).requires_grad_(False)
     layer(torch.zeros(5000, dtype=torch.int64))  # threads of this process are awake
     batches = torch.cat(lookup_in_worker(layer))
     assert torch.equal(batches[:, 0], layer(torch.arange(4)))

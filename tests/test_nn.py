@@ -650,6 +650,9 @@ def test_requires_grad_of_the_weight_is_that_of_the_table(pq: CompressedTable) -
     assert not layer.codebooks.requires_grad and not layer.weight.requires_grad
     layer.weight.requires_grad_(True)
     assert layer.codebooks.requires_grad and layer.weight.requires_grad
+    assert layer.weight.detach().requires_grad_(True).requires_grad
+    layer.weight.detach().requires_grad_(False)
+    assert layer.codebooks.requires_grad, "a detached copy leaves the table as it is"
     layer(IDS).sum().backward()
     layer.weight.grad = None
     assert layer.codebooks.grad is None

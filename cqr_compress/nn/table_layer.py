@@ -182,8 +182,9 @@ class TableLayer(nn.Module):
     def weight(self) -> Any:
         """The rows as a tensor (N, D), decoded when an operation needs their values; differentiable.
 
-        `h @ layer.weight.T`, `F.linear(h, layer.weight)` and `F.embedding(ids, layer.weight)` work without
-        decoding the whole table; anything else decodes it. Writing to it is refused.
+        Without gradients `h @ layer.weight.T` and `F.linear(h, layer.weight)`, and always `layer.weight[ids]` and
+        `F.embedding(ids, layer.weight)`, work without decoding the whole table; anything else decodes it.
+        Writing to it is refused.
         """
         return self.decode() if is_tracing() else TableWeight.of(self)
 

@@ -111,6 +111,8 @@ class TableWeight(torch.Tensor):
             if func in _WHERE:
                 return func(torch.empty(0, dtype=first.layer.dtype, device=first.layer.device))
             if func in (Tensor.requires_grad_, _SET_REQUIRES_GRAD):
+                if first.detached:  # what is detached is a copy: the table keeps its setting
+                    return func(first.decode(), *args[1:], **kwargs)
                 for tensor in first.layer.owner.parameters(recurse=False):
                     tensor.requires_grad_(next(iter((*args[1:], *kwargs.values())), True))
                 return None if func == _SET_REQUIRES_GRAD else first
@@ -176,7 +178,7 @@ def _through_layer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
         if isinstance(weight, TableWeight) and not weight.turned and not isinstance(h, TableWeight):
             scores = _scores(weight, h)
             return scores if scores is None or bias is None else scores + bias
-    if func is Tensor.__getitem__ and not args[0].turned:
+    if func is Tensor.__getitem__ and isinstance(args[0], TableWeight) and not args[0].turned:
         return _rows_at(*args)
     if func in _SELECTED and len(args) == 3 and isinstance(args[0], TableWeight) and not args[0].turned:
         return args[0].rows_of(args[2], None) if args[1] == 0 else None
