@@ -527,6 +527,16 @@ class Tied(nn.Module):
         self.b.weight = self.a.weight
 
 
+@pytest.mark.parametrize("name", ["a.weight", "b.weight"])
+def test_another_table_reaches_all_tied_layers_by_any_of_their_names(tmp_path: Path, name: str) -> None:
+    model = Tied()
+    cqr.load_compressed(model, converted(Tied(), tmp_path / "one.safetensors", ["a.weight"], 4))
+    (table,) = tables_of(converted(Tied(), tmp_path / "two.safetensors", ["a.weight"], 9)).values()
+    cqr.swap_embeddings_(model, {name: table})
+    rows = table.decode()[IDS]
+    assert torch.allclose(model.a(IDS), rows, atol=1e-6) and torch.allclose(model.b(IDS), rows, atol=1e-6)
+
+
 @pytest.mark.parametrize("table", ["a.weight", "b.weight"])
 def test_another_file_reaches_all_tied_layers(tmp_path: Path, table: str) -> None:
     model = Tied()
