@@ -15,8 +15,9 @@ import torch
 from cqr_compress.bitpack import packed_width
 from cqr_compress.errors import SpecError
 
-STORED, HASHED, QUOTIENT, REMAINDER = "stored", "hashed", "quotient", "remainder"
-CODE_SOURCES = (STORED, HASHED, QUOTIENT, REMAINDER)
+STORED, HASHED = "stored", "hashed"
+QUOTIENT, REMAINDER, DIGIT = "quotient", "remainder", "digit"
+CODE_SOURCES = (STORED, HASHED, QUOTIENT, REMAINDER, DIGIT)
 FLOAT_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -160,6 +161,11 @@ class CodebookSpec(TableSpec):
             raise SpecError(
                 f"quotient and remainder of {self.codebook_size} name {self.codebook_size**2} rows, "
                 f"fewer than the table's {self.num_embeddings}"
+            )
+        if DIGIT in self.code_sources and self.num_embeddings > self.codebook_size**self.num_columns:
+            raise SpecError(
+                f"{self.num_columns} digits of {self.codebook_size} name "
+                f"{self.codebook_size**self.num_columns} rows, fewer than the table's {self.num_embeddings}"
             )
 
     @property

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from cqr_compress.bitpack import unpack_codes
 from cqr_compress.errors import FormatError, ShapeError
 from cqr_compress.hashing import hash_ids
-from cqr_compress.spec import HASHED, QUOTIENT, REMAINDER, STORED, AnySpec, CodebookSpec
+from cqr_compress.spec import DIGIT, HASHED, QUOTIENT, REMAINDER, STORED, AnySpec, CodebookSpec
 
 BLOCK_BYTES = 16 * 2**20
 """Working memory that one block of rows may take, in float32."""
@@ -219,19 +219,30 @@ def computed_codes(spec: CodebookSpec, ids: Tensor) -> Tensor:
     Returns:
         (B, C, L) int64 on the device of `ids`.
     """
-    ids, K = ids.to(torch.int64), spec.codebook_size
-    codes = []
-    for column in range(spec.num_columns):
-        for level, source in enumerate(spec.code_sources):
-            if source == HASHED:
-                codes.append(hash_ids(ids, K, spec.seed, stream=column * spec.num_levels + level))
-            elif source == QUOTIENT:
-                codes.append(ids // -(-spec.num_embeddings // K))
-            elif source == REMAINDER:
-                codes.append(ids % K)
-            else:
-                codes.append(torch.zeros_like(ids))
-    return torch.stack(codes, dim=1).view(-1, spec.num_columns, spec.num_levels)
+    ids, C, L = ids.to(torch.int64), spec.num_columns, spec.num_levels
+    levels = []
+    for level, source in enumerate(spec.code_sources):
+        if source == HASHED:
+            levels.append(hash_ids(ids, spec.codebook_size, spec.seed, range(level, C * L, L)))
+        elif source == QUOTIENT:
+            levels.append((ids // -(-spec.num_embeddings // spec.codebook_size))[:, None].expand(-1, C))
+        elif source == REMAINDER:
+            levels.append((ids % spec.codebook_size)[:, None].expand(-1, C))
+        elif source == DIGIT:
+            levels.append(_digits(ids, spec.num_embeddings, spec.codebook_size, C))
+        else:
+            levels.append(torch.zeros_like(ids)[:, None].expand(-1, C))
+    return torch.stack(levels, dim=2)
+
+
+def _digits(ids: Tensor, N: int, K: int, num_columns: int) -> Tensor:
+    """The remainder id % K, then the digits of id / N in base K: (B, C), different for all ids if N <= K**C."""
+    digits = [ids % K]
+    rest = ids
+    for _ in range(1, num_columns):  # long division
+        digits.append(rest * K // N)
+        rest = rest * K % N
+    return torch.stack(digits, dim=1)
 
 
 def row_codes(spec: CodebookSpec, packed: Tensor | None, ids: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from cqr_compress import CompressedEmbedding, CompressedTable, native
 from cqr_compress.errors import ShapeError
-from cqr_compress.spec import STORED, CodebookSpec, RowwiseSpec
+from cqr_compress.spec import DIGIT, HASHED, QUOTIENT, REMAINDER, STORED, CodebookSpec, RowwiseSpec
+from cqr_compress.table import computed_codes
 
 needs_library = pytest.mark.skipif(not native.available(), reason=f"no compiled lookup: {native.native().reason}")
 
@@ -78,6 +79,38 @@ def test_codebook_lookups_agree_with_torch(
         random_table(spec, seed),
         torch.randint(50, (size,), generator=torch.Generator().manual_seed(seed)).to(index),
     )
+
+
+@needs_library
+@pytest.mark.parametrize("size", [2, 64, 1024])
+@pytest.mark.parametrize(
+    "sources",
+    [(HASHED,), (STORED, HASHED), (HASHED, STORED, STORED), (QUOTIENT, REMAINDER), (DIGIT,), (STORED, DIGIT)],
+    ids="+".join,
+)
+def test_lookups_of_computed_codes_agree_with_torch(sources: tuple[str, ...], size: int) -> None:
+    N = min(5000, size**2)
+    spec = CodebookSpec(
+        method="test", num_embeddings=N, embedding_dim=6, num_columns=2, num_levels=len(sources),
+        codebook_size=size, code_sources=sources, seed=9,
+    )  # fmt: skip
+    table = random_table(spec, 0)
+    for ids in (torch.arange(N), torch.randint(N, (3000,)).int(), torch.empty(0, dtype=torch.int64)):
+        assert_same(table, ids)
+    for bad in (-1, N):
+        with pytest.raises(IndexError, match=f"id {bad} is outside the table of {N} rows"):
+            CompressedEmbedding(table)(torch.tensor([0, bad]))
+
+
+@needs_library
+def test_hashes_of_large_ids_agree_with_torch() -> None:
+    spec = CodebookSpec(
+        method="test", num_embeddings=2**45, embedding_dim=4, num_columns=4, num_levels=2, codebook_size=1000,
+        code_sources=(HASHED, HASHED), seed=3,
+    )  # fmt: skip
+    ids = torch.randint(2**45, (1000,))
+    found = native.all_codes(spec, ids, None)
+    assert found is not None and torch.equal(found.view(-1, 4, 2).long(), computed_codes(spec, ids))
 
 
 @needs_library

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cqr_compress.bitpack import unpack_codes
+from cqr_compress.errors import SpecError
 from cqr_compress.quantize import Effort, Quantizer, fit
 from cqr_compress.quantize.additive import beam_search, encode_rows, solve_codebooks
 from cqr_compress.quantize.kmeans import fit_centroids
@@ -199,6 +200,16 @@ def test_quotient_and_remainder_name_every_row_and_use_every_codeword() -> None:
     codes = computed_codes(spec, torch.arange(3000))[:, 0]
     assert len(torch.unique(codes, dim=0)) == 3000
     assert int(codes.max()) < 55 and len(codes[:, 1].unique()) == 55 and len(codes[:, 0].unique()) >= 54
+
+
+@pytest.mark.parametrize(("columns", "size"), [(1, 3000), (2, 55), (3, 15), (4, 8), (12, 2)])
+def test_digits_name_every_row_and_use_every_codeword(columns: int, size: int) -> None:
+    spec = spec_of(torch.zeros(3000, 12), columns, 1, codebook_size=size, code_sources=("digit",))
+    codes = computed_codes(spec, torch.arange(3000))[:, :, 0]
+    assert len(torch.unique(codes, dim=0)) == 3000
+    assert all(codes[:, c].unique().tolist() == list(range(size)) for c in range(columns))
+    with pytest.raises(SpecError, match="fewer than the table's 3000"):
+        spec_of(torch.zeros(3000, 12), columns, 1, codebook_size=size - 1, code_sources=("digit",))
 
 
 def test_the_same_seed_gives_the_same_bits(table: Tensor) -> None:

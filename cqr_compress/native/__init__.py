@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from cqr_compress.errors import ShapeError
+from cqr_compress.hashing import hash_coefficients
+from cqr_compress.spec import HASHED, CodebookSpec
 
 _SOURCE = Path(__file__).with_name("lookup.c")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-ffp-contract=off")
@@ -75,7 +77,7 @@ def codebook_rows(ids: Tensor, codes: Tensor, codebooks: Tensor, num_rows: int, 
         codes: (N, width) uint8, contiguous.
         codebooks: (C, L, K, S) floating point, contiguous.
         num_rows: N.
-        n_bits: of a code, log2 K.
+        n_bits: of a code, log2 K; or 32 for codes that are int32 below K, seen as bytes.
 
     Returns:
         (B, C * S) float32; None if an id is outside [0, N).
@@ -85,7 +87,8 @@ def codebook_rows(ids: Tensor, codes: Tensor, codebooks: Tensor, num_rows: int, 
     """
     C, L, K, S = codebooks.shape
     B, (N, width) = ids.shape[0], codes.shape
-    if num_rows > N or 8 * width < C * L * n_bits or 1 << n_bits != K or codes.dtype != torch.uint8:
+    in_range = n_bits == 32 or 1 << n_bits == K
+    if num_rows > N or 8 * width < C * L * n_bits or not in_range or codes.dtype != torch.uint8:
         raise ShapeError(
             f"codes {tuple(codes.shape)} {codes.dtype} and codebooks {tuple(codebooks.shape)} do not make a table "
             f"of {num_rows} rows with codes of {n_bits} bits"
@@ -122,6 +125,45 @@ def codebook_gradient(
         codes.data_ptr(), codes.shape[1], C, L, K, S, n_bits, min(_threads(B), C * L),
     )  # fmt: skip
     return grad
+
+
+def all_codes(spec: CodebookSpec, ids: Tensor, codes: Tensor | None) -> Tensor | None:
+    """Compute `table.row_codes` in one pass, for stored and hashed levels.
+
+    Args:
+        spec: whose code sources are STORED or HASHED.
+        ids: (B,) int32 or int64, contiguous, on the CPU.
+        codes: (N, codes_width) uint8, contiguous; None where no level is stored.
+
+    Returns:
+        (B, C * L) int32; None if an id is outside [0, N).
+
+    Raises:
+        ShapeError: the codes are not those of the spec.
+    """
+    B, N, n = ids.shape[0], spec.num_embeddings, spec.num_columns * spec.num_levels
+    if codes is not None and (codes.shape != (N, spec.codes_width) or codes.dtype != torch.uint8):
+        raise ShapeError(
+            f"codes {tuple(codes.shape)} {codes.dtype} are not of {N} rows of {spec.codes_width} bytes"
+        )
+    all_ = torch.empty(B, n, dtype=torch.int32, device="cpu")
+    coefficients = _coefficients(spec.seed, spec.num_columns, spec.code_sources)
+    bad = _library().all_codes(
+        all_.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B, N,
+        0 if codes is None else codes.data_ptr(), spec.codes_width, spec.n_bits,
+        coefficients.data_ptr(), n, spec.codebook_size, _threads(B),
+    )  # fmt: skip
+    return all_ if bad < 0 else None
+
+
+@functools.lru_cache(1024)
+def _coefficients(seed: int, num_columns: int, sources: tuple[str, ...]) -> Tensor:
+    """Coefficients of the hash of each column and level, zeros where codes are stored: (C * L, 3) int64."""
+    all_ = torch.tensor(
+        hash_coefficients(seed, range(num_columns * len(sources))), dtype=torch.int64, device="cpu"
+    )
+    is_hashed = torch.tensor([source == HASHED for source in sources], device="cpu").repeat(num_columns)
+    return all_ * is_hashed[:, None]
 
 
 def rowwise_rows(
@@ -192,11 +234,14 @@ def _declare(library: ctypes.CDLL) -> None:
     pointer: Any = ctypes.c_void_p
     integer: Any = ctypes.c_int
     long: Any = ctypes.c_int64
-    library.codebook_rows.restype = library.rowwise_rows.restype = long
+    library.codebook_rows.restype = library.rowwise_rows.restype = library.all_codes.restype = long
     library.codebook_gradient.restype = None
     batch = [pointer, integer, long]  # ids, is_int64, B
     library.codebook_rows.argtypes = [pointer, *batch, long, pointer, long, pointer, *[integer] * 7]
     library.codebook_gradient.argtypes = [pointer, pointer, *batch, pointer, long, *[integer] * 6]
+    library.all_codes.argtypes = [
+        pointer, *batch, long, pointer, long, integer, pointer, integer, long, integer
+    ]  # fmt: skip
     library.rowwise_rows.argtypes = [pointer, *batch, long, pointer, long, pointer, pointer, *[integer] * 4]
 
 

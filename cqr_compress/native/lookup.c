@@ -56,6 +56,7 @@ static int64_t first_bad_id(const void *ids, int is_int64, int64_t B, int64_t N)
 INLINE uint32_t code_at(const uint8_t *row, int64_t m, int n_bits) {
     if (n_bits == 8) return row[m];
     if (n_bits == 4) return row[m >> 1] >> (m & 1) * 4 & 15;
+    if (n_bits == 32) return ((const uint32_t *)row)[m]; /* codes that were computed, not packed */
     int64_t bit = m * n_bits;
     int shift = bit & 7;
     uint32_t word = row[bit >> 3];
@@ -206,6 +207,28 @@ int64_t rowwise_rows(float *out, const void *ids, int is_int64, int64_t B, int64
         int64_t a = t * step, b = a + step < B ? a + step : B;
         if (n_bits == 8) integer_rows(out, ids, is_int64, a, b, codes, width, scale, offset, is_half, D, 8);
         else integer_rows(out, ids, is_int64, a, b, codes, width, scale, offset, is_half, D, 4);
+    }
+    return -1;
+}
+
+#define PRIME 2147483647ll /* 2**31 - 1 */
+
+/* all (B, n) = every code of the rows: the hashes of hashing.py with coefficients (n, 3), or, where those are
+ * zeros, the next packed code of the row. Returns the place of a bad id, or -1. */
+int64_t all_codes(int32_t *all, const void *ids, int is_int64, int64_t B, int64_t N, const uint8_t *codes,
+                  int64_t width, int n_bits, const int64_t *coefficients, int n, int64_t K, int threads) {
+    int64_t bad = first_bad_id(ids, is_int64, B, N);
+    if (bad >= 0) return bad;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t i = 0; i < B; i++) {
+        int64_t id = id_at(ids, is_int64, i), low = id & ((1 << 30) - 1), high = id >> 30;
+        for (int j = 0, stored = 0; j < n; j++) {
+            const int64_t *h = coefficients + 3 * j;
+            if (h[1]) {
+                uint32_t sum = (h[1] * low % PRIME + (high ? h[0] * high % PRIME : 0) + h[2]) % PRIME;
+                all[i * n + j] = sum % (uint32_t)K;
+            } else all[i * n + j] = code_at(codes + id * width, stored++, n_bits);
+        }
     }
     return -1;
 }

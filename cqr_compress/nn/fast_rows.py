@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cqr_compress import native
-from cqr_compress.spec import AnySpec, CodebookSpec
-from cqr_compress.table import is_intercepted, is_tracing
+from cqr_compress.spec import HASHED, STORED, AnySpec, CodebookSpec
+from cqr_compress.table import is_intercepted, is_tracing, row_codes
 
 _FLOATS = (torch.float16, torch.float32)
 
@@ -19,7 +19,7 @@ _FLOATS = (torch.float16, torch.float32)
 def fast_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
     """Compute rows in one pass over their codes, where that is possible.
 
-    It is on the CPU in eager mode, for stored codes and codebooks up to float32.
+    It is on the CPU in eager mode, for codebooks up to float32.
 
     Args:
         spec: the table's spec.
@@ -30,19 +30,25 @@ def fast_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tens
         (B, D) float32, before rotation and kept rows and differentiable; None where torch has to do it, also for
         an id outside the table, so that torch says so.
     """
-    codes = tensors.get("codes")
-    if codes is None or not _is_plain(ids) or is_tracing() or is_intercepted():
+    if not _is_plain(ids) or is_tracing() or is_intercepted():
         return None
-    N, ids = spec.num_embeddings, ids.contiguous()
+    codes, N, ids = tensors.get("codes"), spec.num_embeddings, ids.contiguous()
     trains = torch.is_grad_enabled()
     if isinstance(spec, CodebookSpec):
         codebooks = tensors["codebooks"]
-        if spec.num_stored_levels != spec.num_levels or not _usable(codes, codebooks):
+        if not _usable(codes, codebooks):
             return None
+        n_bits = spec.n_bits
+        if codes is None or spec.num_stored_levels != spec.num_levels:
+            codes, N, n_bits = _computed(spec, codes, ids), len(ids), 32
+            if codes is None:
+                return None
+            ids = torch.arange(N, device="cpu")
         if trains and codebooks.requires_grad:
-            rows: Tensor | None = _CodebookRows.apply(codebooks, codes, ids, N, spec.n_bits)  # type: ignore
+            rows: Tensor | None = _CodebookRows.apply(codebooks, codes, ids, N, n_bits)  # type: ignore
             return rows
-        return native.codebook_rows(ids, codes, codebooks, N, spec.n_bits)
+        return native.codebook_rows(ids, codes, codebooks, N, n_bits)
+    assert codes is not None, "integers are stored"
     scale, offset = tensors["row_scale"], tensors["row_offset"]
     if trains and (scale.requires_grad or offset.requires_grad):
         return None
@@ -51,6 +57,28 @@ def fast_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tens
     if scale.dtype == torch.float16 and not native.has_half():
         return None
     return native.rowwise_rows(ids, codes, scale, offset, N, spec.embedding_dim, spec.n_bits)
+
+
+def _computed(spec: CodebookSpec, codes: Tensor | None, ids: Tensor) -> Tensor | None:
+    """All codes of some ids, computed ones included, as int32 in bytes; None where an id is outside the table.
+
+    Args:
+        spec: the table's spec.
+        codes: (N, codes_width) uint8, the stored levels; None where there are none.
+        ids: (B,) contiguous.
+
+    Returns:
+        (B, 4 * C * L) uint8.
+    """
+    N = spec.num_embeddings
+    if set(spec.code_sources) <= {STORED, HASHED} and spec.codebook_size < 2**31:
+        found = native.all_codes(spec, ids, codes)
+        return None if found is None else found.view(torch.uint8)
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= N):
+        return None
+    packed = None if codes is None else codes.index_select(0, ids)
+    width = spec.num_columns * spec.num_levels
+    return row_codes(spec, packed, ids).to(torch.int32).view(len(ids), width).view(torch.uint8)
 
 
 class _CodebookRows(torch.autograd.Function):
@@ -97,14 +125,13 @@ def _is_plain(ids: Tensor) -> bool:
     return type(ids) is Tensor and ids.is_cpu and ids.dtype in (torch.int32, torch.int64)
 
 
-def _usable(codes: Tensor, values: Tensor) -> bool:
+def _usable(codes: Tensor | None, values: Tensor) -> bool:
     """Whether the compiled lookup takes these tensors, and is there."""
     return (
         native.available()
         and type(values) in (Tensor, Parameter)
-        and codes.is_cpu
+        and (codes is None or (codes.is_cpu and codes.is_contiguous()))
         and values.is_cpu
         and values.dtype in _FLOATS
-        and codes.is_contiguous()
         and values.is_contiguous()
     )
