@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from cqr_compress.clustering import ClusterOptions as ClusterOptions
+    from cqr_compress.clustering import ClusterSchedule as ClusterSchedule
+    from cqr_compress.clustering import CQREmbedding as CQREmbedding
+    from cqr_compress.clustering import CQREmbeddingBag as CQREmbeddingBag
+    from cqr_compress.clustering import cluster_ as cluster_
     from cqr_compress.conversion import convert as convert
     from cqr_compress.dense import export as export
     from cqr_compress.dense import load_dense as load_dense
@@ -22,16 +27,22 @@ if TYPE_CHECKING:
     from cqr_compress.nn import CompressedEmbedding as CompressedEmbedding
     from cqr_compress.nn import CompressedEmbeddingBag as CompressedEmbeddingBag
     from cqr_compress.request import Request as Request
+    from cqr_compress.sketches import sketch_table as sketch_table
     from cqr_compress.swap import decompress_ as decompress_
     from cqr_compress.swap import swap_embeddings_ as swap_embeddings_
     from cqr_compress.table import CompressedTable as CompressedTable
 
 _PUBLIC = {
+    "CQREmbedding": "clustering",
+    "CQREmbeddingBag": "clustering",
+    "ClusterOptions": "clustering",
+    "ClusterSchedule": "clustering",
     "CompressedEmbedding": "nn",
     "CompressedEmbeddingBag": "nn",
     "CompressedTable": "table",
     "CqrCompressError": "errors",
     "Request": "request",
+    "cluster_": "clustering",
     "compress_": "live",
     "convert": "conversion",
     "decompress_": "swap",
@@ -40,6 +51,7 @@ _PUBLIC = {
     "load_compressed": "loading",
     "load_dense": "dense",
     "parameters_on_meta": "loading",
+    "sketch_table": "sketches",
     "swap_embeddings_": "swap",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -14,11 +14,12 @@ from cqr_compress.errors import RowIndexError, ShapeError, WeightWriteError
 from cqr_compress.nn.fast_rows import fast_rows
 from cqr_compress.nn.search import TopK, search_scores, search_topk
 from cqr_compress.nn.table_weight import TableWeight
-from cqr_compress.spec import AnySpec, CodebookSpec, dtype_name
+from cqr_compress.spec import HASHED, AnySpec, CodebookSpec, dtype_name
 from cqr_compress.table import (
     PER_ROW,
     CompressedTable,
     decode_block,
+    decode_rows,
     is_intercepted,
     is_tracing,
     rotated,
@@ -28,6 +29,7 @@ from cqr_compress.table import (
 )
 
 _LIKE = "_like"
+_SEED = "hash_seed"
 
 
 class TableLayer(nn.Module):
@@ -57,6 +59,8 @@ class TableLayer(nn.Module):
     scale_grad_by_freq: bool
     _spec: AnySpec
     _owner: TableLayer | None
+    observer: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Called with the ids (B,) and rows (B, D) of each lookup; returns the rows that are used."""
     _names: tuple[str, ...]  # of the table's tensors, so that a lookup need not ask the spec
 
     def hold_table(
@@ -147,6 +151,11 @@ class TableLayer(nn.Module):
         Raises:
             RowIndexError: an id outside [0, N) (an IndexError); on CUDA the device asserts, as for nn.Embedding.
         """
+        rows = self._decode_ids(ids)
+        observer = self.owner.observer
+        return rows if observer is None else observer(ids, rows)
+
+    def _decode_ids(self, ids: Tensor) -> Tensor:
         tensors = self.table_tensors()
         rows = fast_rows(self.spec, tensors, ids)
         if rows is not None:
@@ -162,6 +171,35 @@ class TableLayer(nn.Module):
             short: _gather(self, tensor, ids) if short in PER_ROW else tensor for short, tensor in tensors.items()
         }
         return decode_block(self.spec, here, ids, self.dtype)
+
+    @torch.no_grad()
+    def column_rows(self, ids: Tensor) -> Tensor:
+        """Evaluate the codebook formula alone, before rotation and without rows that are kept apart.
+
+        Args:
+            ids: (B,) int64 in [0, N).
+
+        Returns:
+            (B, D) float32.
+        """
+        tensors = {short: t for short, t in self.table_tensors().items() if short in ("codes", "codebooks")}
+        rows = fast_rows(self.spec, tensors, ids)
+        if rows is None:
+            here = {short: t[ids] if short in PER_ROW else t for short, t in tensors.items()}
+            rows = decode_rows(self.spec, here, ids)
+        return rows.float()
+
+    def reseed(self, seed: int) -> None:
+        """Draw the hashes of the table anew; where it has hashed codes, its state_dict then holds the seed.
+
+        Args:
+            seed: at least 0; it replaces that of the spec.
+        """
+        owner = self.owner
+        spec = owner._spec = replace(cast(CodebookSpec, owner._spec), seed=seed)
+        if HASHED in spec.code_sources:
+            held = torch.tensor(seed, dtype=torch.int64, device=self.device)
+            owner.register_buffer(_SEED, held)
 
     def decode(self) -> Tensor:
         """Compute all rows, (N, D) in the layer's dtype; differentiable.
@@ -253,6 +291,13 @@ class TableLayer(nn.Module):
             short = constant * torch.where(length > self.max_norm, self.max_norm / (length + 1e-7), 1.0)
             rows = short + (rows - constant) if trains else short  # gradients are not shortened
         return rows if ids.ndim == 1 else rows.view(*ids.shape, self.embedding_dim)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Take the seed of the hashes with the tensors that were trained under it."""
+        seed = state_dict.get(prefix + _SEED)
+        if seed is not None and self.owner is self:
+            self.reseed(int(seed))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # before nn.Module registers a Parameter

@@ -1,0 +1,180 @@
+"""Where each id wants to go: gradients and curvature at the output of lookups, summed over training data.
+
+A compressed table can express few rows. The gradient at the output of its lookup is that of a virtual full table,
+and tells for each id in which direction its own row would move. Nothing here depends on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cqr_compress.errors import SpecError
+from cqr_compress.nn import TableLayer
+
+
+@dataclass
+class RowGradients:
+    """What a pass over training data says about some columns of a table's virtual rows.
+
+    Attributes:
+        columns: which of the D dimensions, before rotation.
+        gradient: (N, W) float32, the gradient of the summed loss, over W dimensions.
+        fisher: (N,) float32, the empirical Fisher information: squared gradients of single occurrences, mean
+            over all D dimensions, summed.
+        counts: (N,) float32, how often an id was looked up.
+    """
+
+    columns: slice
+    gradient: Tensor
+    fisher: Tensor
+    counts: Tensor
+
+    @classmethod
+    def zeros(cls, layer: TableLayer, columns: slice) -> RowGradients:
+        """Begin a pass; on the layer's device."""
+        N, device = layer.num_embeddings, layer.device
+        width = len(range(*columns.indices(layer.embedding_dim)))
+        return cls(
+            columns=columns,
+            gradient=torch.zeros(N, width, device=device),
+            fisher=torch.zeros(N, device=device),
+            counts=torch.zeros(N, device=device),
+        )
+
+    def add(self, ids: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
+        """Count occurrences in.
+
+        Args:
+            ids: (B,) rows.
+            gradient: (B, D) with respect to them, any floating dtype.
+            rotation: (D, D) that rows were multiplied by, or None.
+        """
+        gradient = gradient.float()
+        self.counts.index_add_(0, ids, torch.ones_like(gradient[:, 0]))
+        self.fisher.index_add_(0, ids, gradient.square().mean(1))
+        if rotation is not None:
+            gradient = gradient @ rotation.float().T
+        self.gradient.index_add_(0, ids, gradient[:, self.columns])
+
+    def target(self, ids: slice | Tensor, rows: Tensor, prior: Prior, eta: float) -> Tensor:
+        """Move rows by a damped Newton step toward the maximum of the posterior of each row.
+
+        V - eta * (g + p (V - m)) / (F + p): the loss is quadratic with gradient g and curvature F, and the prior
+        of a row is Gaussian around the mean row m with precision p. Ids that are rare go toward the mean row.
+
+        Args:
+            ids: which rows, slices or int64.
+            rows: (B, W) float32, V.
+            prior: m and p.
+            eta: damping; 1 is the whole step.
+
+        Returns:
+            (B, W) float32.
+        """
+        pull = prior.precision * (rows - prior.mean[self.columns])
+        precision = self.fisher[ids] + prior.precision
+        return rows - eta * (self.gradient[ids] + pull) / precision[:, None]
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A Gaussian that rows come from, estimated from the table itself.
+
+    Attributes:
+        mean: (D,) float32, the mean row.
+        precision: the weight of the prior beside the mean square of all values. Early in training rows are much
+            the same; with their variance instead, the prior would hold them there.
+    """
+
+    mean: Tensor
+    precision: float
+
+    @classmethod
+    def of_rows(cls, blocks: Iterable[Tensor], tau: float) -> Prior:
+        """Estimate it.
+
+        Args:
+            blocks: (B, D) float32 rows.
+            tau: weight of the prior.
+        """
+        count, total, squares = 0, torch.zeros(()), 0.0
+        for rows in blocks:
+            total = total.to(rows.device) + rows.sum(0, dtype=torch.float64)
+            squares += float(rows.square().sum(dtype=torch.float64))
+            count += len(rows)
+        return cls((total / count).float(), tau / max(squares / (count * len(total)), 1e-30))
+
+
+@contextmanager
+def observed(gradients: Mapping[TableLayer, RowGradients]) -> Iterator[None]:
+    """Let every backward in the context add to the gradients of some layers; their codebooks get none.
+
+    Rows are cut from the codebooks, so that the pass costs no more than the rest of the model.
+
+    Raises:
+        SpecError: a layer is observed already.
+    """
+    for layer in gradients:
+        if layer.observer is not None:
+            raise SpecError(f"{type(layer).__name__} is being observed by another pass")
+    try:
+        for layer, sums in gradients.items():
+            layer.observer = _observer(layer, sums)
+        yield
+    finally:
+        for layer in gradients:
+            layer.observer = None
+
+
+def _observer(layer: TableLayer, sums: RowGradients) -> Callable[[Tensor, Tensor], Tensor]:
+    rotation = layer.table_tensors().get("rotation")
+    rotation = None if rotation is None else rotation.detach()
+
+    def observe(ids: Tensor, rows: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return rows
+        leaf = rows.detach().requires_grad_()
+        leaf.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: sums.add(ids, gradient.detach(), rotation)
+        )
+        return leaf
+
+    return observe
+
+
+def backpropagate(model: nn.Module, losses: Iterable[Tensor]) -> None:
+    """Run the backward of each batch's losses, and leave the parameters' gradients as they were.
+
+    Args:
+        model: whose parameters may receive gradients on the way.
+        losses: for each batch the losses of its examples, not reduced: the sum of all of them is the objective.
+
+    Raises:
+        SpecError: a loss that was reduced to one number, whose scale is unknown; or no batch.
+    """
+    parameters = list(model.parameters())
+    held = [parameter.grad for parameter in parameters]
+    batches = 0
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        for loss in losses:
+            if loss.ndim == 0:
+                raise SpecError(
+                    "gradient-informed clustering takes the loss of each example, and got one number for a batch. "
+                    "Compute it with reduction='none'; a sum over the batch can be given as loss.reshape(1)."
+                )
+            loss.sum().backward()  # type: ignore[no-untyped-call]
+            batches += 1
+            for parameter in parameters:
+                parameter.grad = None
+    finally:
+        for parameter, grad in zip(parameters, held, strict=True):
+            parameter.grad = grad
+    if not batches:
+        raise SpecError("gradient-informed clustering got no batch: the iterable of losses is empty")
