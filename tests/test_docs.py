@@ -60,6 +60,17 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     )
 
 
+def test_the_least_squares_example_shows_the_bound(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    small = shlex.split("--examples 300 --ids 60 --dim 4 --k 12 --iterations 4 --plot p.png")
+    command = [sys.executable, str(ROOT / "examples" / "least_squares.py"), *small]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = {line[:24].strip(): [float(x) for x in line[24:].split()] for line in done.stdout.splitlines()[2:-1]}
+    assert all(a <= b for a, b in zip(rows["dense"], rows["bound (dense)"], strict=True))
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_quickstart_runs(tmp_path: Path) -> None:
     small = "--num-users 1100 --num-items 1100 --num-events 150000 --epochs 6 --ratio 4".split()
     done = subprocess.run(

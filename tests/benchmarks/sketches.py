@@ -265,8 +265,8 @@ def maker(method: str, ppd: int, seed: int) -> MakeTable:
 
 def schedule_of(method: str, model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, options: ClusterOptions | None) -> ClusterSchedule:  # fmt: skip
     steps = -(-len(task.train[0]) // task.batch_size)
-    if method == "cqr-paper":  # after each of the first 6 epochs
-        return ClusterSchedule(model, [steps * epoch for epoch in range(1, 7)], optimizer=optimizer)
+    if method == "cqr-paper":  # after each of the first 6 of 10 epochs
+        return ClusterSchedule.every_epoch(model, steps, task.epochs, until=0.6, optimizer=optimizer)
 
     def losses() -> Iterator[Tensor]:
         for batch in task.batches(4 * task.batch_size, shuffled=False):

@@ -1,0 +1,158 @@
+"""Clustering the sketch for least squares: min ||X T - Y|| over T (d1, d2) through matrices of few rows.
+
+"Clustering the Sketch", arXiv:2210.05974, section 3. Rows of X are examples, T is an embedding table without a
+network behind it. A step compresses T to H M with a sketch H (d1, k) of k << d1 columns and solves for M. The
+dense algorithm has a proof (Theorem 3.1); the sparse one, which is what embedding tables do, has none.
+
+Shapes: n examples, d1 rows of T (ids), d2 columns of T (dimensions), k columns of H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cqr_compress.errors import ShapeError
+from cqr_compress.quantize.kmeans import fit_centroids, nearest_centroids
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A least squares problem and its solution.
+
+    Attributes:
+        X: (n, d1) float64.
+        Y: (n, d2) float64.
+        best: (d1, d2), a T that minimizes ||X T - Y||.
+        signal: ||X best||**2, the error of T = 0 beyond the least one.
+        floor: ||X best - Y||**2.
+    """
+
+    X: Tensor
+    Y: Tensor
+    best: Tensor
+    signal: float
+    floor: float
+
+    @classmethod
+    def of(cls, X: Tensor, Y: Tensor) -> Problem:
+        """Solve it densely.
+
+        Raises:
+            ShapeError: X and Y are not matrices with as many rows.
+        """
+        if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y):
+            raise ShapeError(f"X {tuple(X.shape)} and Y {tuple(Y.shape)} are not matrices with as many rows")
+        X, Y = X.double(), Y.double()
+        best = _solve(X, Y)
+        return cls(X, Y, best, float((X @ best).square().sum()), float((X @ best - Y).square().sum()))
+
+    def excess(self, T: Tensor) -> float:
+        """(||X T - Y||**2 - ||X best - Y||**2) / ||X best||**2: 1 for T = 0 and 0 for the best."""
+        return (float((self.X @ T - self.Y).square().sum()) - self.floor) / self.signal
+
+    def bound(self, iterations: int, k: int, smart: bool = False) -> float:
+        """Theorem 3.1: the expected `excess` of the dense algorithm is at most (1 - rho)**(iterations * k').
+
+        k' = k - d2 is the number of random columns of each step, rho = sigma_min(X)**2 / ||X||_F**2, or 1 / d1 for
+        smart noise.
+        """
+        singular = torch.linalg.svdvals(self.X)
+        d1 = self.X.shape[1]
+        smallest = float(singular[-1]) if len(singular) == d1 else 0.0
+        rho = 1 / d1 if smart else smallest**2 / float(singular.square().sum())
+        return float((1 - rho) ** (iterations * (k - self.Y.shape[1])))
+
+
+def dense_iterates(problem: Problem, k: int, seed: int = 0, smart: bool = False) -> Iterator[Tensor]:
+    """Algorithm 1: H = [T | G] with Gaussian noise G (d1, k - d2), then T = H argmin_M ||X H M - Y||.
+
+    Args:
+        problem: X and Y.
+        k: columns of H, more than d2 and no more than d1.
+        seed: of the noise.
+        smart: draw the noise in the eigenspace of X, so that X G is Gaussian in the column space of X.
+
+    Returns:
+        T (d1, d2) float64 after the first, second, ... step, without end.
+
+    Raises:
+        ShapeError: k is out of range.
+    """
+    d1, d2 = problem.best.shape
+    if not d2 < k <= d1:
+        raise ShapeError(f"k is {k}: give more than d2 = {d2} and at most d1 = {d1}")
+    generator = torch.Generator().manual_seed(seed)
+    T = torch.zeros_like(problem.best)
+    spread = None
+    if smart:
+        _, singular, right = torch.linalg.svd(problem.X, full_matrices=False)
+        inverse = torch.where(singular > singular[0] * 1e-12, 1 / singular, 0.0)
+        spread = right.T * inverse  # X @ spread = U
+    while True:
+        size = d1 if spread is None else spread.shape[1]
+        noise = torch.randn(size, k - d2, dtype=torch.float64, generator=generator)
+        H = torch.cat([T, noise if spread is None else spread @ noise], 1)
+        T = H @ _solve(problem.X @ H, problem.Y)
+        yield T
+
+
+def sparse_iterates(problem: Problem, k: int, seed: int = 0) -> Iterator[Tensor]:
+    """Algorithm 2: H = [clusters of the rows of T | count sketch], each with one entry in a row and k / 2 columns.
+
+    It has no proof, and in practice stops above k-means of the best T.
+
+    Args:
+        problem: X and Y.
+        k: columns of H, even, at least 4 and no more than d1.
+        seed: of k-means and the count sketches.
+
+    Returns:
+        T (d1, d2) float64 after the first, second, ... step, without end.
+
+    Raises:
+        ShapeError: k is out of range.
+    """
+    d1, _ = problem.best.shape
+    if k % 2 or not 4 <= k <= d1:
+        raise ShapeError(f"k is {k}: give an even number from 4 to d1 = {d1}")
+    generator = torch.Generator().manual_seed(seed)
+    T = torch.zeros_like(problem.best)
+    step = 0
+    while True:
+        H = torch.zeros(d1, k, dtype=torch.float64)
+        pointers = torch.randint(k // 2, (d1,), generator=generator)
+        if step:
+            pointers = cluster_rows(T, k // 2, seed + step)[0]
+        buckets = torch.randint(k // 2, (d1,), generator=generator)
+        signs = torch.randint(2, (d1,), generator=generator).double() * 2 - 1
+        H[torch.arange(d1), pointers] = 1.0
+        H[torch.arange(d1), k // 2 + buckets] = signs
+        T = H @ _solve(problem.X @ H, problem.Y)
+        step += 1
+        yield T
+
+
+def cluster_rows(T: Tensor, num_clusters: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """k-means of the rows of T.
+
+    Args:
+        T: (d1, d2).
+        num_clusters: K.
+        seed: of k-means.
+
+    Returns:
+        Each row's cluster (d1,) int64, and the centroids (K, d2) float64.
+    """
+    points = T.float()
+    centroids = fit_centroids(points, num_clusters, seed)
+    return nearest_centroids(points, centroids), centroids.double()
+
+
+def _solve(A: Tensor, B: Tensor) -> Tensor:
+    """The M of least norm that minimizes ||A M - B||; A may have dependent columns."""
+    solution: Tensor = torch.linalg.lstsq(A, B, driver="gelsd").solution
+    return solution
