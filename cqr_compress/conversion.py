@@ -34,9 +34,11 @@ from cqr_compress.errors import (
     TableNotFoundError,
     VerificationError,
 )
+from cqr_compress.frequencies import Frequencies, read_frequencies
 from cqr_compress.plan import TablePlan, plan_table
 from cqr_compress.progress import Progress, Silent
 from cqr_compress.quality import Quality, QualityMeter
+from cqr_compress.quantize import row_weights
 from cqr_compress.report import SizeReport, size_report
 from cqr_compress.request import Request
 from cqr_compress.rows import ScannedTable, scan_table
@@ -79,6 +81,7 @@ def convert(
     *,
     tables: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    frequencies: Frequencies = (),
     untie: bool = False,
     shard_bytes: int | None = None,
     force: bool = False,
@@ -95,6 +98,8 @@ def convert(
         request: method and budget.
         tables: globs or "re:" patterns of tables to take instead of the found ones.
         exclude: the same, of tables to leave.
+        frequencies: how often each id is used, by table or in files, see `read_frequencies`: errors at rows that
+            are used often cost more.
         untie: keep a dense copy for the other names of a shared table.
         shard_bytes: split the output into files of about this size.
         force: replace existing output.
@@ -122,7 +127,9 @@ def convert(
             raise TableNotFoundError(_nothing_found(checkpoint, candidates))
         if untie:
             checkpoint = _untied(checkpoint, selected)
-        work, left = _plan_all(checkpoint, selected, request, progress)
+        counts = read_frequencies(frequencies, {candidate.name: candidate.shape[0] for candidate in selected})
+        weights = {name: row_weights(count) for name, count in counts.items()}
+        work, left = _plan_all(checkpoint, selected, request, weights, progress)
         left += [_left(c, c.reason) for c in candidates if not c.selected and c.confidence >= 0.3]
         header = _header(checkpoint, work, left, request)
         shapes = _shapes(checkpoint, work)
@@ -166,7 +173,11 @@ def _untied(checkpoint: Checkpoint, selected: list[Candidate]) -> Checkpoint:
 
 
 def _plan_all(
-    checkpoint: Checkpoint, selected: list[Candidate], request: Request, progress: Progress
+    checkpoint: Checkpoint,
+    selected: list[Candidate],
+    request: Request,
+    weights: Mapping[str, Tensor],
+    progress: Progress,
 ) -> tuple[dict[str, _Work], list[dict[str, Any]]]:
     """Scan and plan every table before anything is written; collect what is impossible and report it once."""
     work: dict[str, _Work] = {}
@@ -179,6 +190,7 @@ def _plan_all(
             left.append(_left(candidate, plan.reason))
             continue
         scan = _scan(checkpoint.entries[candidate.name], request, progress)
+        scan = replace(scan, weights=weights.get(candidate.name))
         progress.start(f"choosing a layout for {candidate.name}", 0, "trials")
         try:
             plan = plan_table(scan, request, progress.advance)
@@ -232,13 +244,21 @@ def _left(candidate: Candidate, reason: str) -> dict[str, Any]:
 def _header(
     checkpoint: Checkpoint, work: Mapping[str, _Work], left: list[dict[str, Any]], request: Request
 ) -> dict[str, Any]:
-    unknown = Quality(_WIDEST_FIGURE, _WIDEST_FIGURE, _WIDEST_FIGURE).to_json()
+    unknown = {
+        name: Quality(
+            relative_mse=_WIDEST_FIGURE,
+            mean_cosine=_WIDEST_FIGURE,
+            recall_at_10=_WIDEST_FIGURE,
+            weighted_relative_mse=None if item.scan.weights is None else _WIDEST_FIGURE,
+        ).to_json()
+        for name, item in work.items()
+    }
     return {
         "format_version": FORMAT_VERSION,
         "version": __version__,
         "seed": request.seed,
         "tables": {
-            name: {"spec": item.spec.to_json(), "quality": unknown, "reason": item.plan.reason}
+            name: {"spec": item.spec.to_json(), "quality": unknown[name], "reason": item.plan.reason}
             for name, item in work.items()
         },
         "aliases": dict(checkpoint.aliases),
@@ -293,7 +313,7 @@ def _write(
     for name, item in work.items():
         scan = item.scan
         if len(scan.sample) == 0:
-            scan = _scan(checkpoint.entries[name], request, progress)
+            scan = replace(_scan(checkpoint.entries[name], request, progress), weights=scan.weights)
 
         def put(short: str, tensor: Tensor, name: str = name) -> None:
             out.write(stored_name(name, short), tensor)

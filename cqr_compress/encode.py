@@ -45,7 +45,7 @@ def encode_table(
         shared["kept_rows"] = kept_rows(scan)
     for short, tensor in shared.items():
         put(short, tensor)
-    meter = QualityMeter.for_table(spec.num_embeddings, seed)
+    meter = QualityMeter.for_table(spec.num_embeddings, seed, scan.weights)
     progress.start(f"encoding {name}", spec.num_embeddings, "rows")
     for start, rows in scan.blocks():
         encoded = quantizer.encode(rows, start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from cqr_compress.request import DEFAULT_BITS_PER_DIM, Request
 from cqr_compress.rows import ScannedTable
@@ -18,6 +19,8 @@ from cqr_compress.spec import (
     dtype_name,
 )
 
+_HELPERS = {"random": (STORED, HASHED), "fitted": (STORED, STORED), "none": (STORED,)}
+"""Code sources of a CQR table, by its helper."""
 _AUTO_BITS = (4, 5, 6, 8)
 _PQ_BITS = tuple(range(1, 13))
 _MAX_LEVELS = 64
@@ -51,7 +54,7 @@ def _is_explicit(request: Request) -> bool:
     if request.method in ("int8", "int4"):
         return True
     columns, levels, bits = request.num_columns, request.num_levels, request.n_bits
-    needed = {"pq": (columns, bits), "rq": (levels, bits), "prq": (columns, levels, bits)}
+    needed = {"pq": (columns, bits), "cqr": (columns, bits), "rq": (levels, bits), "prq": (columns, levels, bits)}
     return request.method in needed and None not in needed[request.method]
 
 
@@ -71,6 +74,10 @@ def layouts(request: Request, table: ScannedTable) -> Iterator[AnySpec]:
     if request.method in ("int8", "int4"):
         bits = int(request.method[3:])
         yield RowwiseSpec(method=request.method, n_bits=bits, scale_dtype=dtype, **base)  # type: ignore[arg-type]
+    elif request.method == "cqr":
+        for sources in _HELPERS.values() if request.helper is None else [_HELPERS[request.helper]]:
+            for spec in _additive_layouts(request, base, dtype, table, (len(sources),)):
+                yield replace(spec, code_sources=sources)
     elif request.method in ("hash", "qr"):
         yield from _sketch_layouts(request, base, dtype, table)
     else:
@@ -78,7 +85,7 @@ def layouts(request: Request, table: ScannedTable) -> Iterator[AnySpec]:
 
 
 def _additive_layouts(
-    request: Request, base: dict[str, object], dtype: str, table: ScannedTable
+    request: Request, base: dict[str, object], dtype: str, table: ScannedTable, levels: tuple[int, ...] = ()
 ) -> Iterator[CodebookSpec]:
     N, D = table.shape
     auto = request.method == "auto"
@@ -88,13 +95,13 @@ def _additive_layouts(
     elif request.method == "rq":
         all_columns = [1]
     bits_choices = (
-        (request.n_bits,) if request.n_bits else (_AUTO_BITS if auto or request.method != "pq" else _PQ_BITS)
+        (request.n_bits,) if request.n_bits else (_PQ_BITS if request.method in ("pq", "cqr") else _AUTO_BITS)
     )
     rotations: tuple[str | None, ...] = (request.rotation,)
     if auto and request.rotation is None and D <= _MAX_ROTATED_DIM:
         rotations = (None, "opq")
-    if request.method == "pq":
-        levels_choices: tuple[int, ...] = (1,)
+    if levels or request.method == "pq":
+        levels_choices = levels or (1,)
     else:
         levels_choices = (request.num_levels,) if request.num_levels else tuple(range(1, _MAX_LEVELS + 1))
     for n_bits in bits_choices:

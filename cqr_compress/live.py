@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,12 +13,14 @@ from cqr_compress.checkpoint import Checkpoint, TensorEntry
 from cqr_compress.discover import find_tables
 from cqr_compress.encode import encode_table
 from cqr_compress.errors import BudgetError, SpecError, TableNotFoundError
+from cqr_compress.frequencies import Frequencies, read_frequencies
 from cqr_compress.nn import TableLayer
 from cqr_compress.plan import TablePlan, plan_table
 from cqr_compress.progress import Progress, Silent
 from cqr_compress.quality import Quality
+from cqr_compress.quantize import row_weights
 from cqr_compress.request import Request
-from cqr_compress.rows import scan_table
+from cqr_compress.rows import ScannedTable, scan_table
 from cqr_compress.spec import AnySpec, CodebookSpec, RowwiseSpec
 from cqr_compress.swap import embedding_places, refuse_wrapper, swap_embeddings_
 from cqr_compress.table import PER_ROW, CompressedTable
@@ -47,6 +49,7 @@ def compress_(
     *,
     tables: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    frequencies: Frequencies = (),
     progress: Progress | None = None,
 ) -> list[CompressedLayer]:
     """Compress the embedding layers of a model, in place.
@@ -61,6 +64,7 @@ def compress_(
         tables: globs or "re:" patterns of tensors to take instead of the weights of all embedding layers; they may
             name bare parameters.
         exclude: the same, of tensors to leave.
+        frequencies: how often each id is used, (N,) by tensor, or files; see `convert`.
         progress: told of the work.
 
     Returns:
@@ -79,10 +83,12 @@ def compress_(
     selected = [c.name for c in find_tables(checkpoint, tables or list(entries), exclude) if c.selected]
     if not selected:
         raise TableNotFoundError(f"{type(model).__name__} has no embedding layer: name its tables")
+    counts = read_frequencies(frequencies, {name: entries[name].shape[0] for name in selected})
+    weights = {name: row_weights(count) for name, count in counts.items()}
     plans: list[TablePlan] = []
     problems = []
     for name in selected:
-        scan = scan_table(entries[name], request.keep_rows, request.nonfinite, request.seed, request.max_sample)
+        scan = _scan(entries[name], request, weights.get(name))
         progress.start(f"choosing a layout for {name}", 0, "trials")
         try:
             plans.append(plan_table(scan, request, progress.advance))
@@ -99,7 +105,7 @@ def compress_(
         if plan.spec is None:
             layers.append(CompressedLayer(plan.name, None, plan.reason))
             continue
-        made[plan.name], quality = _compressed(entries[plan.name], plan, request, progress)
+        made[plan.name], quality = _compressed(entries[plan.name], plan, request, weights.get(plan.name), progress)
         layers.append(CompressedLayer(plan.name, plan.spec, plan.reason, quality))
     swap_embeddings_(model, made)
     return layers
@@ -125,11 +131,16 @@ def _as_request(wanted: Request | AnySpec | float | None) -> Request:
     return wanted if isinstance(wanted, Request) else Request(ratio=None if wanted is None else float(wanted))
 
 
+def _scan(entry: TensorEntry, request: Request, weights: Tensor | None) -> ScannedTable:
+    scan = scan_table(entry, request.keep_rows, request.nonfinite, request.seed, request.max_sample)
+    return replace(scan, weights=weights)
+
+
 def _compressed(
-    entry: TensorEntry, plan: TablePlan, request: Request, progress: Progress
+    entry: TensorEntry, plan: TablePlan, request: Request, weights: Tensor | None, progress: Progress
 ) -> tuple[CompressedTable, Quality]:
     assert plan.spec is not None
-    scan = scan_table(entry, request.keep_rows, request.nonfinite, request.seed, request.max_sample)
+    scan = _scan(entry, request, weights)
     blocks: dict[str, list[Tensor]] = {}
     meter = encode_table(
         scan, plan, request.seed, lambda short, t: blocks.setdefault(short, []).append(t), progress

@@ -99,7 +99,8 @@ def _largest_of_each(specs: list[AnySpec]) -> list[AnySpec]:
     for spec in specs:
         key: tuple[object, ...] = (spec.method,)
         if isinstance(spec, CodebookSpec):
-            key = (spec.num_columns, spec.codebook_size, spec.rotation)
+            sources = spec.code_sources if spec.method == "cqr" else ()
+            key = (spec.num_columns, spec.codebook_size, spec.rotation, sources)
         if key not in best or spec.nbytes > best[key].nbytes:
             best[key] = spec
     most = max(spec.nbytes for spec in best.values())
@@ -146,19 +147,23 @@ def estimate_error(table: ScannedTable, spec: AnySpec, effort: Effort, num_rows:
     order = torch.randperm(len(table.sample), generator=generator)
     fitted = table.sample[order[:num_rows]]
     other = table.sample[order[num_rows : num_rows + num_rows // 2]]
-    rows = _SampleRows(fitted)
+    weights = None if table.weights is None else table.weights[table.sample_ids][order]
+    rows = _SampleRows(fitted, None if weights is None else weights[:num_rows])
     small = replace(spec, num_embeddings=max(len(fitted), 1), num_kept_rows=0, num_zero_rows=0)
     quantizer = fit(rows, small, effort)
 
-    def error(part: Tensor) -> float:
+    def error(part: Tensor, cost: Tensor | None) -> float:
         body = {**quantizer.shared_tensors(), **quantizer.encode(part, 0)}
         decoded = decode_rows(small, body, torch.arange(len(part)))
-        return float((decoded - part).square().sum() / part.square().sum().clamp_min(1e-30))
+        lost, energy = (decoded - part).square().sum(1), part.square().sum(1)
+        if cost is not None:
+            lost, energy = lost * cost, energy * cost
+        return float(lost.sum() / energy.sum().clamp_min(1e-30))
 
-    inside = error(fitted)
+    inside = error(fitted, rows.weights)
     if len(other) == 0:
         return inside
-    outside = error(other)
+    outside = error(other, None if weights is None else weights[num_rows : num_rows + num_rows // 2])
     return (inside + outside) / 2 - (outside - inside) / 2 * min(1.0, len(fitted) / N)
 
 
@@ -186,6 +191,11 @@ def estimate_ratio(table: ScannedTable, request: Request) -> float:
 @dataclass(frozen=True)
 class _SampleRows:
     sample: Tensor
+    weights: Tensor | None
+
+    @property
+    def sample_ids(self) -> Tensor:
+        return torch.arange(len(self.sample))
 
     @property
     def skipped_ids(self) -> Tensor:

@@ -21,15 +21,18 @@ class Quality:
         mean_cosine: mean cosine of each row with its source, rows of norm 0 left out.
         recall_at_10: of each query's 10 nearest rows (Euclidean, itself left out), the share that is still
             among the 10 nearest after compression; 512 queries among 8,192 rows, drawn by the seed.
+        weighted_relative_mse: `relative_mse` with each row weighted by how often it is used; None where that is
+            not known.
     """
 
     relative_mse: float
     mean_cosine: float
     recall_at_10: float
+    weighted_relative_mse: float | None = None
 
     def to_json(self) -> dict[str, float]:
-        """The three figures, rounded to 6 significant digits."""
-        return {name: float(f"{value:.6g}") for name, value in asdict(self).items()}
+        """The figures that there are, rounded to 6 significant digits."""
+        return {name: float(f"{value:.6g}") for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass
@@ -40,24 +43,28 @@ class QualityMeter:
         sample_ids: (m,) int64 ascending, the rows that recall and verification use.
         source: (m, D) their source rows; filled by `add`.
         decoded: (m, D) their decoded rows; filled by `add`.
+        weights: (N,) what an error at each row costs, or None.
     """
 
     sample_ids: Tensor
+    weights: Tensor | None = None
     source: list[Tensor] = field(default_factory=list)
     decoded: list[Tensor] = field(default_factory=list)
     _error: float = 0.0
     _energy: float = 0.0
     _cosine: float = 0.0
     _rows: int = 0
+    _weighted_error: float = 0.0
+    _weighted_energy: float = 0.0
 
     @classmethod
-    def for_table(cls, num_rows: int, seed: int) -> QualityMeter:
+    def for_table(cls, num_rows: int, seed: int, weights: Tensor | None = None) -> QualityMeter:
         """Draw the sample of a table of `num_rows` rows."""
         generator = torch.Generator().manual_seed(seed)
         order = torch.arange(num_rows)
         if num_rows > RECALL_BASE:
             order = torch.randperm(num_rows, generator=generator)[:RECALL_BASE].sort().values
-        return cls(order)
+        return cls(order, weights)
 
     def add(self, source: Tensor, decoded: Tensor, first_row: int) -> None:
         """Take the rows from `first_row` on: (B, D) each, any floating dtype."""
@@ -69,8 +76,13 @@ class QualityMeter:
         finite = x.isfinite().all(1) & y.isfinite().all(1)
         if not finite.all():
             x, y = x[finite], y[finite]
-        self._error += float((x - y).square().sum(dtype=torch.float64))
-        self._energy += float(x.square().sum(dtype=torch.float64))
+        errors, energies = (part.square().sum(1, dtype=torch.float64) for part in (x - y, x))
+        self._error += float(errors.sum())
+        self._energy += float(energies.sum())
+        if self.weights is not None:
+            weights = self.weights[first_row : first_row + len(source)][finite].double()
+            self._weighted_error += float((errors * weights).sum())
+            self._weighted_energy += float((energies * weights).sum())
         norms = x.norm(dim=1) * y.norm(dim=1)
         cosines = ((x * y).sum(1) / norms)[norms > 0]
         self._cosine += float(cosines.sum(dtype=torch.float64))
@@ -78,7 +90,11 @@ class QualityMeter:
 
     def result(self) -> Quality:
         """The figures over all rows that were added."""
+        weighted = None
+        if self.weights is not None:
+            weighted = self._weighted_error / (self._weighted_energy or 1.0)
         return Quality(
+            weighted_relative_mse=weighted,
             relative_mse=self._error / self._energy if self._energy else self._error,
             mean_cosine=self._cosine / self._rows if self._rows else 1.0,
             recall_at_10=recall(torch.cat(self.source).float(), torch.cat(self.decoded).float()),

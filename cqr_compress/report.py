@@ -30,6 +30,7 @@ class TableReport:
         relative_mse: see `quality.Quality`; None in a plan.
         mean_cosine: the same.
         recall_at_10: the same.
+        weighted_relative_mse: the same; None without frequencies.
         aliases: other names that read this table.
         reason: why this layout.
     """
@@ -49,6 +50,7 @@ class TableReport:
     recall_at_10: float | None
     aliases: tuple[str, ...]
     reason: str
+    weighted_relative_mse: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,7 @@ def size_report(
                 relative_mse=quality.get("relative_mse"),
                 mean_cosine=quality.get("mean_cosine"),
                 recall_at_10=quality.get("recall_at_10"),
+                weighted_relative_mse=quality.get("weighted_relative_mse"),
                 aliases=tuple(alias for alias, target in aliases.items() if target == name),
                 reason=entry["reason"],
             )

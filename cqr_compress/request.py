@@ -25,6 +25,8 @@ class Request:
         num_levels: L, fixed instead of chosen.
         n_bits: bits of a code, fixed instead of chosen.
         rotation: "opq" or "pca" for pq and prq.
+        helper: of cqr: "random" (hashed, no bytes for codes), "fitted" (stored codes) or "none"; the one with the
+            least error at equal bytes if None.
         codebook_dtype: dtype of codebooks and row scales.
         min_rows: tables with fewer rows stay dense.
         keep_rows: ids of rows stored verbatim in every table.
@@ -41,6 +43,7 @@ class Request:
     num_levels: int | None = None
     n_bits: int | None = None
     rotation: str | None = None
+    helper: str | None = None
     codebook_dtype: str = "float16"
     min_rows: int = DEFAULT_MIN_ROWS
     keep_rows: tuple[int, ...] = ()
@@ -70,11 +73,17 @@ class Request:
             raise SpecError(f"nonfinite is {self.nonfinite!r}: give 'error' or 'keep'")
         if self.rotation not in (None, "opq", "pca"):
             raise SpecError(f"rotation {self.rotation!r} is neither 'opq' nor 'pca'")
+        if self.helper not in (None, "random", "fitted", "none"):
+            raise SpecError(f"helper {self.helper!r} is not one of random, fitted, none")
+        if self.helper and self.method != "cqr":
+            raise SpecError(f"method {self.method!r} has no helper: it goes with cqr")
         kind = "additive" if self.method == "auto" else METHODS[self.method].kind
         if self.rotation and self.method not in ("auto", "pq", "prq"):
             raise SpecError(f"method {self.method!r} takes no rotation: it goes with pq and prq")
-        if kind != "additive" and (self.n_bits or self.num_levels):
+        if kind in ("sketch", "rowwise") and (self.n_bits or self.num_levels):
             raise SpecError(f"method {self.method!r} takes neither n_bits nor num_levels")
+        if kind == "cqr" and self.num_levels:
+            raise SpecError("cqr takes no num_levels: its helper is the second level")
         if kind == "rowwise" and self.num_columns:
             raise SpecError(f"method {self.method!r} takes no num_columns")
         if self.method == "pq" and self.num_levels not in (None, 1):

@@ -30,6 +30,7 @@ class ScannedTable:
         nonfinite_rows: number of rows with NaN or infinity.
         largest: largest magnitude of the finite values.
         mean_square: mean of the squared finite values.
+        weights: (N,) float32, what an error at each row costs, mean about 1; None where all are alike.
     """
 
     entry: TensorEntry
@@ -40,6 +41,7 @@ class ScannedTable:
     nonfinite_rows: int
     largest: float
     mean_square: float
+    weights: Tensor | None = None
 
     @property
     def skipped_ids(self) -> Tensor:

@@ -206,6 +206,9 @@ class CodebookSpec(TableSpec):
         """The layout in short: columns x levels x bits, or the codewords where codes are hashed."""
         if not self.num_stored_levels:
             return f"{self.num_columns}x{self.num_levels}, {self.codebook_size} codewords"
+        if self.method == "cqr":
+            helper = self.code_sources[1:] and ("fitted" if self.code_sources[1] == STORED else "random")
+            return f"{self.num_columns}x{self.n_bits}b, {helper or 'no'} helper"
         levels = f"x{self.num_levels}" if self.num_levels > 1 else ""
         rotated = f" {self.rotation}" if self.rotation else ""
         return f"{self.num_columns}{levels}x{self.n_bits}b{rotated}"

@@ -39,6 +39,9 @@ REQUESTS = {
     "int4": cqr.Request(method="int4", codebook_dtype="float32"),
     "hash": cqr.Request(method="hash", ratio=8),
     "qr": cqr.Request(method="qr", ratio=8),
+    "cqr": cqr.Request(method="cqr", ratio=8),
+    "cqr random": cqr.Request(method="cqr", num_columns=4, n_bits=5, helper="random"),
+    "cqr fitted": cqr.Request(method="cqr", ratio=8, helper="fitted"),
 }
 
 
@@ -133,7 +136,7 @@ def test_a_bare_tensor_and_a_lone_weight_get_names(tmp_path: Path, table: torch.
         assert list(cqr.load_dense(tmp_path / "s.safetensors")) == [source]
 
 
-@pytest.mark.parametrize("method", ["pq", "rq", "int4", "hash", "qr"])
+@pytest.mark.parametrize("method", ["pq", "rq", "int4", "hash", "qr", "cqr"])
 def test_kept_and_zero_rows_stay_bit_exact(tmp_path: Path, table: torch.Tensor, method: str) -> None:
     table[0] = 0
     table[77] = -0.0

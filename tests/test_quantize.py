@@ -25,6 +25,11 @@ Tensor = torch.Tensor
 class Rows:
     sample: Tensor
     skipped_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    weights: Tensor | None = None
+
+    @property
+    def sample_ids(self) -> Tensor:
+        return torch.arange(len(self.sample))
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         for start in range(0, len(self.sample), 700):
@@ -210,6 +215,34 @@ def test_digits_name_every_row_and_use_every_codeword(columns: int, size: int) -
     assert all(codes[:, c].unique().tolist() == list(range(size)) for c in range(columns))
     with pytest.raises(SpecError, match="fewer than the table's 3000"):
         spec_of(torch.zeros(3000, 12), columns, 1, codebook_size=size - 1, code_sources=("digit",))
+
+
+@pytest.mark.parametrize("method", ["hash", "qr"])
+def test_weighted_sketches_are_the_weighted_least_squares_solution(table: Tensor, method: str) -> None:
+    spec = sketch_spec(table, method, 60)
+    weights = torch.linspace(0.01, 2.0, 3000)
+    quantizer = fit(Rows(table, weights=weights), spec, Effort())
+    codes = computed_codes(spec, torch.arange(3000))[:, 0]
+    design = torch.zeros(3000, 60 * spec.num_levels)
+    design.scatter_(1, codes + torch.arange(spec.num_levels) * 60, 1.0)
+    root = weights.sqrt()[:, None]
+    best = (
+        design
+        @ torch.linalg.lstsq((design * root).double(), (table * root).double(), driver="gelsd").solution.float()
+    )
+    found = decode_codes(codes[:, None], quantizer.shared_tensors()["codebooks"].float())
+    errors = [float((weights[:, None] * (table - rows).square()).sum()) for rows in (found, best)]
+    assert errors[0] <= errors[1] * 1.001
+
+
+def test_a_fitted_helper_hash_never_raises_the_error_of_pointers_alone(table: Tensor) -> None:
+    plain = spec_of(table, 4, 1, n_bits=4, method="cqr")
+    helped = spec_of(table, 4, 2, n_bits=4, method="cqr", code_sources=("stored", "hashed"))
+    errors = []
+    for spec, rounds in ((plain, 0), (helped, 0), (helped, 1), (helped, 6)):
+        errors.append(error(table, compress(table, spec, Effort(rounds=rounds))[1]))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-5)  # a helper of zeros
+    assert errors[3] < errors[2] < errors[1]
 
 
 def test_the_same_seed_gives_the_same_bits(table: Tensor) -> None:

@@ -34,6 +34,7 @@ class MethodName(str, Enum):
     pq = "pq"
     rq = "rq"
     prq = "prq"
+    cqr = "cqr"
     int8 = "int8"
     int4 = "int4"
     hash = "hash"
@@ -53,6 +54,14 @@ class DtypeName(str, Enum):
     float16 = "float16"
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+class HelperName(str, Enum):
+    """The helper of `cqr`."""
+
+    random = "random"
+    fitted = "fitted"
+    none = "none"
 
 
 class NonfiniteName(str, Enum):
@@ -202,6 +211,26 @@ def convert(
         RotationName | None,
         typer.Option(help="Rotate rows before quantizing them.", rich_help_panel=_METHOD, show_default=False),
     ] = None,
+    helper: Annotated[
+        HelperName | None,
+        typer.Option(
+            help="Second codebook of cqr: hashed (random), with stored codes (fitted), or none. "
+            "[default: the one with the least error]",
+            rich_help_panel=_METHOD,
+            show_default=False,
+        ),
+    ] = None,
+    frequencies: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--frequencies",
+            metavar="[TABLE=]FILE",
+            help="How often each id is used, as .npy, .safetensors (by table) or .csv (id,count or "
+            "table,id,count): errors at frequent ids cost more. Repeatable.",
+            rich_help_panel=_METHOD,
+            show_default=False,
+        ),
+    ] = None,
     codebook_dtype: Annotated[
         DtypeName, typer.Option(help="Dtype of codebooks and row scales.", rich_help_panel=_METHOD)
     ] = DtypeName.float16,
@@ -270,6 +299,7 @@ def convert(
             num_levels=num_levels,
             n_bits=n_bits,
             rotation=rotation.value if rotation else None,
+            helper=helper.value if helper else None,
             codebook_dtype=codebook_dtype.value,
             keep_rows=_parse_ids(keep_rows),
             nonfinite=nonfinite.value,
@@ -284,6 +314,7 @@ def convert(
                 request,
                 tables=tables or (),
                 exclude=exclude or (),
+                frequencies=frequencies or (),
                 untie=untie,
                 shard_bytes=_parse_size(shard_size),
                 force=force,

@@ -80,6 +80,7 @@ def print_size_report(report: SizeReport) -> None:
     what = "measured" if report.measured else "predicted, nothing written"
     console.print(Text(f"{report.source} -> {report.file} ({what})"), soft_wrap=True)
     table = Table(title=None, header_style="bold")
+    weighted = any(row.weighted_relative_mse is not None for row in report.tables)
     for heading, justify in (
         ("table", "left"),
         ("rows x dim", "right"),
@@ -89,6 +90,7 @@ def print_size_report(report: SizeReport) -> None:
         ("ratio\nbytes", "right"),
         ("ratio\nparams", "right"),
         ("relative\nMSE", "right"),
+        *([("weighted\nrel. MSE", "right")] if weighted else []),
         ("mean\ncosine", "right"),
         ("recall\n@10", "right"),
     ):
@@ -98,7 +100,8 @@ def print_size_report(report: SizeReport) -> None:
             Text("\n= ".join((row.name, *row.aliases))), f"{row.shape[0]} x {row.shape[1]}",
             f"{row.method}\n{row.layout}", size(row.bytes_before), size(row.bytes_after),
             f"{row.ratio_bytes:.2f}x",
-            f"{row.ratio_parameters:.4g}x", _figure(row.relative_mse), _figure(row.mean_cosine),
+            f"{row.ratio_parameters:.4g}x", _figure(row.relative_mse),
+            *([_figure(row.weighted_relative_mse)] if weighted else []), _figure(row.mean_cosine),
             _figure(row.recall_at_10),
         )  # fmt: skip
     console.print(table)

@@ -20,7 +20,7 @@ from cqr_compress.clustering.gradients import Prior, RowGradients, backpropagate
 from cqr_compress.errors import ShapeError, SpecError, TableNotFoundError
 from cqr_compress.nn import TableLayer
 from cqr_compress.progress import Progress, Silent
-from cqr_compress.quantize.kmeans import fit_centroids, nearest_centroids
+from cqr_compress.quantize.kmeans import fit_centroids, nearest_centroids, row_weights
 from cqr_compress.spec import HASHED, STORED, CodebookSpec
 from cqr_compress.table import BLOCK_BYTES, row_blocks, row_codes
 
@@ -261,7 +261,7 @@ class _Job:
         points = torch.cat([self.targets(ids, column, gradients) for ids in self.id_blocks(self.sample)]).cpu()
         sampled = None
         if weights is not None and self.options.weighted:
-            sampled = weights[self.sample.to(weights.device)].cpu() + 1e-3 * float(weights.mean())
+            sampled = row_weights(weights.cpu())[self.sample.cpu()]
         centroids = fit_centroids(points, K, self.seed + column, self.options.iterations, weights=sampled)
         del points
         centroids = centroids.to(self.codebooks.device)

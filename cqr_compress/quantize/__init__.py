@@ -12,11 +12,13 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from cqr_compress.quantize.additive import Effort, fit_additive, num_steps
+from cqr_compress.quantize.clustered import fit_clustered, num_clustered_steps
+from cqr_compress.quantize.kmeans import row_weights
 from cqr_compress.quantize.rowwise import RowwiseQuantizer
 from cqr_compress.quantize.sketch import fit_sketch, num_sketch_steps
 from cqr_compress.spec import AnySpec, CodebookSpec, RowwiseSpec
 
-__all__ = ["DEFAULT_EFFORT", "METHODS", "Effort", "Method", "Quantizer", "TableRows", "fit"]
+__all__ = ["DEFAULT_EFFORT", "METHODS", "Effort", "Method", "Quantizer", "TableRows", "fit", "row_weights"]
 
 
 class Quantizer(Protocol):
@@ -41,6 +43,14 @@ class TableRows(Protocol):
         """(n, D) float32, drawn at random."""
 
     @property
+    def sample_ids(self) -> Tensor:
+        """(n,) int64, which rows the sample is."""
+
+    @property
+    def weights(self) -> Tensor | None:
+        """(N,) float32, what an error at each row costs, mean about 1; None where all are alike."""
+
+    @property
     def skipped_ids(self) -> Tensor:
         """Rows that need not be fitted, int64."""
 
@@ -56,7 +66,7 @@ class Method:
         name: as on the command line.
         summary: one line.
         paper: where it is from.
-        kind: the spec it fits: "additive", "sketch" or "rowwise".
+        kind: the layouts it has: "additive", "cqr", "sketch" or "rowwise".
     """
 
     name: str
@@ -71,6 +81,7 @@ METHODS: dict[str, Method] = {
         Method("pq", "product quantization", "doi:10.1109/TPAMI.2010.57", "additive"),
         Method("rq", "residual quantization, beam search", "doi:10.3390/s101211259", "additive"),
         Method("prq", "product-residual: residual codebooks in each column", "doi:10.3390/s101211259", "additive"),
+        Method("cqr", "clustering the sketch: pointers and helper codebooks", "arXiv:2210.05974", "cqr"),
         Method("int8", "8-bit integers, scale and zero point per row", "arXiv:2101.05615", "rowwise"),
         Method("int4", "4-bit integers, scale and zero point per row", "arXiv:1911.02079", "rowwise"),
         Method("hash", "hashing trick, fitted by least squares", "doi:10.1145/1553374.1553516", "sketch"),
@@ -82,6 +93,7 @@ DEFAULT_EFFORT: dict[str, Effort] = {
     "pq": Effort(),
     "rq": Effort(rounds=4, restarts=1),
     "prq": Effort(rounds=6, restarts=2),
+    "cqr": Effort(rounds=6, restarts=2),
 }
 """Effort of a method where the user sets none; a rotation by OPQ takes at least OPQ_ROUNDS."""
 
@@ -100,7 +112,9 @@ def num_fit_steps(spec: AnySpec, effort: Effort) -> int:
     """Calls of `step` that `fit` makes at most."""
     if isinstance(spec, RowwiseSpec):
         return 1
-    return num_steps(spec, effort) if spec.num_stored_levels else num_sketch_steps(spec)
+    if spec.num_stored_levels == spec.num_levels:
+        return num_steps(spec, effort)
+    return num_clustered_steps(spec, effort) if spec.num_stored_levels else num_sketch_steps(spec)
 
 
 def fit(rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None] = lambda: None) -> Quantizer:
@@ -115,6 +129,9 @@ def fit(rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]
     if isinstance(spec, RowwiseSpec):
         step()
         return RowwiseQuantizer(spec)
-    if spec.num_stored_levels:
-        return cast(Quantizer, fit_additive(rows.sample, spec, effort, step))
-    return cast(Quantizer, fit_sketch(rows.blocks, rows.skipped_ids, spec, step))
+    if not spec.num_stored_levels:
+        return cast(Quantizer, fit_sketch(rows.blocks, rows.skipped_ids, spec, step, rows.weights))
+    weights = None if rows.weights is None else rows.weights[rows.sample_ids]
+    if spec.num_stored_levels == spec.num_levels:
+        return cast(Quantizer, fit_additive(rows.sample, spec, effort, step, weights))
+    return cast(Quantizer, fit_clustered(rows.sample, rows.sample_ids, spec, effort, step, weights))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cqr_compress.bitpack import pack_codes
-from cqr_compress.quantize.kmeans import fit_centroids
+from cqr_compress.quantize.kmeans import fit_centroids, nearest_centroids
 from cqr_compress.quantize.rotation import balanced_pca, procrustes
 from cqr_compress.spec import FLOAT_DTYPES, CodebookSpec
 from cqr_compress.table import decode_codes
@@ -75,7 +75,9 @@ class AdditiveQuantizer:
         return {"codes": pack_codes(codes.flatten(1), self.spec.n_bits)}
 
 
-def fit_additive(rows: Tensor, spec: CodebookSpec, effort: Effort, step: Callable[[], None]) -> AdditiveQuantizer:
+def fit_additive(
+    rows: Tensor, spec: CodebookSpec, effort: Effort, step: Callable[[], None], weights: Tensor | None = None
+) -> AdditiveQuantizer:
     """Fit codebooks, and the rotation where the spec has one, to sampled rows.
 
     Args:
@@ -83,6 +85,7 @@ def fit_additive(rows: Tensor, spec: CodebookSpec, effort: Effort, step: Callabl
         spec: layout to fit.
         effort: work to put in.
         step: called after each unit of work; there are `num_steps(spec, effort)`.
+        weights: (n,) float32, positive: what an error at a row costs; 1 for each if None.
 
     Returns:
         The quantizer, its tensors rounded to `spec.codebook_dtype`.
@@ -97,23 +100,23 @@ def fit_additive(rows: Tensor, spec: CodebookSpec, effort: Effort, step: Callabl
         residual = column
         for level in range(L):
             seed = spec.seed + c * L + level
-            codebooks[c, level] = fit_centroids(residual, K, seed, effort.kmeans_iterations)
-            codes[:, c, level] = _nearest(residual, codebooks[c, level])
+            codebooks[c, level] = fit_centroids(residual, K, seed, effort.kmeans_iterations, weights)
+            codes[:, c, level] = nearest_centroids(residual, codebooks[c, level])
             residual = residual - codebooks[c, level][codes[:, c, level]]
         step()
     exact = len(rows) <= K
     for round_ in range(0 if exact else effort.rounds):
         for c, column in enumerate(columns):
-            codebooks[c] = solve_codebooks(column, codes[:, c], codebooks[c])
+            codebooks[c] = solve_codebooks(column, codes[:, c], codebooks[c], weights)
             codes[:, c] = _search(column, codebooks[c], codes[:, c], effort.restarts, spec.seed + round_)
         if spec.rotation == "opq":
-            rotation = procrustes(rows, decode_codes(codes, codebooks))
+            rotation = procrustes(rows, decode_codes(codes, codebooks), weights)
             columns = (rows @ rotation).view(len(rows), C, spec.sub_dim).transpose(0, 1).contiguous()
         step()
     dtype = FLOAT_DTYPES[spec.codebook_dtype]
     if not exact and effort.rounds:
         for c, column in enumerate(columns):
-            codebooks[c] = solve_codebooks(column, codes[:, c], codebooks[c])
+            codebooks[c] = solve_codebooks(column, codes[:, c], codebooks[c], weights)
     decode_rotation = None if rotation is None else rotation.T.contiguous().to(dtype)
     return AdditiveQuantizer(spec, codebooks.to(dtype), decode_rotation, effort)
 
@@ -140,22 +143,11 @@ def encode_rows(rows: Tensor, codebooks: Tensor, effort: Effort, seed: int) -> T
     for c in range(C):
         column = rows[:, c * S : (c + 1) * S].contiguous()
         if L == 1:
-            codes[:, c, 0] = _nearest(column, codebooks[c, 0])
+            codes[:, c, 0] = nearest_centroids(column, codebooks[c, 0])
             continue
         found = beam_search(column, codebooks[c], effort.beam)
         codes[:, c] = _search(column, codebooks[c], found, effort.restarts, seed + c) if effort.rounds else found
     return codes
-
-
-def _nearest(rows: Tensor, codebook: Tensor) -> Tensor:
-    """Name each row's nearest codeword: (B, S) and (K, S) to (B,) int64."""
-    norms = codebook.square().sum(1)
-    out = torch.empty(len(rows), dtype=torch.int64)
-    step = max(1, _BLOCK_VALUES // len(codebook))
-    for start in range(0, len(rows), step):
-        block = rows[start : start + step]
-        out[start : start + step] = torch.addmm(norms, block, codebook.T, alpha=-2).min(1).indices
-    return out
 
 
 def beam_search(rows: Tensor, codebooks: Tensor, beam: int) -> Tensor:
@@ -206,7 +198,7 @@ def _search(rows: Tensor, codebooks: Tensor, codes: Tensor, restarts: int, seed:
     """
     L, K, S = codebooks.shape
     if L == 1:
-        return _nearest(rows, codebooks[0])[:, None]
+        return nearest_centroids(rows, codebooks[0])[:, None]
     norms = codebooks.square().sum(2)
     generator = torch.Generator().manual_seed(seed)
     out = torch.empty_like(codes)
@@ -241,13 +233,14 @@ def _icm(rows: Tensor, codebooks: Tensor, norms: Tensor, codes: Tensor) -> tuple
     return codes, residual.square().sum(1)
 
 
-def solve_codebooks(rows: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
+def solve_codebooks(rows: Tensor, codes: Tensor, codebooks: Tensor, weights: Tensor | None = None) -> Tensor:
     """Re-solve the codebooks of one column jointly: least squares, damped toward the current ones.
 
     Args:
         rows: (n, S) float32.
         codes: (n, L) int64.
         codebooks: (L, K, S) float32.
+        weights: (n,) float32 of the rows' squared errors, mean about 1; 1 for each if None.
 
     Returns:
         (L, K, S) float32; the current codebooks where the system is larger than 8,192 unknowns.
@@ -257,18 +250,19 @@ def solve_codebooks(rows: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
         return codebooks
     flat = codes + torch.arange(L) * K
     target = torch.zeros(L * K, S)
+    cost = torch.ones(len(rows)) if weights is None else weights
+    weighted = rows if weights is None else rows * weights[:, None]
     for level in range(L):
-        target.index_add_(0, flat[:, level], rows)
+        target.index_add_(0, flat[:, level], weighted)
     ridge = _RIDGE * max(1.0, len(rows) / K)
     target += ridge * codebooks.reshape(L * K, S)
     if L == 1:
-        counts = torch.bincount(flat[:, 0], minlength=K).float()
+        counts = torch.bincount(flat[:, 0], cost, minlength=K)
         return (target / (counts + ridge)[:, None]).view(L, K, S)
     normal = torch.zeros(L * K * L * K)
-    ones = torch.ones(len(rows))
     for a in range(L):
         for b in range(a, L):
-            normal.index_add_(0, flat[:, a] * (L * K) + flat[:, b], ones)
+            normal.index_add_(0, flat[:, a] * (L * K) + flat[:, b], cost)
     normal = normal.view(L * K, L * K)
     normal = normal + normal.triu(1).T
     normal.diagonal().add_(ridge)

@@ -12,6 +12,18 @@ POINTS_PER_CENTROID = 256
 _BLOCK_VALUES = 2**24
 
 
+def row_weights(counts: Tensor) -> Tensor:
+    """What an error at a row costs, from how often the row is used: mean about 1, and never 0.
+
+    Args:
+        counts: (n,) at least 0, not all 0.
+
+    Returns:
+        (n,) float32.
+    """
+    return (counts.double() / counts.double().mean() + 1e-3).float()
+
+
 def fit_centroids(
     points: Tensor, num_centroids: int, seed: int, iterations: int = 25, weights: Tensor | None = None
 ) -> Tensor:

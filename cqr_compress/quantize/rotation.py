@@ -34,16 +34,18 @@ def balanced_pca(rows: Tensor, num_columns: int) -> Tensor:
     return rotation
 
 
-def procrustes(rows: Tensor, target: Tensor) -> Tensor:
+def procrustes(rows: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Find the orthogonal R that minimizes ||rows @ R - target|| (Schonemann 1966).
 
     Args:
         rows: (n, D) float32.
         target: (n, D) float32.
+        weights: (n,) of the rows' squared errors; 1 for each if None.
 
     Returns:
         (D, D) float32 orthogonal.
     """
+    target = target if weights is None else target * weights[:, None]
     left, _, right = torch.linalg.svd((rows.T @ target).double())
     rotation: Tensor = (left @ right).float()
     return rotation

@@ -44,6 +44,7 @@ def fit_sketch(
     skipped_ids: Tensor,
     spec: CodebookSpec,
     step: Callable[[], None],
+    weights: Tensor | None = None,
 ) -> SketchQuantizer:
     """Fit the codebooks to a whole table, read once in row blocks.
 
@@ -55,6 +56,7 @@ def fit_sketch(
         skipped_ids: (r,) int64, rows that do not count.
         spec: a spec whose codes are all computed.
         step: called after the pass and after each iteration.
+        weights: (N,) float32, positive: what an error at a row costs; 1 for each if None.
 
     Returns:
         The quantizer, its codebooks rounded to `spec.codebook_dtype`.
@@ -66,16 +68,17 @@ def fit_sketch(
         wanted = ~torch.isin(ids, skipped_ids)
         ids, rows = ids[wanted], rows[wanted]
         codes = computed_codes(spec, ids)
-        _add_rows(target, codes, rows)
+        cost = torch.ones(len(rows)) if weights is None else weights[ids]
+        _add_rows(target, codes, rows * cost[:, None])
         for c in range(shape[0]):
             for level in range(shape[1]):
-                counts[c, level].index_add_(0, codes[:, c, level], torch.ones(len(rows)))
+                counts[c, level].index_add_(0, codes[:, c, level], cost)
     step()
-    inverse = 1.0 / counts.clamp_min(1.0)[..., None]  # Jacobi preconditioner; exact for one level
+    inverse = 1.0 / counts.clamp_min(1e-6)[..., None]  # Jacobi preconditioner; exact for one level
     solution = target * inverse
     if spec.num_levels > 1:
         solution = _conjugate_gradients(
-            lambda x: _normal_product(spec, skipped_ids, x), target, solution * 0, inverse, step
+            lambda x: _normal_product(spec, skipped_ids, x, weights), target, solution * 0, inverse, step
         )
     return SketchQuantizer(spec, solution.to(FLOAT_DTYPES[spec.codebook_dtype]))
 
@@ -93,13 +96,15 @@ def _add_rows(out: Tensor, codes: Tensor, rows: Tensor) -> None:
             out[c, level].index_add_(0, codes[:, c, level], rows[:, c * S : (c + 1) * S])
 
 
-def _normal_product(spec: CodebookSpec, skipped_ids: Tensor, codebooks: Tensor) -> Tensor:
-    """H^T H codebooks, from the ids alone."""
+def _normal_product(spec: CodebookSpec, skipped_ids: Tensor, codebooks: Tensor, weights: Tensor | None) -> Tensor:
+    """H^T W H codebooks, from the ids alone."""
     out = torch.zeros_like(codebooks)
     for start, stop in row_blocks(spec.num_embeddings, spec.embedding_dim * 2):
         ids = torch.arange(start, stop)
-        codes = computed_codes(spec, ids[~torch.isin(ids, skipped_ids)])
-        _add_rows(out, codes, decode_codes(codes, codebooks))
+        ids = ids[~torch.isin(ids, skipped_ids)]
+        codes = computed_codes(spec, ids)
+        rows = decode_codes(codes, codebooks)
+        _add_rows(out, codes, rows if weights is None else rows * weights[ids, None])
     return out
 
 

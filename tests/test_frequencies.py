@@ -1,0 +1,110 @@
+"""How often ids are used: files of counts, and what they do to a conversion."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import cqr_compress as cqr
+from cqr_compress.errors import CheckpointError, CqrCompressError, ShapeError, SpecError, TableNotFoundError
+from cqr_compress.frequencies import read_frequencies
+
+ROWS = {"a.weight": 4, "b.weight": 6}
+
+
+def test_each_kind_of_file_gives_the_same_counts(tmp_path: Path) -> None:
+    counts = torch.tensor([5.0, 0.0, 1.0, 2.5])
+    np.save(tmp_path / "c.npy", counts.numpy())
+    save_file({"a.weight": counts}, tmp_path / "c.safetensors")
+    (tmp_path / "c.csv").write_text("table,id,count\na.weight,0,5\na.weight,2,1\na.weight,3,2\na.weight,3,0.5\n")
+    (tmp_path / "d.csv").write_text("id,count\n0,5\n2,1\n3,2.5\n")
+    for given in (
+        tmp_path / "c.npy", str(tmp_path / "c.safetensors"), [tmp_path / "c.csv"], {"a.weight": counts},
+        [f"a.weight={tmp_path / 'd.csv'}"], f"a.weight={tmp_path / 'c.npy'}", f"a.weight={tmp_path / 'c.safetensors'}",
+    ):  # fmt: skip
+        found = read_frequencies(given, ROWS)
+        assert list(found) == ["a.weight"] and torch.equal(found["a.weight"], counts)
+    assert torch.equal(read_frequencies(tmp_path / "d.csv", {"a.weight": 4})["a.weight"], counts)
+    assert read_frequencies((), ROWS) == {}
+
+
+def test_integer_counts_are_taken(tmp_path: Path) -> None:
+    np.save(tmp_path / "c.npy", np.arange(6, dtype=np.uint16))
+    assert read_frequencies(tmp_path / "c.npy", ROWS)["b.weight"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("c.csv", "user,n\n1,2\n", CheckpointError, "begins with 'user,n': its first line is id,count"),
+        ("c.csv", "table,id,count\nc,1,2\n", TableNotFoundError, "is for 'c', and the tables to compress are a.weight, b.weight"),
+        ("c.csv", "table,id,count\na.weight,4,2\n", ShapeError, "has ids from 4 to 4, and 'a.weight' has 4 rows"),
+        ("c.csv", "table,id,count\na.weight,1\n", CheckpointError, "cannot read"),
+        ("c.csv", "table,id,count\na.weight,x,1\n", CheckpointError, "cannot read"),
+        ("c.csv", "id,count\n1,1\n", TableNotFoundError, "it could be for a.weight, b.weight. Say TABLE="),
+        ("c.csv", "table,id,count\n", CheckpointError, "has no counts"),
+        ("c.csv", "table,id,count\na.weight,0,-1\n", ShapeError, "not finite numbers of at least 0"),
+        ("c.csv", "table,id,count\na.weight,0,nan\n", ShapeError, "not finite numbers of at least 0"),
+        ("c.npy", "not numpy", CheckpointError, "cannot read numbers"),
+        ("c.txt", "1", SpecError, "frequencies come from .npy, .safetensors or .csv"),
+        ("c.safetensors", "zzz", CheckpointError, "c.safetensors"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_refused_with_its_reason(
+    name: str, content: str, error: type[CqrCompressError], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(error, match=message):
+        read_frequencies(tmp_path / name, ROWS)
+
+
+def test_counts_of_no_table_or_given_twice_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "c.npy", np.ones(5))
+    with pytest.raises(TableNotFoundError, match="of 5 numbers: it fits none of the tables"):
+        read_frequencies(tmp_path / "c.npy", ROWS)
+    np.save(tmp_path / "a.npy", np.ones(4))
+    with pytest.raises(SpecError, match="'a.weight' gets frequencies twice"):
+        read_frequencies([tmp_path / "a.npy", f"a.weight={tmp_path / 'a.npy'}"], ROWS)
+    with pytest.raises(ShapeError, match=r"are \(2, 2\): the table has 4 rows"):
+        read_frequencies({"a.weight": torch.ones(2, 2)}, ROWS)
+    with pytest.raises(CheckpointError, match="there is no file"):
+        read_frequencies(tmp_path / "none.npy", ROWS)
+    np.save(tmp_path / "o.npy", np.array([{"a": 1}], dtype=object))
+    with pytest.raises(CheckpointError, match="cannot read numbers"):
+        read_frequencies(tmp_path / "o.npy", ROWS)
+
+
+def zipf(count: int) -> Tensor:
+    return 1e4 / torch.arange(1, count + 1)
+
+
+@pytest.mark.parametrize("method", ["pq", "rq", "prq", "hash", "qr", "cqr", "auto"])
+def test_a_weighted_fit_has_less_weighted_error(method: str, table: Tensor) -> None:
+    from torch import nn
+
+    def error(frequencies: Any) -> float:
+        model = nn.ModuleDict({"emb": nn.Embedding.from_pretrained(table.clone())})
+        (told,) = cqr.compress_(model, cqr.Request(method=method, ratio=6), frequencies=frequencies)
+        weights = zipf(3000)[:, None]
+        lost = (model["emb"](torch.arange(3000)) - table).square() * weights
+        found = float(lost.sum() / (table.square() * weights).sum())
+        if frequencies:
+            assert told.quality is not None and told.quality.weighted_relative_mse is not None
+            assert abs(told.quality.weighted_relative_mse - found) < 0.05 * found + 1e-3
+        return found
+
+    assert error({"emb.weight": zipf(3000)}) < 0.97 * error({})
+
+
+def test_the_command_line_takes_counts_and_reports_the_weighted_error(cli: Callable[..., Any], ckpt: Path, tmp_path: Path) -> None:  # fmt: skip
+    np.save(tmp_path / "counts.npy", zipf(3000).numpy())
+    args = ["convert", ckpt, "-o", "s.safetensors", "--method", "pq", "--ratio", "8", "--frequencies"]
+    assert "weighted" in cli(*args, "counts.npy").stdout
+    assert "weighted" in cli("inspect", "s.safetensors").stdout
+    assert "there is no file 'none.npy'" in cli(*args, "none.npy", "--force", code=1).stderr
+    cli(*args, "item_embedding.weight=counts.npy", "--force")
