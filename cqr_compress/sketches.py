@@ -55,7 +55,7 @@ def sketch_table(
     num_columns: int | None = None,
     init_scale: float = 1.0,
     zero_row: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> CompressedTable:
     """Make a table with random codebooks, to be trained.
@@ -71,7 +71,7 @@ def sketch_table(
         num_columns: C; that of SKETCHES if None.
         init_scale: codewords are uniform in +-init_scale / sqrt(D).
         zero_row: id of a row that is zeros and stays so (a padding row), or None.
-        seed: of the hashes and the codebooks.
+        seed: of the hashes and the codebooks; drawn from torch's generator if None.
         dtype: of the rows and the codebooks.
 
     Returns:
@@ -85,6 +85,8 @@ def sketch_table(
         raise SpecError(f"sketch {method!r} is not one of {', '.join(SKETCHES)}")
     if zero_row is not None and not 0 <= zero_row < num_embeddings:
         raise SpecError(f"zero_row {zero_row} is outside the table of {num_embeddings} rows")
+    if seed is None:
+        seed = int(torch.randint(2**31 - 1, (), device="cpu"))
     spec = CodebookSpec(
         method=method.removesuffix("_helper"),
         num_embeddings=num_embeddings,
@@ -100,15 +102,15 @@ def sketch_table(
     )
     shapes = spec.tensor_shapes()
     generator = torch.Generator().manual_seed(seed)
-    codebooks = torch.rand(shapes["codebooks"].shape, generator=generator) * 2 - 1
+    codebooks = torch.rand(shapes["codebooks"].shape, generator=generator, device="cpu") * 2 - 1
     tensors = {"codebooks": (codebooks * (init_scale * embedding_dim**-0.5)).to(dtype)}
     if "codes" in shapes:
-        tensors["codes"] = torch.empty(shapes["codes"].shape, dtype=torch.uint8)
+        tensors["codes"] = torch.empty(shapes["codes"].shape, dtype=torch.uint8, device="cpu")
         C, L = spec.num_columns, spec.num_levels
         for a, b in row_blocks(num_embeddings, 8 * C):
-            codes = hash_ids(torch.arange(a, b), codebook_size, seed, range(0, C * L, L))
+            codes = hash_ids(torch.arange(a, b, device="cpu"), codebook_size, seed, range(0, C * L, L))
             tensors["codes"][a:b] = pack_codes(codes, spec.n_bits)
     if zero_row is not None:
-        tensors["kept_ids"] = torch.tensor([zero_row], dtype=shapes["kept_ids"].dtype)
-        tensors["kept_rows"] = torch.empty(shapes["kept_rows"].shape, dtype=dtype)
+        tensors["kept_ids"] = torch.tensor([zero_row], dtype=shapes["kept_ids"].dtype, device="cpu")
+        tensors["kept_rows"] = torch.empty(shapes["kept_rows"].shape, dtype=dtype, device="cpu")
     return CompressedTable(spec, tensors)

@@ -78,6 +78,15 @@ def test_sketches_differ_for_another_seed_and_agree_for_the_same() -> None:
         assert torch.equal(first, same) and not torch.equal(first, other)
 
 
+def test_layers_without_a_seed_differ_and_follow_that_of_torch() -> None:
+    made = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        made.append([CQREmbedding(N, D).decode().detach() for _ in range(2)])
+    assert torch.equal(made[0][0], made[1][0]) and torch.equal(made[0][1], made[1][1])
+    assert not torch.equal(made[0][0], made[0][1]) and not torch.equal(made[0][0], made[2][0])
+
+
 def test_codewords_begin_within_their_scale() -> None:
     values = sketch_table("ce", N, D, 256, init_scale=0.5).tensors["codebooks"]
     assert 0.12 < float(values.max()) <= 0.125 and -0.125 <= float(values.min()) < -0.12

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -309,15 +310,15 @@ def pointers(layer: TableLayer) -> Tensor:
 def _sample_ids(layer: TableLayer, size: int, seed: int) -> Tensor:
     """Draw `size` ids without replacement, or all; ascending, without rows that are stored apart."""
     N, tensors = layer.num_embeddings, layer.table_tensors()
-    generator = torch.Generator().manual_seed(seed)
+    draw: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), "device": "cpu"}
     if size >= N:
-        ids = torch.arange(N)
+        ids = torch.arange(N, device="cpu")
     elif size * 4 > N:
-        ids = torch.randperm(N, generator=generator)[:size].sort().values
+        ids = torch.randperm(N, **draw)[:size].sort().values
     else:  # few of many: no permutation of all
-        ids = torch.unique(torch.randint(N, (size + size // 4,), generator=generator))
+        ids = torch.unique(torch.randint(N, (size + size // 4,), **draw))
         if len(ids) > size:
-            ids = ids[torch.randperm(len(ids), generator=generator)[:size]].sort().values
+            ids = ids[torch.randperm(len(ids), **draw)[:size]].sort().values
     if "kept_ids" in tensors:
         others = ids[~torch.isin(ids, tensors["kept_ids"].cpu().to(torch.int64))]
         ids = others if len(others) else ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from cqr_compress.clustering.entropy import Entropies, pointer_entropies
 from cqr_compress.errors import SpecError
 from cqr_compress.nn import CompressedEmbedding, CompressedEmbeddingBag, TableLayer
 from cqr_compress.sketches import sketch_table
+from cqr_compress.spec import CodebookSpec
 from cqr_compress.table import CompressedTable
 
 
@@ -95,7 +97,7 @@ class CQREmbedding(_Clusters, CompressedEmbedding):
         helper: bool | None = None,
         init_scale: float | None = None,
         preset: str = "default",
-        seed: int = 0,
+        seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -114,7 +116,7 @@ class CQREmbedding(_Clusters, CompressedEmbedding):
             helper: whether each column has a hashed helper codebook; that of the preset if None.
             init_scale: codewords begin uniform in +-init_scale / sqrt(D); that of the preset if None.
             preset: a name of PRESETS: "default", or "paper" for the algorithm as it is in the paper.
-            seed: of codebooks, hashes and clusterings.
+            seed: of codebooks, hashes and clusterings; drawn from torch's generator if None.
             device: where to put the tensors.
             dtype: of rows and codebooks.
 
@@ -126,7 +128,7 @@ class CQREmbedding(_Clusters, CompressedEmbedding):
             seed, dtype,
         )  # fmt: skip
         super().__init__(table, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device)
-        self.reseed(seed)
+        self.reseed(cast(CodebookSpec, table.spec).seed)
 
 
 class CQREmbeddingBag(_Clusters, CompressedEmbeddingBag):
@@ -149,7 +151,7 @@ class CQREmbeddingBag(_Clusters, CompressedEmbeddingBag):
         helper: bool | None = None,
         init_scale: float | None = None,
         preset: str = "default",
-        seed: int = 0,
+        seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -165,7 +167,7 @@ class CQREmbeddingBag(_Clusters, CompressedEmbeddingBag):
         super().__init__(
             table, max_norm, norm_type, scale_grad_by_freq, mode, sparse, include_last_offset, padding_idx, device
         )
-        self.reseed(seed)
+        self.reseed(cast(CodebookSpec, table.spec).seed)
 
 
 def _first_table(
@@ -177,7 +179,7 @@ def _first_table(
     helper: bool | None,
     init_scale: float | None,
     preset: str,
-    seed: int,
+    seed: int | None,
     dtype: torch.dtype,
 ) -> CompressedTable:
     chosen = PRESETS.get(preset)

@@ -211,7 +211,7 @@ def sasrec(path: Path, length: int = 20) -> Task:
         other = torch.randint(1, num_items, batch[1].shape)
         up = (hidden * model.item(batch[1])).sum(2)
         down = (hidden * model.item(other)).sum(2)
-        return ((F.softplus(-up) + F.softplus(down)) * real).sum(1) / 8.0
+        return ((F.softplus(-up) + F.softplus(down)) * real).sum(1)
 
     @torch.no_grad()
     def evaluate(model: nn.Module) -> float:
