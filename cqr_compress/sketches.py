@@ -61,7 +61,7 @@ def sketch_table(
     """Make a table with random codebooks, to be trained.
 
     Unlike Svenstrup et al. (arXiv:1709.03933), hash embeddings add their rows without trained weights, as in
-    "Clustering the Sketch" (arXiv:2210.05974), section 2. Stored pointers begin as hashes of the ids.
+    "Clustering the Sketch" (arXiv:2210.05974). Stored pointers begin as hashes of the ids.
 
     Args:
         method: a name of SKETCHES.

@@ -126,7 +126,6 @@ def cluster_(
     weights = _check_counts(layers, counts or {})
     informed = losses is not None
     jobs = [_Job.begin(name, layer, weights.get(name), options, informed) for name, layer in layers.items()]
-    progress.start("clustering", sum(job.spec.num_columns for job in jobs), "columns")
     for group in _groups(jobs, options.buffer_bytes if losses else None):
         sums: dict[TableLayer, RowGradients] = {}
         if losses is not None:
@@ -135,8 +134,10 @@ def cluster_(
                 job.layer: RowGradients.zeros(job.layer, slice(c.start * S[job.name], c.stop * S[job.name]))
                 for job, c in group.items()
             }
+            progress.start("summing gradients", 0, "batches")
             with observed(sums):
-                backpropagate(model, losses())
+                backpropagate(model, losses(), progress.advance)
+        progress.start("clustering", sum(map(len, group.values())), "columns")
         for job, columns in group.items():
             found = sums.get(job.layer)
             if found is not None and not found.counts.any():

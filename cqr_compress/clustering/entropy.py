@@ -16,7 +16,7 @@ class Entropies:
     """Entropies of a table's pointers, in bits; each id counts once.
 
     Attributes:
-        h1: smallest entropy of a column's pointers (H1 of arXiv:2210.05974, section 5); at most log2 K. Low: ids
+        h1: smallest entropy of a column's pointers (H1 of arXiv:2210.05974); at most log2 K. Low: ids
             gather on few codewords.
         h2: smallest entropy of a pair of columns; at most 2 log2 K, and h1 if two columns are permutations of
             each other. None with one column.

@@ -147,12 +147,13 @@ def _observer(layer: TableLayer, sums: RowGradients) -> Callable[[Tensor, Tensor
     return observe
 
 
-def backpropagate(model: nn.Module, losses: Iterable[Tensor]) -> None:
+def backpropagate(model: nn.Module, losses: Iterable[Tensor], step: Callable[[], None] = lambda: None) -> None:
     """Run the backward of each batch's losses, and leave the parameters' gradients as they were.
 
     Args:
         model: whose parameters may receive gradients on the way.
         losses: for each batch the losses of its examples, not reduced: the sum of all of them is the objective.
+        step: called after each batch.
 
     Raises:
         SpecError: a loss that was reduced to one number, whose scale is unknown; or no batch.
@@ -171,6 +172,7 @@ def backpropagate(model: nn.Module, losses: Iterable[Tensor]) -> None:
                 )
             loss.sum().backward()  # type: ignore[no-untyped-call]
             batches += 1
+            step()
             for parameter in parameters:
                 parameter.grad = None
     finally:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cqr_compress.clustering.cluster import Clustering, ClusterOptions, Losses, cluster_
 from cqr_compress.errors import SpecError
+from cqr_compress.progress import Progress
 
 
 class ClusterSchedule:
@@ -36,6 +37,7 @@ class ClusterSchedule:
         optimizer: torch.optim.Optimizer | None = None,
         optimizer_state: str = "reset",
         options: ClusterOptions | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Plan clusterings; the other arguments are those of `cluster_`.
 
@@ -47,6 +49,7 @@ class ClusterSchedule:
             optimizer: of the codebooks.
             optimizer_state: "reset" or "keep".
             options: see `ClusterOptions`.
+            progress: told of the work of each clustering.
 
         Raises:
             SpecError: a step below 1.
@@ -58,7 +61,7 @@ class ClusterSchedule:
         self._model = model
         self._arguments: dict[str, Any] = {
             "losses": losses, "counts": counts, "optimizer": optimizer, "optimizer_state": optimizer_state,
-            "options": options,
+            "options": options, "progress": progress,
         }  # fmt: skip
 
     @classmethod
