@@ -223,7 +223,7 @@ def _places(model: nn.Module) -> dict[str, Place]:
         f"{path}.{short}" if path else short
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, TableLayer)
-        for short in module.spec.tensor_shapes()
+        for short in (*module.spec.tensor_shapes(), "hash_seed")
     }
     names = [name for name in model.state_dict(keep_vars=True) if name not in layers]
     computed = [place.name for place in compressed_places(model, every_path=True)]

@@ -455,3 +455,30 @@ def test_backpropagation_outside_of_an_observation_touches_nothing() -> None:
     made = layer()
     backpropagate(made, [made(IDS).sum(1)])
     assert made.codebooks.grad is None
+
+
+def test_hashes_of_a_converted_file_survive_clustering_saving_and_loading(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self, emb: nn.Module) -> None:
+            super().__init__()
+            self.emb = emb
+
+    torch.save(Model(nn.Embedding(N, D)).state_dict(), tmp_path / "m.pt")
+    request = cqr.Request(method="cqr", helper="random", num_columns=4, n_bits=4, min_rows=0)
+    cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", request)
+    first, second = Model(nn.Embedding(N, D)), Model(CQREmbedding(N, D, codebook_size=K, preset="paper"))
+    for model in (first, second):
+        cqr.load_compressed(model, tmp_path / "s.safetensors")
+        model.float()
+    assert torch.equal(first.emb(IDS), second.emb(IDS))
+    with torch.no_grad():
+        before = first.emb(IDS)
+    cqr.cluster_(first)
+    assert not torch.equal(first.emb(IDS), before)
+    with torch.no_grad():
+        first.emb.codebooks.add_(torch.randn(4, 2, K, 4))  # helpers are not zero after training
+    torch.save(first.state_dict(), tmp_path / "t.pt")
+    second.load_state_dict(torch.load(tmp_path / "t.pt", weights_only=True), strict=True)
+    assert torch.equal(first.emb(IDS), second.emb(IDS))
+    cqr.load_compressed(first, tmp_path / "s.safetensors")
+    assert torch.equal(first.emb(IDS), before) and "emb.hash_seed" not in first.state_dict()

@@ -30,6 +30,7 @@ from cqr_compress.table import (
 
 _LIKE = "_like"
 _SEED = "hash_seed"
+"""Buffer of a layer whose hashes were drawn anew since its table was made."""
 
 
 class TableLayer(nn.Module):
@@ -79,6 +80,7 @@ class TableLayer(nn.Module):
             requires_grad: whether codebooks and other floating-point tensors are trained.
         """
         self._spec, self._owner, self._names = table.spec, None, tuple(table.spec.tensor_shapes())
+        self._buffers.pop(_SEED, None)  # of a table that this one replaces
         for short, tensor in table.tensors.items():
             moved = tensor.to(device)
             if moved.is_floating_point() and moved.numel():
