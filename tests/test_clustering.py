@@ -16,7 +16,7 @@ from cqr_compress import ClusterOptions, ClusterSchedule, CQREmbedding, CQREmbed
 from cqr_compress.clustering.cluster import pointers
 from cqr_compress.clustering.entropy import pointer_entropies
 from cqr_compress.clustering.gradients import Prior, RowGradients, backpropagate, observed
-from cqr_compress.errors import ShapeError, SpecError, TableNotFoundError
+from cqr_compress.errors import NonFiniteError, ShapeError, SpecError, TableNotFoundError
 from cqr_compress.sketches import SKETCHES, sketch_table
 
 N, D, K = 700, 16, 16
@@ -240,9 +240,12 @@ def test_ids_that_occur_often_lie_nearer_to_their_centroids() -> None:
     assert errors[1] < 0.8 * errors[0]
 
 
-@pytest.mark.parametrize("counts", [torch.ones(N - 1), -torch.ones(N), torch.zeros(N)])
+@pytest.mark.parametrize(
+    "counts",
+    [torch.ones(N - 1), -torch.ones(N), torch.zeros(N), torch.full((N,), math.nan), torch.full((N,), math.inf)],
+)
 def test_counts_that_do_not_fit_are_refused(counts: Tensor) -> None:
-    with pytest.raises(ShapeError, match=r"give \(700,\) numbers of at least 0"):
+    with pytest.raises(ShapeError, match=r"give \(700,\) finite numbers of at least 0"):
         layer().cluster(counts=counts)
 
 
@@ -363,12 +366,41 @@ def test_reduced_losses_and_models_that_are_not_reached_are_refused(
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(SpecError, match="got one number for a batch. Compute it with reduction='none'"):
         cqr.cluster_(model, lambda: [model(IDS, IDS).mean()])
+    with pytest.raises(SpecError, match="losses is a list: give a function"):
+        cqr.cluster_(model, [model(IDS, IDS)])  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="got no batch"):
         cqr.cluster_(model, list)
     with pytest.raises(SpecError, match="no gradient reached 'items'"):
         cqr.cluster_(model, lambda: [model.users(IDS).sum(1)])
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert model.users.observer is None
+
+
+def test_values_that_are_not_finite_are_refused(ratings: tuple[Tensor, Tensor, Tensor]) -> None:
+    made = layer()
+    before = made.codes.clone()
+    with pytest.raises(NonFiniteError, match="the gradients of layer '' have NaN or infinity"):
+        made.cluster(lambda: [made(IDS).sum(1) * math.nan])
+    with torch.no_grad():
+        made.codebooks[0, 0, 0, 0] = math.inf
+    with pytest.raises(NonFiniteError, match="the codebooks of layer '' have NaN or infinity"):
+        made.cluster()
+    assert torch.equal(made.codes, before)
+
+
+def test_a_pass_cleans_up_after_an_error_and_works_without_gradients_outside() -> None:
+    made = layer()
+
+    def broken() -> Iterator[Tensor]:
+        yield made(IDS).sum(1)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        made.cluster(broken)
+    assert made.observer is None
+    with torch.no_grad():
+        made.cluster(lambda: [made(IDS).square().sum(1)])
+    made(IDS).sum().backward()
 
 
 def test_gradient_informed_clustering_finds_groups_that_hashing_cannot(
@@ -453,7 +485,7 @@ def test_a_layer_tells_its_entropies() -> None:
 
 def test_backpropagation_outside_of_an_observation_touches_nothing() -> None:
     made = layer()
-    backpropagate(made, [made(IDS).sum(1)])
+    backpropagate(made, lambda: [made(IDS).sum(1)])
     assert made.codebooks.grad is None
 
 

@@ -9,7 +9,7 @@ Shapes: N rows, D dimensions, C columns of S = D // C, K codewords.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,15 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from cqr_compress.bitpack import pack_codes, unpack_codes
-from cqr_compress.clustering.gradients import Prior, RowGradients, backpropagate, observed
-from cqr_compress.errors import ShapeError, SpecError, TableNotFoundError
+from cqr_compress.clustering.gradients import Losses, Prior, RowGradients, backpropagate, observed
+from cqr_compress.errors import NonFiniteError, ShapeError, SpecError, TableNotFoundError
 from cqr_compress.nn import TableLayer
 from cqr_compress.progress import Progress, Silent
 from cqr_compress.quantize.kmeans import fit_centroids, nearest_centroids, row_weights
 from cqr_compress.spec import HASHED, STORED, CodebookSpec
 from cqr_compress.table import BLOCK_BYTES, row_blocks, row_codes
-
-Losses = Callable[[], Iterable[Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +111,13 @@ def cluster_(
         SpecError: options that contradict each other, reduced losses, or a layer that no gradient reached; the
             model is as it was.
         ShapeError: counts that do not fit a layer.
+        NonFiniteError: codebooks or gradients with NaN or infinity; the model is as it was.
     """
     options, progress = options or ClusterOptions(), progress or Silent()
     if optimizer_state not in ("reset", "keep"):
         raise SpecError(f"optimizer_state is {optimizer_state!r}: give 'reset' or 'keep'")
+    if losses is not None and not callable(losses):
+        raise SpecError(f"losses is a {type(losses).__name__}: give a function that begins a pass over the data")
     layers = clusterable_layers(model)
     if not layers:
         raise TableNotFoundError(
@@ -136,7 +137,7 @@ def cluster_(
             }
             progress.start("summing gradients", 0, "batches")
             with observed(sums):
-                backpropagate(model, losses(), progress.advance)
+                backpropagate(model, losses, progress.advance)
         progress.start("clustering", sum(map(len, group.values())), "columns")
         for job, columns in group.items():
             found = sums.get(job.layer)
@@ -173,8 +174,12 @@ def _check_counts(layers: Mapping[str, TableLayer], counts: Mapping[str, Tensor]
         )
     for name, count in counts.items():
         N = layers[name].num_embeddings
-        if count.shape != (N,) or not bool((count >= 0).all()) or not bool(count.sum() > 0):
-            raise ShapeError(f"counts of {name!r} are {tuple(count.shape)}: give ({N},) numbers of at least 0")
+        count = count.double()
+        if count.shape != (N,) or not bool(((count >= 0) & count.isfinite()).all()) or not bool(count.any()):
+            raise ShapeError(
+                f"counts of {name!r} are {tuple(count.shape)}: give ({N},) finite numbers of at least 0, "
+                "not all of them 0"
+            )
     return {name: count.float() for name, count in counts.items()}
 
 
@@ -261,6 +266,12 @@ class _Job:
         if weights is None and gradients is not None:
             weights = gradients.counts
         points = torch.cat([self.targets(ids, column, gradients) for ids in self.id_blocks(self.sample)]).cpu()
+        if not points.isfinite().all():
+            where = "codebooks" if gradients is None or gradients.gradient.isfinite().all() else "gradients"
+            raise NonFiniteError(
+                f"the {where} of layer {self.name!r} have NaN or infinity: training diverged, or a loss was not "
+                "finite. The model is as it was"
+            )
         sampled = None
         if weights is not None and self.options.weighted:
             sampled = row_weights(weights.cpu())[self.sample.cpu()]

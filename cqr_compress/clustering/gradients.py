@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from cqr_compress.errors import SpecError
 from cqr_compress.nn import TableLayer
 
+Losses = Callable[[], Iterable[Tensor]]
+"""Begins a pass over training data: for each batch the losses of its examples, not reduced."""
+
 
 @dataclass
 class RowGradients:
@@ -147,12 +150,13 @@ def _observer(layer: TableLayer, sums: RowGradients) -> Callable[[Tensor, Tensor
     return observe
 
 
-def backpropagate(model: nn.Module, losses: Iterable[Tensor], step: Callable[[], None] = lambda: None) -> None:
+def backpropagate(model: nn.Module, losses: Losses, step: Callable[[], None] = lambda: None) -> None:
     """Run the backward of each batch's losses, and leave the parameters' gradients as they were.
 
     Args:
         model: whose parameters may receive gradients on the way.
-        losses: for each batch the losses of its examples, not reduced: the sum of all of them is the objective.
+        losses: begins a pass, and yields for each batch the losses of its examples, not reduced: the sum of all of
+            them is the objective. Gradients are enabled, whatever the caller's mode.
         step: called after each batch.
 
     Raises:
@@ -164,17 +168,19 @@ def backpropagate(model: nn.Module, losses: Iterable[Tensor], step: Callable[[],
     try:
         for parameter in parameters:
             parameter.grad = None
-        for loss in losses:
-            if loss.ndim == 0:
-                raise SpecError(
-                    "gradient-informed clustering takes the loss of each example, and got one number for a batch. "
-                    "Compute it with reduction='none'; a sum over the batch can be given as loss.reshape(1)."
-                )
-            loss.sum().backward()  # type: ignore[no-untyped-call]
-            batches += 1
-            step()
-            for parameter in parameters:
-                parameter.grad = None
+        with torch.enable_grad():
+            for loss in losses():
+                if loss.ndim == 0:
+                    raise SpecError(
+                        "gradient-informed clustering takes the loss of each example, and got one number for a "
+                        "batch. Compute it with reduction='none'; a sum over the batch can be given as "
+                        "loss.reshape(1)."
+                    )
+                loss.sum().backward()  # type: ignore[no-untyped-call]
+                batches += 1
+                step()
+                for parameter in parameters:
+                    parameter.grad = None
     finally:
         for parameter, grad in zip(parameters, held, strict=True):
             parameter.grad = grad
