@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cqr_compress.bitpack import pack_codes, unpack_codes
-from cqr_compress.clustering.gradients import Losses, Prior, RowGradients, backpropagate, observed
+from cqr_compress.clustering.gradients import Losses, Moments, Prior, RowGradients, backpropagate, observed
 from cqr_compress.errors import NonFiniteError, ShapeError, SpecError, TableNotFoundError
 from cqr_compress.nn import TableLayer
 from cqr_compress.progress import Progress, Silent
@@ -42,7 +42,7 @@ class ClusterOptions:
     """
 
     eta: float = 0.3
-    tau: float = 1.0
+    tau: float = 2.0
     weighted: bool = True
     iterations: int = 20
     points_per_centroid: int = 256
@@ -146,6 +146,8 @@ def cluster_(
                     f"no gradient reached {job.name!r}: the losses do not depend on it, or a compiled or traced "
                     "copy of the model made them"
                 )
+            if found is not None and job.moments is not None:
+                job.prior = Prior.estimate(job.moments, found.fisher, options.tau)
             for column in columns:
                 job.cluster_column(column, found)
                 progress.advance()
@@ -208,6 +210,7 @@ class _Job:
     spec: CodebookSpec
     weights: Tensor | None
     options: ClusterOptions
+    moments: Moments | None
     prior: Prior | None
     codebooks: Tensor  # (C, L, K, S), filled column by column
     codes: Tensor  # (N, width), packed
@@ -230,6 +233,7 @@ class _Job:
             spec=spec,
             weights=weights,
             options=options,
+            moments=None,
             prior=None,
             codebooks=torch.zeros_like(tensors["codebooks"], dtype=torch.float32),
             codes=tensors["codes"].clone(),
@@ -237,7 +241,7 @@ class _Job:
             seed=seed,
         )
         if informed:
-            job.prior = Prior.of_rows((layer.column_rows(ids) for ids in job.id_blocks()), options.tau)
+            job.moments = Moments.of_rows(layer.column_rows(ids) for ids in job.id_blocks())
         return job
 
     def id_blocks(self, ids: Tensor | None = None) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cqr_compress.errors import SpecError
 from cqr_compress.nn import TableLayer
 
+_EM_STEPS = 100
 Losses = Callable[[], Iterable[Tensor]]
 """Begins a pass over training data: for each batch the losses of its examples, not reduced."""
 
@@ -86,31 +87,56 @@ class RowGradients:
 
 @dataclass(frozen=True)
 class Prior:
-    """A Gaussian that rows come from, estimated from the table itself.
+    """A Gaussian that rows come from, estimated from the table itself (empirical Bayes).
 
     Attributes:
         mean: (D,) float32, the mean row.
-        precision: the weight of the prior beside the mean square of all values. Early in training rows are much
-            the same; with their variance instead, the prior would hold them there.
+        precision: inverse variance of a value, times the weight of the prior.
     """
 
     mean: Tensor
     precision: float
 
     @classmethod
-    def of_rows(cls, blocks: Iterable[Tensor], tau: float) -> Prior:
-        """Estimate it.
+    def estimate(cls, moments: Moments, fisher: Tensor, tau: float) -> Prior:
+        """Find the variance of rows by expectation maximization.
+
+        The variance is the mean square of the rows and, as they are only estimates, that of their errors,
+        1 / (F + p). Without the latter, tables of rare ids would be drawn to the mean row again and again.
 
         Args:
-            blocks: (B, D) float32 rows.
+            moments: of the rows.
+            fisher: (N,) float32, F.
             tau: weight of the prior.
         """
+        square = max(moments.mean_square, 1e-30)
+        precision = 1 / square
+        for _ in range(_EM_STEPS):
+            precision = 1 / (square + float((1 / (fisher + precision)).mean()))
+        return cls(moments.mean, tau * precision)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What all rows of a table are like.
+
+    Attributes:
+        mean: (D,) float32, the mean row.
+        mean_square: of all values.
+    """
+
+    mean: Tensor
+    mean_square: float
+
+    @classmethod
+    def of_rows(cls, blocks: Iterable[Tensor]) -> Moments:
+        """Measure rows in blocks, (B, D) float32 each."""
         count, total, squares = 0, torch.zeros(()), 0.0
         for rows in blocks:
             total = total.to(rows.device) + rows.sum(0, dtype=torch.float64)
             squares += float(rows.square().sum(dtype=torch.float64))
             count += len(rows)
-        return cls((total / count).float(), tau / max(squares / (count * len(total)), 1e-30))
+        return cls((total / count).float(), squares / (count * len(total)))
 
 
 @contextmanager
