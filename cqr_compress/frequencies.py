@@ -90,7 +90,7 @@ def _read_csv(path: Path, name: str | None, num_rows: Mapping[str, int]) -> dict
     ids: dict[str, list[int]] = {}
     counts: dict[str, list[float]] = {}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
             heading = [cell.strip() for cell in next(reader, [])]
             if heading not in (["id", "count"], ["table", "id", "count"]):
@@ -102,7 +102,7 @@ def _read_csv(path: Path, name: str | None, num_rows: Mapping[str, int]) -> dict
             for row in reader:
                 if row:
                     *names, id_, count = row
-                    to = names[0] if names else only
+                    to = names[0].strip() if names else only
                     ids.setdefault(to, []).append(int(id_))
                     counts.setdefault(to, []).append(float(count))
     except (ValueError, csv.Error, OSError) as e:

@@ -22,7 +22,9 @@ def test_each_kind_of_file_gives_the_same_counts(tmp_path: Path) -> None:
     np.save(tmp_path / "c.npy", counts.numpy())
     save_file({"a.weight": counts}, tmp_path / "c.safetensors")
     (tmp_path / "c.csv").write_text("table,id,count\na.weight,0,5\na.weight,2,1\na.weight,3,2\na.weight,3,0.5\n")
-    (tmp_path / "d.csv").write_text("id,count\n0,5\n2,1\n3,2.5\n")
+    (tmp_path / "d.csv").write_bytes(
+        b"\xef\xbb\xbfid, count\r\n0, 5\r\n2,1\r\n\r\n3,2.5\r\n"
+    )  # as spreadsheets write
     for given in (
         tmp_path / "c.npy", str(tmp_path / "c.safetensors"), [tmp_path / "c.csv"], {"a.weight": counts},
         [f"a.weight={tmp_path / 'd.csv'}"], f"a.weight={tmp_path / 'c.npy'}", f"a.weight={tmp_path / 'c.safetensors'}",
