@@ -75,7 +75,10 @@ def layouts(request: Request, table: ScannedTable) -> Iterator[AnySpec]:
         bits = int(request.method[3:])
         yield RowwiseSpec(method=request.method, n_bits=bits, scale_dtype=dtype, **base)  # type: ignore[arg-type]
     elif request.method == "cqr":
-        for sources in _HELPERS.values() if request.helper is None else [_HELPERS[request.helper]]:
+        helpers = [request.helper] if request.helper else list(_HELPERS)
+        if request.helper is None and budget_bytes(table, request) is None:  # nothing to compare at equal bytes
+            helpers = ["random"]
+        for sources in (_HELPERS[helper] for helper in helpers):
             for spec in _additive_layouts(request, base, dtype, table, (len(sources),)):
                 yield replace(spec, code_sources=sources)
     elif request.method in ("hash", "qr"):

@@ -25,8 +25,8 @@ class Request:
         num_levels: L, fixed instead of chosen.
         n_bits: bits of a code, fixed instead of chosen.
         rotation: "opq" or "pca" for pq and prq.
-        helper: of cqr: "random" (hashed, no bytes for codes), "fitted" (stored codes) or "none"; the one with the
-            least error at equal bytes if None.
+        helper: of cqr: "random" (hashed, no bytes for codes), "fitted" (stored codes) or "none"; if None, the one
+            with the least error at equal bytes, or "random" where num_columns and n_bits set the size.
         codebook_dtype: dtype of codebooks and row scales.
         min_rows: tables with fewer rows stay dense.
         keep_rows: ids of rows stored verbatim in every table.

@@ -270,6 +270,13 @@ def test_tied_layers_are_clustered_once() -> None:
     assert torch.equal(model.users(IDS), model.items(IDS))
 
 
+def test_tables_with_more_levels_are_refused_by_name() -> None:
+    model = Pairs(nn.Embedding(N, D), nn.Embedding(N, D))
+    cqr.compress_(model, cqr.Request(method="cqr", helper="fitted", num_columns=4, n_bits=4, min_rows=0))
+    with pytest.raises(TableNotFoundError, match="'users' is cqr 4x4b, fitted helper; 'items' is"):
+        cqr.cluster_(model)
+
+
 def test_a_model_without_such_layers_is_refused() -> None:
     with pytest.raises(TableNotFoundError, match="Pairs has no layer with one level of stored codes"):
         cqr.cluster_(Pairs(nn.Embedding(N, D), nn.Embedding(N, D)))

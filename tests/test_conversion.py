@@ -40,7 +40,7 @@ REQUESTS = {
     "hash": cqr.Request(method="hash", ratio=8),
     "qr": cqr.Request(method="qr", ratio=8),
     "cqr": cqr.Request(method="cqr", ratio=8),
-    "cqr random": cqr.Request(method="cqr", num_columns=4, n_bits=5, helper="random"),
+    "cqr random": cqr.Request(method="cqr", num_columns=4, n_bits=5),
     "cqr fitted": cqr.Request(method="cqr", ratio=8, helper="fitted"),
 }
 

@@ -215,7 +215,7 @@ def convert(
         HelperName | None,
         typer.Option(
             help="Second codebook of cqr: hashed (random), with stored codes (fitted), or none. "
-            "[default: the one with the least error]",
+            "[default: the one with the least error at equal bytes]",
             rich_help_panel=_METHOD,
             show_default=False,
         ),

@@ -120,10 +120,7 @@ def cluster_(
         raise SpecError(f"losses is a {type(losses).__name__}: give a function that begins a pass over the data")
     layers = clusterable_layers(model)
     if not layers:
-        raise TableNotFoundError(
-            f"{type(model).__name__} has no layer with one level of stored codes: make it with CQREmbedding, or "
-            "load a table compressed with cqr or pq"
-        )
+        raise TableNotFoundError(_nothing_to_cluster(model))
     weights = _check_counts(layers, counts or {})
     informed = losses is not None
     jobs = [_Job.begin(name, layer, weights.get(name), options, informed) for name, layer in layers.items()]
@@ -163,6 +160,19 @@ def clusterable_layers(model: nn.Module) -> dict[str, TableLayer]:
             if isinstance(spec, CodebookSpec) and _is_clusterable(spec):
                 layers[name] = module.owner
     return layers
+
+
+def _nothing_to_cluster(model: nn.Module) -> str:
+    others = [
+        f"{name!r} is {module.spec.method} {module.spec.layout}"
+        for name, module in model.named_modules()
+        if isinstance(module, TableLayer)
+    ]
+    found = f" ({'; '.join(others)})" if others else ""
+    return (
+        f"{type(model).__name__} has no layer with one level of stored codes{found}: make it with CQREmbedding "
+        "or load a table that was compressed with pq, or with cqr and a helper that is random or none"
+    )
 
 
 def _is_clusterable(spec: CodebookSpec) -> bool:
