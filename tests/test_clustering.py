@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import cqr_compress as cqr
 from cqr_compress import ClusterOptions, ClusterSchedule, CQREmbedding, CQREmbeddingBag
-from cqr_compress.clustering.cluster import pointers
 from cqr_compress.clustering.entropy import pointer_entropies
 from cqr_compress.clustering.gradients import Moments, Prior, RowGradients, backpropagate, observed
+from cqr_compress.clustering.one_layer import pointers
 from cqr_compress.errors import NonFiniteError, ShapeError, SpecError, TableNotFoundError
 from cqr_compress.sketches import SKETCHES, sketch_table
 

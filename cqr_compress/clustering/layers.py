@@ -8,9 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from cqr_compress.clustering.cluster import Clustering, ClusterOptions, cluster_, pointers
+from cqr_compress.clustering.cluster import cluster_
 from cqr_compress.clustering.entropy import Entropies, pointer_entropies
 from cqr_compress.clustering.gradients import Losses
+from cqr_compress.clustering.one_layer import pointers
+from cqr_compress.clustering.options import Clustering, ClusterOptions
 from cqr_compress.errors import SpecError
 from cqr_compress.nn import CompressedEmbedding, CompressedEmbeddingBag, TableLayer
 from cqr_compress.sketches import sketch_table
