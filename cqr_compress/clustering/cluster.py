@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from cqr_compress.clustering.gradients import Losses, Prior, RowGradients, backpropagate, observed
+from cqr_compress.clustering.gradients import Losses, RowGradients, backpropagate, observed
 from cqr_compress.clustering.one_layer import LayerClustering
 from cqr_compress.clustering.options import Clustering, ClusterOptions
 from cqr_compress.errors import ShapeError, SpecError, TableNotFoundError
@@ -85,13 +85,8 @@ def cluster_(
         progress.start("clustering", sum(map(len, group.values())), "columns")
         for job, columns in group.items():
             found = sums.get(job.layer)
-            if found is not None and not found.counts.any():
-                raise SpecError(
-                    f"no gradient reached {job.name!r}: the losses do not depend on it, or a compiled or traced "
-                    "copy of the model made them"
-                )
-            if found is not None and job.moments is not None:
-                job.prior = Prior.estimate(job.moments, found.fisher, options.tau)
+            if found is not None:
+                job.take(found)
             for column in columns:
                 job.cluster_column(column, found)
                 progress.advance()

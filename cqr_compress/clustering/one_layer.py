@@ -15,7 +15,7 @@ from torch import Tensor
 from cqr_compress.bitpack import pack_codes, unpack_codes
 from cqr_compress.clustering.gradients import Moments, Prior, RowGradients
 from cqr_compress.clustering.options import Clustering, ClusterOptions
-from cqr_compress.errors import NonFiniteError
+from cqr_compress.errors import NonFiniteError, SpecError
 from cqr_compress.nn import TableLayer
 from cqr_compress.quantize.kmeans import fit_centroids, nearest_centroids, row_weights
 from cqr_compress.spec import STORED, CodebookSpec
@@ -47,6 +47,7 @@ class LayerClustering:
     ) -> LayerClustering:
         spec, tensors = layer.spec, layer.table_tensors()
         assert isinstance(spec, CodebookSpec)
+        _check_finite(tensors["codebooks"], "codebooks", name)
         seed = spec.seed + 1 + options.seed
         job = cls(
             name=name,
@@ -83,6 +84,23 @@ class LayerClustering:
         at = column * S - gradients.columns.start
         return moved[:, at : at + S].contiguous()
 
+    def take(self, gradients: RowGradients) -> None:
+        """Learn from a pass over the data what the prior of rows is.
+
+        Raises:
+            SpecError: no gradient reached the layer.
+            NonFiniteError: gradients with NaN or infinity.
+        """
+        if not gradients.counts.any():
+            raise SpecError(
+                f"no gradient reached {self.name!r}: the losses do not depend on it, or a compiled or traced "
+                "copy of the model made them"
+            )
+        for sums in (gradients.gradient, gradients.fisher):
+            _check_finite(sums, "gradients", self.name)
+        assert self.moments is not None
+        self.prior = Prior.estimate(self.moments, gradients.fisher, self.options.tau)
+
     @torch.no_grad()
     def cluster_column(self, column: int, gradients: RowGradients | None) -> None:
         """Find the centroids of a column, and each id's."""
@@ -91,12 +109,6 @@ class LayerClustering:
         if weights is None and gradients is not None:
             weights = gradients.counts
         points = torch.cat([self.targets(ids, column, gradients) for ids in self.id_blocks(self.sample)]).cpu()
-        if not points.isfinite().all():
-            where = "codebooks" if gradients is None or gradients.gradient.isfinite().all() else "gradients"
-            raise NonFiniteError(
-                f"the {where} of layer {self.name!r} have NaN or infinity: training diverged, or a loss was not "
-                "finite. The model is as it was"
-            )
         sampled = None
         if weights is not None and self.options.weighted:
             sampled = row_weights(weights.cpu())[self.sample.cpu()]
@@ -142,6 +154,14 @@ def pointers(layer: TableLayer) -> Tensor:
     assert isinstance(spec, CodebookSpec) and spec.num_stored_levels == 1
     stored = replace(spec, num_levels=1, code_sources=(STORED,))
     return row_codes(stored, layer.table_tensors()["codes"], torch.empty(0))[:, :, 0]
+
+
+def _check_finite(values: Tensor, what: str, name: str) -> None:
+    if not values.isfinite().all():
+        raise NonFiniteError(
+            f"the {what} of layer {name!r} have NaN or infinity: training diverged, or a loss was not finite. "
+            "The model is as it was"
+        )
 
 
 def _sample_ids(layer: TableLayer, size: int, seed: int) -> Tensor:
