@@ -59,3 +59,15 @@ class WeightWriteError(CqrCompressError, TypeError):
 
 class SwapError(CqrCompressError, ValueError):
     """A compressed file and a model do not fit each other; nothing was changed."""
+
+
+class TaskError(CqrCompressError, ValueError):
+    """A task that fine-tuning cannot work with, or data that do not fit it."""
+
+
+class UserCodeError(CqrCompressError, RuntimeError):
+    """An error in a user's task file; the message is the user's own traceback."""
+
+
+class StateError(CqrCompressError, ValueError):
+    """A state that a run cannot go on from."""

@@ -37,7 +37,9 @@ def read_frequencies(given: Frequencies, num_rows: Mapping[str, int]) -> dict[st
         SpecError: a table that gets counts twice, or a file of an unknown kind.
     """
     if isinstance(given, Mapping):
-        return {name: _checked(name, counts, num_rows, "the counts given") for name, counts in given.items()}
+        return {
+            name: check_counts(name, c, _rows_of(name, num_rows, "the counts given")) for name, c in given.items()
+        }
     files = [given] if isinstance(given, (str, Path)) else list(given)
     found: dict[str, Tensor] = {}
     for file in files:
@@ -45,7 +47,8 @@ def read_frequencies(given: Frequencies, num_rows: Mapping[str, int]) -> dict[st
         for table, counts in _read(path, name, num_rows).items():
             if table in found:
                 raise SpecError(f"table {table!r} gets frequencies twice, the second time from {str(path)!r}")
-            found[table] = _checked(table, counts, num_rows, repr(str(path)))
+            where = repr(str(path))
+            found[table] = check_counts(table, counts, _rows_of(table, num_rows, where), where)
     return found
 
 
@@ -129,8 +132,12 @@ def _rows_of(table: str, num_rows: Mapping[str, int], where: str) -> int:
     return num_rows[table]
 
 
-def _checked(table: str, counts: Tensor, num_rows: Mapping[str, int], where: str) -> Tensor:
-    N = _rows_of(table, num_rows, where)
+def check_counts(table: str, counts: Tensor, N: int, where: str = "the counts given") -> Tensor:
+    """Check how often each of N ids is used: (N,) float32.
+
+    Raises:
+        ShapeError: another shape, or numbers that are no counts.
+    """
     if counts.shape != (N,):
         raise ShapeError(f"frequencies of {table!r} in {where} are {tuple(counts.shape)}: the table has {N} rows")
     counts = counts.double()

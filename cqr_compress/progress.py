@@ -14,6 +14,12 @@ class Progress(Protocol):
     def advance(self, amount: int = 1) -> None:
         """Report units done since the last call."""
 
+    def tell(self, state: str) -> None:
+        """Show how the current piece of work stands, beside its units."""
+
+    def say(self, line: str) -> None:
+        """Tell the user what was found on the way."""
+
     def warn(self, message: str) -> None:
         """Tell the user something that does not stop the work."""
 
@@ -25,6 +31,12 @@ class Silent:
         """Ignore."""
 
     def advance(self, amount: int = 1) -> None:
+        """Ignore."""
+
+    def tell(self, state: str) -> None:
+        """Ignore."""
+
+    def say(self, line: str) -> None:
         """Ignore."""
 
     def warn(self, message: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint import TensorEntry
+from cqr_compress.checkpoint.base import LazyTensor
 from cqr_compress.errors import NonFiniteError, SpecError
 from cqr_compress.table import row_blocks
 
@@ -62,6 +63,41 @@ class ScannedTable:
             if self.nonfinite_rows:
                 rows[~rows.isfinite().all(1)] = 0.0
             yield start, rows
+
+
+def in_basis(scan: ScannedTable, basis: Tensor) -> ScannedTable:
+    """The same table with every row multiplied by a matrix, (D, D) float32, block by block as it is read."""
+    moved = _Multiplied(scan.entry.lazy, basis)
+    sample = scan.sample @ basis
+    return replace(
+        scan,
+        entry=TensorEntry(scan.entry.name, moved),
+        sample=sample,
+        largest=float(sample.abs().max()),
+        mean_square=float(sample.square().mean()),
+    )
+
+
+@dataclass(frozen=True)
+class _Multiplied:
+    """A `LazyTensor` of rows times a matrix; its values are float32, whatever dtype the source has."""
+
+    source: LazyTensor
+    basis: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def read(self) -> Tensor:
+        return self.source.read().float() @ self.basis
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.source.read_rows(start, stop).float() @ self.basis
 
 
 def scan_table(

@@ -323,7 +323,7 @@ def test_gradients_and_curvature_are_those_of_single_occurrences(rotation: str |
     turned = gradient @ made.rotation.detach().float().T if rotation else gradient
     expected, fisher = torch.zeros(N, D), torch.zeros(N)
     expected.index_add_(0, ids, turned)
-    fisher.index_add_(0, ids, gradient.square().mean(1))
+    fisher.index_add_(0, ids, turned.square().mean(1))
     assert torch.allclose(sums.gradient, expected[:, 4:12], atol=1e-4)
     assert torch.allclose(sums.fisher, fisher, rtol=1e-4)
     assert sums.counts[[3, 5, 9]].tolist() == [2, 1, 1] and sums.counts.sum() == 4

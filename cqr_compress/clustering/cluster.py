@@ -7,14 +7,15 @@ set to zero. Beyond the paper, ids can be clustered by where a Newton step would
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from cqr_compress.clustering.gradients import Losses, RowGradients, backpropagate, observed
+from cqr_compress.clustering.gradients import Losses
 from cqr_compress.clustering.one_layer import LayerClustering
 from cqr_compress.clustering.options import Clustering, ClusterOptions
+from cqr_compress.clustering.passes import work_columns
 from cqr_compress.errors import ShapeError, SpecError, TableNotFoundError
 from cqr_compress.nn import TableLayer
 from cqr_compress.progress import Progress, Silent
@@ -35,7 +36,8 @@ def cluster_(
 
     Call it between two steps of training. With `losses` the pass over the data runs the model as it is: call
     `model.eval()` before if dropout and statistics of batches shall rest, and hand over the model inside of a DDP
-    or compiled wrapper.
+    or compiled wrapper. Where torch.distributed is set up, every process calls this with losses of its own part of
+    the data; gradients are added up, the first process clusters, and all of them get its result.
 
     Args:
         model: changed in place: pointers, codebooks and, where there are helpers, their hash.
@@ -71,49 +73,40 @@ def cluster_(
     jobs = [
         LayerClustering.begin(name, layer, weights.get(name), options, informed) for name, layer in layers.items()
     ]
-    for group in _groups(jobs, options.buffer_bytes if losses else None):
-        sums: dict[TableLayer, RowGradients] = {}
-        if losses is not None:
-            S = {job.name: job.spec.sub_dim for job in group}
-            sums = {
-                job.layer: RowGradients.zeros(job.layer, slice(c.start * S[job.name], c.stop * S[job.name]))
-                for job, c in group.items()
-            }
-            progress.start("summing gradients", 0, "batches")
-            with observed(sums):
-                backpropagate(model, losses, progress.advance)
-        progress.start("clustering", sum(map(len, group.values())), "columns")
-        for job, columns in group.items():
-            found = sums.get(job.layer)
-            if found is not None:
-                job.take(found)
-            for column in columns:
-                job.cluster_column(column, found)
-                progress.advance()
+    work_columns(model, jobs, losses, options.buffer_bytes, "clustering", progress)
     return [job.finish(optimizer if optimizer_state == "reset" else None) for job in jobs]
 
 
 def clusterable_layers(model: nn.Module) -> dict[str, TableLayer]:
     """Layers with one level of stored codes, each table once, by the name of the layer in the model."""
+    return codebook_layers(model, _is_clusterable)
+
+
+def codebook_layers(model: nn.Module, wanted: Callable[[CodebookSpec], bool]) -> dict[str, TableLayer]:
+    """Layers over codebooks whose spec is wanted, each table once, by the name of the layer in the model."""
     layers: dict[str, TableLayer] = {}
     for name, module in model.named_modules():
         if isinstance(module, TableLayer) and module.owner not in layers.values():
             spec = module.spec
-            if isinstance(spec, CodebookSpec) and _is_clusterable(spec):
+            if isinstance(spec, CodebookSpec) and wanted(spec):
                 layers[name] = module.owner
     return layers
 
 
-def _nothing_to_cluster(model: nn.Module) -> str:
+def listed_layers(model: nn.Module) -> str:
+    """The compressed layers that a model has, for a message."""
     others = [
         f"{name!r} is {module.spec.method} {module.spec.layout}"
         for name, module in model.named_modules()
         if isinstance(module, TableLayer)
     ]
-    found = f" ({'; '.join(others)})" if others else ""
+    return f" ({'; '.join(others)})" if others else ""
+
+
+def _nothing_to_cluster(model: nn.Module) -> str:
     return (
-        f"{type(model).__name__} has no layer with one level of stored codes{found}: make it with CQREmbedding "
-        "or load a table that was compressed with pq, or with cqr and a helper that is random or none"
+        f"{type(model).__name__} has no layer with one level of stored codes{listed_layers(model)}: make it with "
+        "CQREmbedding or load a table that was compressed with pq, or with cqr and a helper that is random or none"
     )
 
 
@@ -135,19 +128,3 @@ def _check_counts(layers: Mapping[str, TableLayer], counts: Mapping[str, Tensor]
                 "not all of them 0"
             )
     return {name: count.float() for name, count in counts.items()}
-
-
-def _groups(jobs: list[LayerClustering], buffer_bytes: int | None) -> Iterator[dict[LayerClustering, range]]:
-    """Split the columns of all layers into groups whose gradients fit the buffer; at least one column each."""
-    group: dict[LayerClustering, range] = {}
-    free = buffer_bytes or 0
-    for job in jobs:
-        start = 0
-        for column in range(job.spec.num_columns):
-            need = 4 * job.spec.num_embeddings * job.spec.sub_dim
-            if buffer_bytes is not None and need > free and group:
-                yield group
-                group, free, start = {}, buffer_bytes, column
-            free -= need
-            group[job] = range(start, column + 1)
-    yield group

@@ -9,16 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from cqr_compress.errors import SpecError
 from cqr_compress.nn import TableLayer
+from cqr_compress.spec import CodebookSpec
 
 _EM_STEPS = 100
 Losses = Callable[[], Iterable[Tensor]]
 """Begins a pass over training data: for each batch the losses of its examples, not reduced."""
+
+
+class Sums(Protocol):
+    """What is added up at the output of a layer's lookups."""
+
+    def add(self, ids: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
+        """Count in lookups of rows `ids` (B,), whose gradient (B, D) is after the rotation (D, D)."""
 
 
 @dataclass
@@ -31,23 +40,28 @@ class RowGradients:
         fisher: (N,) float32, the empirical Fisher information: squared gradients of single occurrences, mean
             over all D dimensions, summed.
         counts: (N,) float32, how often an id was looked up.
+        blocks: (W // S, S, S) float32, outer products of single gradients within each column, summed; None where
+            they are not known.
     """
 
     columns: slice
     gradient: Tensor
     fisher: Tensor
     counts: Tensor
+    blocks: Tensor | None = None
 
     @classmethod
     def zeros(cls, layer: TableLayer, columns: slice) -> RowGradients:
         """Begin a pass; on the layer's device."""
         N, device = layer.num_embeddings, layer.device
         width = len(range(*columns.indices(layer.embedding_dim)))
+        S = cast(CodebookSpec, layer.spec).sub_dim
         return cls(
             columns=columns,
             gradient=torch.zeros(N, width, device=device),
             fisher=torch.zeros(N, device=device),
             counts=torch.zeros(N, device=device),
+            blocks=torch.zeros(width // S, S, S, device=device),
         )
 
     def add(self, ids: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
@@ -59,11 +73,47 @@ class RowGradients:
             rotation: (D, D) that rows were multiplied by, or None.
         """
         gradient = gradient.float()
-        self.counts.index_add_(0, ids, torch.ones_like(gradient[:, 0]))
-        self.fisher.index_add_(0, ids, gradient.square().mean(1))
         if rotation is not None:
             gradient = gradient @ rotation.float().T
-        self.gradient.index_add_(0, ids, gradient[:, self.columns])
+        self.counts.index_add_(0, ids, torch.ones_like(gradient[:, 0]))
+        self.fisher.index_add_(0, ids, gradient.square().mean(1))
+        here = gradient[:, self.columns]
+        self.gradient.index_add_(0, ids, here)
+        if self.blocks is not None:
+            parts = here.reshape(len(here), len(self.blocks), -1).transpose(0, 1)  # (columns, B, S)
+            self.blocks += parts.transpose(1, 2) @ parts
+
+    def directions(self, column: int) -> tuple[Tensor, Tensor]:
+        """How curvature differs between the directions of one column, whatever the id.
+
+        Args:
+            column: from the first one of `columns`.
+
+        Returns:
+            Eigenvalues (S,), 1 where curvature is that of the table's mean dimension, and eigenvectors (S, S).
+        """
+        assert self.blocks is not None
+        mean = self.fisher.sum().clamp_min(1e-30)  # of squared gradients, over dimensions
+        values, vectors = torch.linalg.eigh((self.blocks[column] / mean).double())
+        return values.clamp_min(0).float(), vectors.float()
+
+    def directed_target(self, ids: Tensor, rows: Tensor, prior: Prior, eta: float, column: int) -> Tensor:
+        """As `target`, for one column, with the curvature of each direction: F_i times `directions`.
+
+        Args:
+            ids: (B,) int64.
+            rows: (B, S) float32, V in this column.
+            prior: m and p.
+            eta: damping.
+            column: from the first one of `columns`.
+        """
+        values, vectors = self.directions(column)
+        S = rows.shape[1]
+        here = slice(column * S, (column + 1) * S)
+        mean = prior.mean[self.columns][here]
+        step = (self.gradient[ids, here] + prior.precision * (rows - mean)) @ vectors
+        step = step / (self.fisher[ids][:, None] * values + prior.precision)
+        return rows - eta * step @ vectors.T
 
     def target(self, ids: slice | Tensor, rows: Tensor, prior: Prior, eta: float) -> Tensor:
         """Move rows by a damped Newton step toward the maximum of the posterior of each row.
@@ -140,8 +190,8 @@ class Moments:
 
 
 @contextmanager
-def observed(gradients: Mapping[TableLayer, RowGradients]) -> Iterator[None]:
-    """Let every backward in the context add to the gradients of some layers; their codebooks get none.
+def observed(gradients: Mapping[TableLayer, Sums]) -> Iterator[None]:
+    """Let every backward in the context add to the sums of some layers; their codebooks get no gradient.
 
     Rows are cut from the codebooks, so that the pass costs no more than the rest of the model.
 
@@ -160,7 +210,7 @@ def observed(gradients: Mapping[TableLayer, RowGradients]) -> Iterator[None]:
             layer.observer = None
 
 
-def _observer(layer: TableLayer, sums: RowGradients) -> Callable[[Tensor, Tensor], Tensor]:
+def _observer(layer: TableLayer, sums: Sums) -> Callable[[Tensor, Tensor], Tensor]:
     rotation = layer.table_tensors().get("rotation")
     rotation = None if rotation is None else rotation.detach()
 

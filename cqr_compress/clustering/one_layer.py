@@ -5,34 +5,29 @@ Shapes: N rows, D dimensions, C columns of S = D // C, K codewords.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cqr_compress import processes
 from cqr_compress.bitpack import pack_codes, unpack_codes
-from cqr_compress.clustering.gradients import Moments, Prior, RowGradients
+from cqr_compress.clustering.gradients import RowGradients
 from cqr_compress.clustering.options import Clustering, ClusterOptions
-from cqr_compress.errors import NonFiniteError, SpecError
+from cqr_compress.clustering.targets import Targets
 from cqr_compress.nn import TableLayer
 from cqr_compress.quantize.kmeans import fit_centroids, nearest_centroids, row_weights
 from cqr_compress.spec import STORED, CodebookSpec
-from cqr_compress.table import row_blocks, row_codes
+from cqr_compress.table import row_codes
 
 
 @dataclass(eq=False)
 class LayerClustering:
     """One layer on its way through a clustering; the layer stays as it is until `finish`."""
 
-    name: str
-    layer: TableLayer
-    spec: CodebookSpec
+    targets: Targets
     weights: Tensor | None
-    options: ClusterOptions
-    moments: Moments | None
-    prior: Prior | None
     codebooks: Tensor  # (C, L, K, S), filled column by column
     codes: Tensor  # (N, width), packed
     sample: Tensor  # ids that k-means sees
@@ -45,106 +40,68 @@ class LayerClustering:
     def begin(
         cls, name: str, layer: TableLayer, weights: Tensor | None, options: ClusterOptions, informed: bool
     ) -> LayerClustering:
-        spec, tensors = layer.spec, layer.table_tensors()
-        assert isinstance(spec, CodebookSpec)
-        _check_finite(tensors["codebooks"], "codebooks", name)
-        seed = spec.seed + 1 + options.seed
-        job = cls(
-            name=name,
-            layer=layer,
-            spec=spec,
+        targets, tensors = Targets.begin(name, layer, options, informed), layer.table_tensors()
+        seed = targets.spec.seed + 1 + options.seed
+        return cls(
+            targets=targets,
             weights=weights,
-            options=options,
-            moments=None,
-            prior=None,
             codebooks=torch.zeros_like(tensors["codebooks"], dtype=torch.float32),
             codes=tensors["codes"].clone(),
-            sample=_sample_ids(layer, options.points_per_centroid * spec.codebook_size, seed),
+            sample=_sample_ids(layer, options.points_per_centroid * targets.spec.codebook_size, seed),
             seed=seed,
         )
-        if informed:
-            job.moments = Moments.of_rows(layer.column_rows(ids) for ids in job.id_blocks())
-        return job
-
-    def id_blocks(self, ids: Tensor | None = None) -> Iterator[Tensor]:
-        """Split ids, or all of them, into blocks."""
-        count = self.spec.num_embeddings if ids is None else len(ids)
-        width = 2 * self.spec.embedding_dim + 4 * self.spec.num_columns * self.spec.num_levels
-        for a, b in row_blocks(count, width, self.options.block_bytes):
-            yield torch.arange(a, b, device=self.layer.device) if ids is None else ids[a:b]
-
-    def targets(self, ids: Tensor, column: int, gradients: RowGradients | None) -> Tensor:
-        """Where one column of some rows is, or wants to be: (B, S) float32."""
-        S = self.spec.sub_dim
-        rows = self.layer.column_rows(ids)
-        if gradients is None:
-            return rows[:, column * S : (column + 1) * S].contiguous()
-        assert self.prior is not None
-        moved = gradients.target(ids, rows[:, gradients.columns], self.prior, self.options.eta)
-        at = column * S - gradients.columns.start
-        return moved[:, at : at + S].contiguous()
-
-    def take(self, gradients: RowGradients) -> None:
-        """Learn from a pass over the data what the prior of rows is.
-
-        Raises:
-            SpecError: no gradient reached the layer.
-            NonFiniteError: gradients with NaN or infinity.
-        """
-        if not gradients.counts.any():
-            raise SpecError(
-                f"no gradient reached {self.name!r}: the losses do not depend on it, or a compiled or traced "
-                "copy of the model made them"
-            )
-        for sums in (gradients.gradient, gradients.fisher):
-            _check_finite(sums, "gradients", self.name)
-        assert self.moments is not None
-        self.prior = Prior.estimate(self.moments, gradients.fisher, self.options.tau)
 
     @torch.no_grad()
-    def cluster_column(self, column: int, gradients: RowGradients | None) -> None:
+    def work_column(self, column: int, gradients: RowGradients | None) -> None:
         """Find the centroids of a column, and each id's."""
-        K = self.spec.codebook_size
+        spec, options = self.targets.spec, self.targets.options
+        K = spec.codebook_size
         weights = self.weights
         if weights is None and gradients is not None:
             weights = gradients.counts
-        points = torch.cat([self.targets(ids, column, gradients) for ids in self.id_blocks(self.sample)]).cpu()
+        points = torch.cat(
+            [self.targets.column(ids, column, gradients) for ids in self.targets.id_blocks(self.sample)]
+        ).cpu()
         sampled = None
-        if weights is not None and self.options.weighted:
+        if weights is not None and options.weighted:
             sampled = row_weights(weights.cpu())[self.sample.cpu()]
-        centroids = fit_centroids(points, K, self.seed + column, self.options.iterations, weights=sampled)
+        centroids = fit_centroids(points, K, self.seed + column, options.iterations, weights=sampled)
         del points
         centroids = centroids.to(self.codebooks.device)
-        level = self.spec.code_sources.index(STORED)
+        level = spec.code_sources.index(STORED)
         self.codebooks[column, level] = centroids
         used = torch.zeros(K, dtype=torch.bool, device=centroids.device)
-        for ids in self.id_blocks():
-            targets = self.targets(ids, column, gradients)
-            nearest = nearest_centroids(targets, centroids)
+        for ids in self.targets.id_blocks():
+            wanted = self.targets.column(ids, column, gradients)
+            nearest = nearest_centroids(wanted, centroids)
             used[nearest] = True
-            self.error += float((targets - centroids[nearest]).square().sum())
-            self.norm += float(targets.square().sum())
+            self.error += float((wanted - centroids[nearest]).square().sum())
+            self.norm += float(wanted.square().sum())
             block = slice(int(ids[0]), int(ids[-1]) + 1)
-            codes = unpack_codes(self.codes[block], self.spec.num_columns, self.spec.n_bits)
+            codes = unpack_codes(self.codes[block], spec.num_columns, spec.n_bits)
             codes[:, column] = nearest.to(codes.dtype)
-            self.codes[block] = pack_codes(codes, self.spec.n_bits)
+            self.codes[block] = pack_codes(codes, spec.n_bits)
         self.used += int(used.sum())
 
     @torch.no_grad()
     def finish(self, optimizer: torch.optim.Optimizer | None) -> Clustering:
-        """Put the new pointers, codewords and hash into the layer, all at once."""
-        tensors = self.layer.table_tensors()
+        """Put the new pointers, codewords and hash into the layer, all at once and the same in all processes."""
+        layer, spec = self.targets.layer, self.targets.spec
+        tensors = layer.table_tensors()
+        for made in (self.codes, self.codebooks):
+            processes.from_first(made)
         moved = float((self.codes != tensors["codes"]).any(1).float().mean())
         tensors["codes"].copy_(self.codes)
         tensors["codebooks"].copy_(self.codebooks)
-        self.layer.reseed(self.seed)
+        layer.reseed(self.seed)
         if optimizer is not None:
             optimizer.state.pop(tensors["codebooks"], None)
+        error, used = processes.object_from_first((self.error / max(self.norm, 1e-30), self.used))
         return Clustering(
-            name=self.name,
+            name=self.targets.name,
             moved=moved,
-            relative_error=self.error / max(self.norm, 1e-30),
-            dead_codewords=self.spec.num_columns * self.spec.codebook_size - self.used,
+            relative_error=error,
+            dead_codewords=spec.num_columns * spec.codebook_size - used,
         )
 
 
@@ -154,14 +111,6 @@ def pointers(layer: TableLayer) -> Tensor:
     assert isinstance(spec, CodebookSpec) and spec.num_stored_levels == 1
     stored = replace(spec, num_levels=1, code_sources=(STORED,))
     return row_codes(stored, layer.table_tensors()["codes"], torch.empty(0))[:, :, 0]
-
-
-def _check_finite(values: Tensor, what: str, name: str) -> None:
-    if not values.isfinite().all():
-        raise NonFiniteError(
-            f"the {what} of layer {name!r} have NaN or infinity: training diverged, or a loss was not finite. "
-            "The model is as it was"
-        )
 
 
 def _sample_ids(layer: TableLayer, size: int, seed: int) -> Tensor:

@@ -108,7 +108,7 @@ def fit_additive(
     for round_ in range(0 if exact else effort.rounds):
         for c, column in enumerate(columns):
             codebooks[c] = solve_codebooks(column, codes[:, c], codebooks[c], weights)
-            codes[:, c] = _search(column, codebooks[c], codes[:, c], effort.restarts, spec.seed + round_)
+            codes[:, c] = search_codes(column, codebooks[c], codes[:, c], effort.restarts, spec.seed + round_)
         if spec.rotation == "opq":
             rotation = procrustes(rows, decode_codes(codes, codebooks), weights)
             columns = (rows @ rotation).view(len(rows), C, spec.sub_dim).transpose(0, 1).contiguous()
@@ -146,7 +146,9 @@ def encode_rows(rows: Tensor, codebooks: Tensor, effort: Effort, seed: int) -> T
             codes[:, c, 0] = nearest_centroids(column, codebooks[c, 0])
             continue
         found = beam_search(column, codebooks[c], effort.beam)
-        codes[:, c] = _search(column, codebooks[c], found, effort.restarts, seed + c) if effort.rounds else found
+        codes[:, c] = (
+            search_codes(column, codebooks[c], found, effort.restarts, seed + c) if effort.rounds else found
+        )
     return codes
 
 
@@ -183,7 +185,7 @@ def beam_search(rows: Tensor, codebooks: Tensor, beam: int) -> Tensor:
     return out
 
 
-def _search(rows: Tensor, codebooks: Tensor, codes: Tensor, restarts: int, seed: int) -> Tensor:
+def search_codes(rows: Tensor, codebooks: Tensor, codes: Tensor, restarts: int, seed: int) -> Tensor:
     """Improve codes by ICM and random restarts; never raises a row's error.
 
     Args:
@@ -245,28 +247,64 @@ def solve_codebooks(rows: Tensor, codes: Tensor, codebooks: Tensor, weights: Ten
     Returns:
         (L, K, S) float32; the current codebooks where the system is larger than 8,192 unknowns.
     """
-    L, K, S = codebooks.shape
-    if L * K > _MAX_UNKNOWNS and L > 1:
-        return codebooks
-    flat = codes + torch.arange(L) * K
-    target = torch.zeros(L * K, S)
-    cost = torch.ones(len(rows)) if weights is None else weights
-    weighted = rows if weights is None else rows * weights[:, None]
-    for level in range(L):
-        target.index_add_(0, flat[:, level], weighted)
-    ridge = _RIDGE * max(1.0, len(rows) / K)
-    target += ridge * codebooks.reshape(L * K, S)
-    if L == 1:
-        counts = torch.bincount(flat[:, 0], cost, minlength=K)
-        return (target / (counts + ridge)[:, None]).view(L, K, S)
-    normal = torch.zeros(L * K * L * K)
-    for a in range(L):
-        for b in range(a, L):
-            normal.index_add_(0, flat[:, a] * (L * K) + flat[:, b], cost)
-    normal = normal.view(L * K, L * K)
-    normal = normal + normal.triu(1).T
-    normal.diagonal().add_(ridge)
-    factor, failed = torch.linalg.cholesky_ex(normal)
-    if failed:
-        return codebooks
-    return torch.cholesky_solve(target, factor).view(L, K, S)
+    equations = NormalEquations.of(codebooks)
+    equations.add(rows, codes, weights)
+    return equations.solve(codebooks)
+
+
+@dataclass
+class NormalEquations:
+    """Least squares for the codebooks of one column, added up over blocks of rows.
+
+    Attributes:
+        target: (L * K, S) sums of the rows that each codeword takes part in.
+        normal: how often two codewords meet: (L * K)**2 flat, or (K,) of one level.
+        num_rows: rows so far.
+    """
+
+    target: Tensor
+    normal: Tensor
+    num_rows: int = 0
+
+    @classmethod
+    def of(cls, codebooks: Tensor) -> NormalEquations:
+        """Begin with no rows, for codebooks (L, K, S)."""
+        L, K, S = codebooks.shape
+        unknowns = 0 if L > 1 and L * K > _MAX_UNKNOWNS else L * K
+        return cls(torch.zeros(L * K, S), torch.zeros(K if L == 1 else unknowns * unknowns))
+
+    def add(self, rows: Tensor, codes: Tensor, weights: Tensor | None) -> None:
+        """Add rows (B, S), their codes (B, L) and weights (B,)."""
+        L = codes.shape[1]
+        K = len(self.target) // L
+        flat = codes + torch.arange(L) * K
+        cost = torch.ones(len(rows)) if weights is None else weights
+        weighted = rows if weights is None else rows * weights[:, None]
+        for level in range(L):
+            self.target.index_add_(0, flat[:, level], weighted)
+        self.num_rows += len(rows)
+        if L == 1:
+            self.normal += torch.bincount(flat[:, 0], cost, minlength=K)
+        elif len(self.normal):
+            for a in range(L):
+                for b in range(a, L):
+                    self.normal.index_add_(0, flat[:, a] * (L * K) + flat[:, b], cost)
+
+    def solve(self, codebooks: Tensor) -> Tensor:
+        """Solve for the codebooks (L, K, S), damped toward the current ones.
+
+        Returns:
+            The current ones where the system is larger than 8,192 unknowns.
+        """
+        L, K, S = codebooks.shape
+        ridge = _RIDGE * max(1.0, self.num_rows / K)
+        target = self.target + ridge * codebooks.reshape(L * K, S)
+        if L == 1:
+            return (target / (self.normal + ridge)[:, None]).view(L, K, S)
+        if not len(self.normal):
+            return codebooks
+        normal = self.normal.view(L * K, L * K)
+        normal = normal + normal.triu(1).T
+        normal.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(normal)
+        return codebooks if failed else torch.cholesky_solve(target, factor).view(L, K, S)

@@ -43,7 +43,7 @@ class ClusteredQuantizer:
         spec, books = self.spec, self.codebooks.float()
         helper = computed_codes(spec, torch.arange(first_row, first_row + len(rows)))
         columns = rows.view(len(rows), spec.num_columns, spec.sub_dim).unbind(1)
-        codes = [_point(column, books[c], helper[:, c], spec) for c, column in enumerate(columns)]
+        codes = [point_rows(column, books[c], helper[:, c], spec) for c, column in enumerate(columns)]
         return {"codes": pack_codes(torch.stack(codes, 1), spec.n_bits)}
 
 
@@ -77,7 +77,7 @@ def fit_clustered(
         codebooks[c, level] = fit_centroids(column, K, spec.seed + c, effort.kmeans_iterations, weights)
         step()
         for _ in range(effort.rounds):
-            codes[:, c, level] = _point(column, codebooks[c], codes[:, c], spec)
+            codes[:, c, level] = point_rows(column, codebooks[c], codes[:, c], spec)
             codebooks[c] = solve_codebooks(column, codes[:, c], codebooks[c], weights)
             step()
     return ClusteredQuantizer(spec, codebooks.to(FLOAT_DTYPES[spec.codebook_dtype]))
@@ -88,7 +88,7 @@ def num_clustered_steps(spec: CodebookSpec, effort: Effort) -> int:
     return spec.num_columns * (1 + effort.rounds)
 
 
-def _point(column: Tensor, codebooks: Tensor, codes: Tensor, spec: CodebookSpec) -> Tensor:
+def point_rows(column: Tensor, codebooks: Tensor, codes: Tensor, spec: CodebookSpec) -> Tensor:
     """Name the stored codeword nearest to what the other levels leave of a column.
 
     Args:

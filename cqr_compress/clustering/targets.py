@@ -1,0 +1,95 @@
+"""Where the rows of a layer are, or want to be: what clusterings and reassignments of codes aim at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cqr_compress.clustering.gradients import Moments, Prior, RowGradients
+from cqr_compress.clustering.options import ClusterOptions
+from cqr_compress.errors import NonFiniteError, SpecError
+from cqr_compress.nn import TableLayer
+from cqr_compress.spec import CodebookSpec
+from cqr_compress.table import row_blocks
+
+
+@dataclass(eq=False)
+class Targets:
+    """The rows of one layer, column by column, moved by a Newton step where gradients are known.
+
+    Attributes:
+        name: of the layer in the model.
+        layer: it stays as it is.
+        spec: of its table.
+        options: damping, weight of the prior, memory.
+        moments: of the rows; None without gradients.
+        prior: of a row; known after `take`.
+    """
+
+    name: str
+    layer: TableLayer
+    spec: CodebookSpec
+    options: ClusterOptions
+    moments: Moments | None = None
+    prior: Prior | None = None
+
+    @classmethod
+    def begin(cls, name: str, layer: TableLayer, options: ClusterOptions, informed: bool) -> Targets:
+        """Look at a layer.
+
+        Raises:
+            NonFiniteError: codebooks with NaN or infinity.
+        """
+        spec = layer.spec
+        assert isinstance(spec, CodebookSpec)
+        _check_finite(layer.table_tensors()["codebooks"], "codebooks", name)
+        targets = cls(name, layer, spec, options)
+        if informed:
+            targets.moments = Moments.of_rows(layer.column_rows(ids) for ids in targets.id_blocks())
+        return targets
+
+    def id_blocks(self, ids: Tensor | None = None) -> Iterator[Tensor]:
+        """Split ids, or all of them, into blocks."""
+        count = self.spec.num_embeddings if ids is None else len(ids)
+        width = 2 * self.spec.embedding_dim + 4 * self.spec.num_columns * self.spec.num_levels
+        for a, b in row_blocks(count, width, self.options.block_bytes):
+            yield torch.arange(a, b, device=self.layer.device) if ids is None else ids[a:b]
+
+    def column(self, ids: Tensor, column: int, gradients: RowGradients | None) -> Tensor:
+        """Where one column of some rows is, or wants to be: (B, S) float32."""
+        S = self.spec.sub_dim
+        rows = self.layer.column_rows(ids)
+        if gradients is None:
+            return rows[:, column * S : (column + 1) * S].contiguous()
+        assert self.prior is not None
+        moved = gradients.target(ids, rows[:, gradients.columns], self.prior, self.options.eta)
+        at = column * S - gradients.columns.start
+        return moved[:, at : at + S].contiguous()
+
+    def take(self, gradients: RowGradients) -> None:
+        """Learn from a pass over the data what the prior of rows is.
+
+        Raises:
+            SpecError: no gradient reached the layer.
+            NonFiniteError: gradients with NaN or infinity.
+        """
+        if not gradients.counts.any():
+            raise SpecError(
+                f"no gradient reached {self.name!r}: the losses do not depend on it, or a compiled or traced "
+                "copy of the model made them"
+            )
+        for sums in (gradients.gradient, gradients.fisher):
+            _check_finite(sums, "gradients", self.name)
+        assert self.moments is not None
+        self.prior = Prior.estimate(self.moments, gradients.fisher, self.options.tau)
+
+
+def _check_finite(values: Tensor, what: str, name: str) -> None:
+    if not values.isfinite().all():
+        raise NonFiniteError(
+            f"the {what} of layer {name!r} have NaN or infinity: training diverged, or a loss was not finite. "
+            "The model is as it was"
+        )

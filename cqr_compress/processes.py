@@ -1,0 +1,71 @@
+"""The processes of a distributed run, as torch.distributed has them; one alone needs no set-up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of processes; 1 where torch.distributed was not set up."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def add_up(tensor: Tensor) -> None:
+    """Replace a tensor by its sum over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+
+
+def from_first(tensor: Tensor) -> None:
+    """Replace a tensor by that of the first process, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+
+
+def object_from_first(value: T) -> T:
+    """The first process's value, on every one; it is pickled."""
+    if world_size() == 1:
+        return value
+    held: list[Any] = [value]
+    dist.broadcast_object_list(held, 0)
+    return held[0]  # type: ignore[no-any-return]
+
+
+def of_all(value: T) -> list[T]:
+    """The values of all processes, in the order of their numbers; they are pickled."""
+    if world_size() == 1:
+        return [value]
+    held: list[Any] = [None] * world_size()
+    dist.all_gather_object(held, value)
+    return held
+
+
+@contextmanager
+def launched_processes(device: torch.device) -> Iterator[None]:
+    """Join the processes that `torchrun` started, if it did; leave them at the end.
+
+    Args:
+        device: that this process computes on; gloo joins CPUs, nccl GPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,177 @@
+"""Fit a table's codes and codebooks anew to the rows that they stand for.
+
+`improve` goes on from what a table has, over all of its rows in blocks: codebooks jointly by least squares, codes
+by local search (Babenko & Lempitsky 2014; Martinez et al. 2018), and the rotation by Procrustes, in turns.
+`fit_in_basis` begins afresh, with the error of a row measured in another basis.
+
+Shapes: N rows, D columns, C columns of S = D // C, L levels, K codewords.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cqr_compress.bitpack import pack_codes
+from cqr_compress.errors import NonFiniteError
+from cqr_compress.quantize import TableRows, effort_for, fit
+from cqr_compress.quantize.additive import NormalEquations, search_codes
+from cqr_compress.quantize.clustered import point_rows
+from cqr_compress.quantize.rotation import procrustes
+from cqr_compress.spec import STORED, CodebookSpec, TensorShape
+from cqr_compress.table import decode_codes, row_codes
+
+_RESTARTS = 2
+_ORTHOGONAL = 0.05
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """What rounds of `improve` did.
+
+    Attributes:
+        tensors: `codes`, `codebooks` and `rotation` where the spec has them, in its dtypes.
+        errors: weighted relative squared error before the first round, and after each.
+    """
+
+    tensors: dict[str, Tensor]
+    errors: tuple[float, ...]
+
+
+def improve(
+    rows: TableRows,
+    spec: CodebookSpec,
+    tensors: dict[str, Tensor],
+    rounds: int,
+    step: Callable[[], None] = lambda: None,
+) -> Improvement:
+    """Re-solve codebooks and re-encode rows in turns, from the codes that a table has.
+
+    Args:
+        rows: the table's source; all rows are read twice in each round.
+        spec: of the table.
+        tensors: `codes`, `codebooks` and `rotation` where the spec has them.
+        rounds: of both.
+        step: called after each round.
+    """
+    C, S = spec.num_columns, spec.sub_dim
+    weights = torch.ones(spec.num_embeddings) if rows.weights is None else rows.weights.clone()
+    weights[rows.skipped_ids] = 0
+    codebooks = tensors["codebooks"].float()
+    packed = tensors["codes"].clone() if "codes" in tensors else None
+    rotation = tensors["rotation"].float() if "rotation" in tensors else None
+    shapes = spec.tensor_shapes()
+
+    def columns() -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Blocks of rows: where, the rows, their columns (C, B, S), their codes (B, C, L)."""
+        for start, block in rows.blocks():
+            at = slice(start, start + len(block))
+            ids = torch.arange(at.start, at.stop)
+            turned = block if rotation is None else block @ rotation.T
+            codes = row_codes(spec, None if packed is None else packed[at], ids).to(torch.int64)
+            yield at, block, turned.view(-1, C, S).transpose(0, 1).contiguous(), codes
+
+    def measure(round_: int | None) -> float:
+        """The error; with a round, after encoding all rows anew. Learns the rotation on the way."""
+        nonlocal rotation
+        error = norm = 0.0
+        cross = torch.zeros(spec.embedding_dim, spec.embedding_dim)
+        for at, block, parts, codes in columns():
+            if round_ is not None and packed is not None:
+                for c, part in enumerate(parts):
+                    codes[:, c] = _encode(part, codebooks[c], codes[:, c], spec, spec.seed + round_ + at.start)
+                stored = [i for i, source in enumerate(spec.code_sources) if source == STORED]
+                packed[at] = pack_codes(codes[:, :, stored].flatten(1), spec.n_bits)
+            decoded = decode_codes(codes, codebooks)
+            cost = weights[at]
+            turned = parts.transpose(0, 1).reshape(len(block), -1)
+            error += float(((turned - decoded).square().sum(1) * cost).sum(dtype=torch.float64))
+            norm += float((turned.square().sum(1) * cost).sum(dtype=torch.float64))
+            if spec.rotation == "opq":
+                cross += (block * cost[:, None]).T @ decoded
+        if round_ is not None and rotation is not None and spec.rotation == "opq":
+            rotation = procrustes(torch.eye(len(cross)), cross).T.contiguous()
+        return error / max(norm, 1e-300)
+
+    errors = [measure(None)]
+    for round_ in range(rounds):
+        equations = [NormalEquations.of(codebooks[c]) for c in range(C)]
+        for at, _, parts, codes in columns():
+            for c, part in enumerate(parts):
+                equations[c].add(part, codes[:, c], weights[at])
+        codebooks = torch.stack([equations[c].solve(codebooks[c]) for c in range(C)])
+        if round_ == rounds - 1:
+            codebooks = codebooks.to(shapes["codebooks"].dtype).float()
+        errors.append(measure(round_))
+        step()
+    made = {"codebooks": codebooks}
+    if packed is not None:
+        made["codes"] = packed
+    if rotation is not None:
+        made["rotation"] = rotation
+    return Improvement(_in_dtypes(made, shapes), tuple(errors))
+
+
+def can_improve(spec: CodebookSpec, tensors: dict[str, Tensor]) -> bool:
+    """Whether `improve` can begin from these tensors: a rotation has to be orthogonal, to rounding."""
+    if "rotation" not in tensors:
+        return True
+    rotation = tensors["rotation"].float()
+    return float((rotation @ rotation.T - torch.eye(spec.embedding_dim)).abs().max()) < _ORTHOGONAL
+
+
+def _encode(part: Tensor, codebooks: Tensor, codes: Tensor, spec: CodebookSpec, seed: int) -> Tensor:
+    """Improve the codes (B, L) of one column's rows (B, S)."""
+    if spec.num_stored_levels == spec.num_levels:
+        return search_codes(part, codebooks, codes, _RESTARTS, seed)
+    if spec.num_stored_levels == 1:
+        codes = codes.clone()
+        codes[:, spec.code_sources.index(STORED)] = point_rows(part, codebooks, codes, spec)
+    return codes
+
+
+def fit_in_basis(
+    rows: TableRows, spec: CodebookSpec, basis: Tensor, step: Callable[[], None] = lambda: None
+) -> dict[str, Tensor]:
+    """Fit a layout afresh to rows that were multiplied by a basis, and take the codebooks back out of it.
+
+    The error of a decoded row y of x is then ||(x - y) @ basis||, and takes no bytes: where the layout has a
+    rotation, or one column, the basis goes into the rotation or the codebooks as a whole; else it has to be zero
+    between columns.
+
+    Args:
+        rows: the table's source, times `basis`.
+        spec: the layout.
+        basis: (D, D) float32, invertible.
+        step: called after each unit of work.
+
+    Returns:
+        `codes`, `codebooks` and `rotation` where the spec has them, in its dtypes.
+    """
+    C, S = spec.num_columns, spec.sub_dim
+    back = torch.linalg.inv(basis.double()).float()
+    wide = replace(spec, codebook_dtype="float32", rotation="opq" if spec.rotation else None)
+    quantizer = fit(rows, wide, effort_for(wide), step)
+    made = dict(quantizer.shared_tensors())
+    parts: dict[str, list[Tensor]] = {}
+    for start, block in rows.blocks():
+        for short, tensor in quantizer.encode(block, start).items():
+            parts.setdefault(short, []).append(tensor)
+    if spec.rotation:
+        made["rotation"] = made["rotation"] @ back
+    else:
+        blocks = [back[c * S : (c + 1) * S, c * S : (c + 1) * S] for c in range(C)]
+        made["codebooks"] = torch.stack([made["codebooks"][c] @ blocks[c] for c in range(C)])
+    made |= {short: torch.cat(tensors) for short, tensors in parts.items()}
+    return _in_dtypes(made, spec.tensor_shapes())
+
+
+def _in_dtypes(made: dict[str, Tensor], shapes: dict[str, TensorShape]) -> dict[str, Tensor]:
+    cast = {short: tensor.to(shapes[short].dtype) for short, tensor in made.items()}
+    for short, tensor in cast.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NonFiniteError(f"{short} leave the range of {tensor.dtype}")
+    return cast
