@@ -18,10 +18,11 @@ from cqr_compress.checkpoint.compressed import (
     FORMAT_VERSION,
     METADATA_KEY,
     CompressedCheckpoint,
+    dump_header,
     is_compressed,
     stored_name,
 )
-from cqr_compress.checkpoint.output import Output, checksum_of, shard_paths
+from cqr_compress.checkpoint.output import Output, shard_paths
 from cqr_compress.checkpoint.safetensors_files import DTYPES
 from cqr_compress.checkpoint.tree import is_text
 from cqr_compress.checkpoint.writer import atomic_file, check_outputs
@@ -35,11 +36,12 @@ from cqr_compress.errors import (
     VerificationError,
 )
 from cqr_compress.frequencies import Frequencies, read_frequencies
+from cqr_compress.layouts import budget_bytes
 from cqr_compress.plan import TablePlan, plan_table
 from cqr_compress.progress import Progress, Silent
 from cqr_compress.quality import Quality, QualityMeter
 from cqr_compress.quantize import row_weights
-from cqr_compress.report import SizeReport, size_report
+from cqr_compress.report import SizeReport, report_path, size_report
 from cqr_compress.request import Request
 from cqr_compress.rows import ScannedTable, scan_table
 from cqr_compress.spec import AnySpec, TensorShape
@@ -67,11 +69,6 @@ def default_output(source: Path) -> Path:
     for suffix in (".index.json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
         name = name.removesuffix(suffix)
     return source.with_name(f"{name}.cqr.safetensors")
-
-
-def report_path(output: Path) -> Path:
-    """Where the JSON report goes: `small.safetensors` gives `small.report.json`."""
-    return output.with_name(f"{output.name.removesuffix('.safetensors')}.report.json")
 
 
 def convert(
@@ -134,7 +131,7 @@ def convert(
         header = _header(checkpoint, work, left, request)
         shapes = _shapes(checkpoint, work)
         paths = shard_paths(output, shapes, shard_bytes)
-        metadata = {**checkpoint.metadata, "format": "pt", METADATA_KEY: _dump(header)}
+        metadata = {**checkpoint.metadata, "format": "pt", METADATA_KEY: dump_header(header)}
         out = Output(output, shapes, paths, metadata)
         specs = {name: item.spec for name, item in work.items()}
         if dry_run:
@@ -144,7 +141,7 @@ def convert(
             written = _write(out, checkpoint, work, request, progress)
             for name, (quality, _) in written.items():
                 header["tables"][name]["quality"] = quality.to_json()
-            out.finish({**metadata, METADATA_KEY: _dump(header)})
+            out.finish({**metadata, METADATA_KEY: dump_header(header)})
             _verify(out, work, written, progress)
             report = size_report(header, specs, str(out.final_path), out.file_bytes, measured=True)
             out.commit()
@@ -257,8 +254,14 @@ def _header(
         "format_version": FORMAT_VERSION,
         "version": __version__,
         "seed": request.seed,
+        "method": request.method,
         "tables": {
-            name: {"spec": item.spec.to_json(), "quality": unknown[name], "reason": item.plan.reason}
+            name: {
+                "spec": item.spec.to_json(),
+                "quality": unknown[name],
+                "reason": item.plan.reason,
+                "budget": int(budget_bytes(item.scan, request) or item.spec.nbytes),
+            }
             for name, item in work.items()
         },
         "aliases": dict(checkpoint.aliases),
@@ -273,10 +276,6 @@ def _header(
         },
         "left_dense": left,
     }
-
-
-def _dump(header: Mapping[str, Any]) -> str:
-    return json.dumps(header, separators=(",", ":"))
 
 
 def _shapes(checkpoint: Checkpoint, work: Mapping[str, _Work]) -> dict[str, TensorShape]:
@@ -337,10 +336,7 @@ def _verify(
     progress.start("verifying", sum(shape.nbytes for shape in out.shapes.values()), "bytes")
     with contextlib.ExitStack() as stack:
         opened = CompressedCheckpoint.of(stack.enter_context(out.reopen()))
-        for name in out.shapes:
-            entry = opened.checkpoint.entries[name]
-            if checksum_of(entry, progress.advance) != out.checksum(name):
-                raise VerificationError(f"tensor {name!r} of {str(out.final_path)!r} reads back changed")
+        out.verify(opened.checkpoint, progress.advance)
         for name, (_, meter) in written.items():
             table, scan = opened.table(name), work[name].scan
             if not _close(_lookup(table, meter.sample_ids), torch.cat(meter.decoded)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from cqr_compress.discover import Candidate, find_tables, refuse_foreign, with_t
 from cqr_compress.errors import BudgetError, CheckpointError, NonFiniteError, TableRefusedError
 from cqr_compress.plan import estimate_ratio
 from cqr_compress.progress import Progress, Silent
-from cqr_compress.report import SizeReport, report_of
+from cqr_compress.report import SizeReport, report_of, report_path
 from cqr_compress.request import Request
 from cqr_compress.rows import ScannedTable, scan_table
 from cqr_compress.table import row_blocks
@@ -119,7 +119,7 @@ def inspect_file(
         return _saved_report(path)
     with open_checkpoint(path) as checkpoint:
         if is_compressed(checkpoint):
-            return report_of(CompressedCheckpoint.of(checkpoint))
+            return _with_evaluation(report_of(CompressedCheckpoint.of(checkpoint)))
         named = with_table_names(checkpoint, compare=not quick)
         candidates = find_tables(named, tables, exclude)
         warnings = []
@@ -146,6 +146,19 @@ def inspect_file(
             ],
             warnings=warnings,
         )
+
+
+def _with_evaluation(report: SizeReport) -> SizeReport:
+    """Add what `evaluate` wrote beside the file, if it is of this file."""
+    path = report_path(Path(report.file))
+    if not path.is_file():
+        return report
+    try:
+        saved = _saved_report(path)
+    except CheckpointError:
+        return report
+    same = saved.file_bytes_after == report.file_bytes_after and saved.tuning == report.tuning
+    return replace(report, evaluation=saved.evaluation) if same else report
 
 
 def _saved_report(path: Path) -> SizeReport:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cqr_compress.checkpoint import open_checkpoint
-from cqr_compress.checkpoint.compressed import CompressedCheckpoint
+from cqr_compress.checkpoint.compressed import CompressedCheckpoint, is_compressed
+from cqr_compress.discover import with_table_names
 from cqr_compress.errors import SwapError
 from cqr_compress.nn import TableLayer
 from cqr_compress.swap import (
@@ -88,6 +89,31 @@ def load_compressed(
         model.to(device)
     tables = tuple(place.name for swap in plan.swaps for place in swap.places)
     return Loaded(tables, tuple(plan.missing), tuple(plan.unexpected))
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Load any checkpoint into a model: a compressed file as `load_compressed` does, else as load_state_dict.
+
+    Optimizer state and a trainer's own tensors are left out, and so are the wrappers' prefixes of names.
+
+    Raises:
+        SwapError: names or shapes do not fit the model.
+    """
+    with open_checkpoint(path) as opened:
+        if not is_compressed(opened):
+            checkpoint = with_table_names(opened)
+            aliases = {name: to for name, to in checkpoint.aliases.items() if name not in checkpoint.extras}
+            names = {name: name for name in checkpoint.entries if name not in checkpoint.extras} | aliases
+            state = {
+                name: checkpoint.entries[source].lazy.read()
+                for name, source in _renamed(names, _places(model), None).items()
+            }
+            try:
+                _unwrapped(model).load_state_dict(state)
+            except RuntimeError as e:
+                raise SwapError(f"{str(path)!r} does not fit the model: {e}") from e
+            return
+    load_compressed(model, path)
 
 
 @contextlib.contextmanager
@@ -180,6 +206,25 @@ def _plan(model: nn.Module, opened: CompressedCheckpoint, strict: bool, prefix: 
         advice = _advice(model, sources, places) if missing or unexpected else ""
         raise SwapError(f"{str(opened.checkpoint.path)!r} does not fit the model:\n  {listed}{advice}")
     return _LoadPlan(swaps, dense, separated, missing, unexpected)
+
+
+def model_tensors(model: nn.Module, opened: CompressedCheckpoint, prefix: str | None = None) -> dict[str, Place]:
+    """Find the model's tensor for each name of a file.
+
+    Args:
+        model: that the file was loaded into.
+        opened: the file.
+        prefix: as for `load_compressed`.
+
+    Returns:
+        Places by the file's names, aliases left out; names that the model does not have are not in it.
+    """
+    places = _places(model)
+    return {
+        source: places[name]
+        for name, source in reversed(_renamed(_sources(opened), places, prefix).items())
+        if name in places
+    }
 
 
 def _sources(opened: CompressedCheckpoint) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -101,7 +102,35 @@ class QualityMeter:
         )
 
 
-def recall(source: Tensor, decoded: Tensor, num_queries: int = RECALL_QUERIES, k: int = RECALL_K) -> float:
+def table_quality(
+    blocks: Iterable[tuple[int, Tensor]],
+    decode: Callable[[int, int], Tensor],
+    num_rows: int,
+    weights: Tensor | None = None,
+    seed: int = 0,
+) -> Quality:
+    """Compare a whole table with its source, block by block.
+
+    Args:
+        blocks: of the source: first row and rows (B, D).
+        decode: gives rows of the table from one number to another.
+        num_rows: N.
+        weights: (N,) what an error at each row costs, or None.
+        seed: draws the rows on which recall is measured.
+    """
+    meter = QualityMeter.for_table(num_rows, seed, weights)
+    for start, rows in blocks:
+        meter.add(rows, decode(start, start + len(rows)).cpu(), start)
+    return meter.result()
+
+
+def recall(
+    source: Tensor,
+    decoded: Tensor,
+    num_queries: int = RECALL_QUERIES,
+    k: int = RECALL_K,
+    queries: Tensor | None = None,
+) -> float:
     """Share of each query's k nearest rows that stay among its k nearest.
 
     Args:
@@ -109,6 +138,7 @@ def recall(source: Tensor, decoded: Tensor, num_queries: int = RECALL_QUERIES, k
         decoded: (m, D) float32, the same rows after compression.
         num_queries: rows asked, evenly spread.
         k: neighbours, fewer where there are fewer rows.
+        queries: rows that may be asked, int64; any if None. All rows are finite then.
 
     Returns:
         The mean over queries, 1.0 where there is nothing to compare.
@@ -119,7 +149,8 @@ def recall(source: Tensor, decoded: Tensor, num_queries: int = RECALL_QUERIES, k
     k = min(k, m - 1)
     if k < 1:
         return 1.0
-    queries = torch.unique(torch.linspace(0, m - 1, min(num_queries, m)).long())
+    asked = torch.arange(m) if queries is None else queries
+    queries = asked[torch.unique(torch.linspace(0, len(asked) - 1, min(num_queries, len(asked))).long())]
     wanted, found = (_nearest(rows, queries, k) for rows in (source, decoded))
     shared = (wanted[:, :, None] == found[:, None, :]).any(2).float()
     return float(shared.mean())

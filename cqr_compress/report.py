@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from cqr_compress.checkpoint.compressed import CompressedCheckpoint
 from cqr_compress.errors import FormatError
 
 SCHEMA_VERSION = 1
+
+
+def report_path(output: Path) -> Path:
+    """Where the JSON report goes: `small.safetensors` gives `small.report.json`."""
+    return output.with_name(f"{output.name.removesuffix('.safetensors')}.report.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,8 @@ class SizeReport:
         tables: the compressed ones.
         version: of the program that wrote the file.
         seed: of every random choice.
+        tuning: what fine-tuning did, see `finetune.TuningReport`; None if there was none.
+        evaluation: what `evaluate` found for this file; None if it was not asked.
     """
 
     file: str
@@ -86,6 +94,8 @@ class SizeReport:
     tables: list[TableReport]
     version: str
     seed: int
+    tuning: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the schema's name and version."""
@@ -165,6 +175,7 @@ def size_report(
         tables=tables,
         version=opened_header["version"],
         seed=opened_header["seed"],
+        tuning=opened_header.get("tuning"),
     )
 
 

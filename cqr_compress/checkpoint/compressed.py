@@ -6,7 +6,10 @@
 
     format_version  1
     version, seed   of the program that wrote the file
-    tables          per source name: `spec`, `quality` (relative_mse, mean_cosine, recall_at_10)
+    method          that was asked for, such as "auto" (optional)
+    tables          per source name: `spec`, `quality` (relative_mse, mean_cosine, recall_at_10), `reason` and
+                    `budget`, the bytes that it might have had (optional)
+    tuning          what fine-tuning did (optional)
     aliases         names that shared a tensor with another, and that other's name
     skeleton        nesting of the source file, or null (see `tree`)
     source          `file`, `format`, `bytes`, `optimizer_bytes`, `placeholders`
@@ -38,6 +41,11 @@ def stored_name(table: str, short: str) -> str:
     if table == "weight":
         return short
     return f"{table.removesuffix('.weight')}.{short}"
+
+
+def dump_header(header: Mapping[str, Any]) -> str:
+    """The metadata's JSON text."""
+    return json.dumps(header, separators=(",", ":"))
 
 
 def is_compressed(checkpoint: Checkpoint) -> bool:

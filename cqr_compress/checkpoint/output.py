@@ -15,6 +15,7 @@ from torch import Tensor
 from cqr_compress.checkpoint.base import Checkpoint, TensorEntry, read_blocks
 from cqr_compress.checkpoint.safetensors_files import open_safetensors
 from cqr_compress.checkpoint.writer import SafetensorsWriter, atomic_file, lay_out
+from cqr_compress.errors import VerificationError
 from cqr_compress.spec import TensorShape
 from cqr_compress.table import BLOCK_BYTES
 
@@ -112,9 +113,20 @@ class Output:
         files = tuple(writer.partial_path for writer in self._writers)
         return replace(parts[0], entries=entries, files=files, close_files=close)
 
-    def checksum(self, name: str) -> int:
-        """CRC-32 of what was written to a tensor."""
-        return self._writer_of[name].checksums.get(name, 0)
+    def verify(self, opened: Checkpoint, step: Callable[[int], None]) -> None:
+        """Read every tensor back and compare its CRC-32 with that of what was written.
+
+        Args:
+            opened: from `reopen`.
+            step: called with numbers of bytes.
+
+        Raises:
+            VerificationError: a tensor differs.
+        """
+        for name in self.shapes:
+            written = self._writer_of[name].checksums.get(name, 0)
+            if _checksum_of(opened.entries[name], step) != written:
+                raise VerificationError(f"tensor {name!r} of {str(self.final_path)!r} reads back changed")
 
     def commit(self) -> None:
         """Rename the files into place, the index last."""
@@ -125,7 +137,7 @@ class Output:
                 file.write(self._index)
 
 
-def checksum_of(entry: TensorEntry, step: Callable[[int], None]) -> int:
+def _checksum_of(entry: TensorEntry, step: Callable[[int], None]) -> int:
     """CRC-32 of a tensor's bytes, read in blocks."""
     checksum = 0
     for _, block in read_blocks(entry, BLOCK_BYTES):
