@@ -20,17 +20,23 @@ if TYPE_CHECKING:
     from cqr_compress.dense import export as export
     from cqr_compress.dense import load_dense as load_dense
     from cqr_compress.errors import CqrCompressError as CqrCompressError
+    from cqr_compress.evaluation import evaluate as evaluate
     from cqr_compress.inspection import inspect_file as inspect_file
     from cqr_compress.live import compress_ as compress_
     from cqr_compress.loading import load_compressed as load_compressed
     from cqr_compress.loading import parameters_on_meta as parameters_on_meta
     from cqr_compress.nn import CompressedEmbedding as CompressedEmbedding
     from cqr_compress.nn import CompressedEmbeddingBag as CompressedEmbeddingBag
+    from cqr_compress.refitting import refit as refit
     from cqr_compress.request import Request as Request
+    from cqr_compress.saving import save_compressed as save_compressed
     from cqr_compress.sketches import sketch_table as sketch_table
     from cqr_compress.swap import decompress_ as decompress_
     from cqr_compress.swap import swap_embeddings_ as swap_embeddings_
     from cqr_compress.table import CompressedTable as CompressedTable
+    from cqr_compress.tuning import FinetuneOptions as FinetuneOptions
+    from cqr_compress.tuning import Task as Task
+    from cqr_compress.tuning import finetune as finetune
 
 _PUBLIC = {
     "CQREmbedding": "clustering",
@@ -41,16 +47,22 @@ _PUBLIC = {
     "CompressedEmbeddingBag": "nn",
     "CompressedTable": "table",
     "CqrCompressError": "errors",
+    "FinetuneOptions": "tuning",
     "Request": "request",
+    "Task": "tuning",
     "cluster_": "clustering",
     "compress_": "live",
     "convert": "conversion",
     "decompress_": "swap",
+    "evaluate": "evaluation",
     "export": "dense",
+    "finetune": "tuning",
     "inspect_file": "inspection",
     "load_compressed": "loading",
     "load_dense": "dense",
     "parameters_on_meta": "loading",
+    "refit": "refitting",
+    "save_compressed": "saving",
     "sketch_table": "sketches",
     "swap_embeddings_": "swap",
 }

@@ -46,6 +46,45 @@ def test_the_python_of_the_readme_runs(ckpt: Path, tmp_path: Path, monkeypatch: 
         exec(block, {"model": Model(), "Model": Model, "torch": torch})
 
 
+def test_the_commands_for_fine_tuning_run(cli: Cli, ckpt: Path, tmp_path: Path) -> None:
+    section = README.split("### Fine-tune")[1].split("### Train small")[0]
+    lines = [line for block in re.findall(r"```console\n(.*?)```", section, re.S) for line in block.splitlines()]
+    assert len(lines) == 5
+    state = {name: value for name, value in torch.load(ckpt).items() if "embedding" in name}
+    torch.save(state, ckpt)
+    cli("convert", ckpt, "-o", "small.safetensors", "--ratio", 8)
+    events = torch.stack([torch.randint(1500, (3000,)), torch.randint(3000, (3000,))], 1).tolist()
+    rows = [f"{user},{item},{user % 2}" for user, item in events]
+    (tmp_path / "clicks.csv").write_text("\n".join(["user,item,label", *rows]))
+    for line in lines:
+        program, *args = shlex.split(line)
+        assert program == "cqr-compress"
+        cli(*args)
+        if "--init-task" in args:
+            (tmp_path / "my_task.py").write_text(USER_TASK)
+
+
+USER_TASK = """
+import torch
+from torch import nn
+metric = "loss"
+mode = "min"
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.item_embedding, self.user_embedding = nn.Embedding(3000, 16), nn.Embedding(1500, 16)
+def model():
+    return Model()
+def train_batches(epoch):
+    return [torch.randint(1500, (64, 2)) for _ in range(4)]
+def loss(model, batch):
+    rows = model.user_embedding(batch[:, 0]) * model.item_embedding(batch[:, 1])
+    return (rows.sum(1) - 1) ** 2
+def evaluate(model):
+    return {"loss": float(loss(model, torch.arange(1000).view(-1, 2)).mean())}
+"""
+
+
 def test_every_command_and_method_is_in_the_readme() -> None:
     for command in app.registered_commands:
         assert command.callback is not None

@@ -9,11 +9,11 @@ import cqr_compress
 
 ROOT = Path(cqr_compress.__file__).parent
 LAYERS = {
-    "errors": 0, "bitpack": 0, "hashing": 0, "progress": 0,
+    "errors": 0, "bitpack": 0, "hashing": 0, "progress": 0, "processes": 0,
     "spec": 1, "table": 1, "native": 1,
     "quantize": 2, "checkpoint": 2, "nn": 2, "sketches": 2,
     "families": 3, "rows": 3, "frequencies": 3, "request": 3, "layouts": 3, "plan": 3, "quality": 3, "report": 3, "discover": 3, "swap": 3, "encode": 3, "clustering": 3, "least_squares": 3,
-    "conversion": 4, "dense": 4, "inspection": 4, "loading": 4, "live": 4,
+    "conversion": 4, "dense": 4, "inspection": 4, "loading": 4, "live": 4, "saving": 4, "refitting": 4, "evaluation": 4, "tuning": 4, "tasks": 4,
     "cli": 5, "__init__": 5, "__main__": 5,
 }  # fmt: skip
 MODULES = sorted(ROOT.rglob("*.py"))

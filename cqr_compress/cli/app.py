@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import sys
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 
 from cqr_compress import __version__
-from cqr_compress.errors import CqrCompressError
+from cqr_compress.cli.common import (
+    CheckpointArgument,
+    DebugOption,
+    ExcludeOption,
+    ForceOption,
+    JsonOption,
+    ShardOption,
+    TablesOption,
+    print_json,
+    run,
+)
+from cqr_compress.cli.tuning import evaluate, finetune
 
 app = typer.Typer(
     name="cqr-compress",
@@ -71,40 +80,6 @@ class NonfiniteName(str, Enum):
     keep = "keep"
 
 
-CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", show_default=False)]
-TablesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--tables",
-        help="Take these tables: a glob, or re: and a regular expression. Repeatable.",
-        rich_help_panel=_SELECTION,
-        show_default=False,
-    ),
-]
-ExcludeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--exclude",
-        help="Leave these tables dense, named in the same way. Repeatable.",
-        rich_help_panel=_SELECTION,
-        show_default=False,
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=_OUTPUT)]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing output.", rich_help_panel=_OUTPUT)]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-ShardOption = Annotated[
-    str | None,
-    typer.Option(
-        "--shard-size",
-        metavar="SIZE",
-        rich_help_panel=_OUTPUT,
-        show_default=False,
-        help="Split a safetensors output into files of about this size, such as 5GB or 500MB.",
-    ),
-]
-
-
 @app.callback()
 def _root(
     version: Annotated[
@@ -140,13 +115,13 @@ def inspect(
                 checkpoint, tables=tables or (), exclude=exclude or (), quick=quick, progress=progress
             )
         if as_json:
-            _print_json(report.to_json())
+            print_json(report.to_json())
         elif isinstance(report, SizeReport):
             print_size_report(report)
         else:
             print_dense_report(report)
 
-    _run(work, debug)
+    run(work, debug)
 
 
 @app.command(
@@ -322,13 +297,13 @@ def convert(
                 progress=progress,
             )
         if as_json:
-            _print_json(report.to_json())
+            print_json(report.to_json())
             return
         print_size_report(report)
         if report.measured:
             print_load_hint(report)
 
-    _run(work, debug)
+    run(work, debug)
 
 
 @app.command(
@@ -364,7 +339,19 @@ def export(
             )
         typer.echo(f"wrote {output} ({size:,} bytes)")
 
-    _run(work, debug)
+    run(work, debug)
+
+
+app.command(
+    help="Train the codebooks of a compressed file, and keep only what is better on held-out data.\n\n"
+    "COMPRESSED is what convert wrote. What is written is never worse than it on the task's metric.\n\n"
+    "Example:\n\n    cqr-compress finetune small.safetensors --task my_task.py --teacher ckpt.pt"
+)(finetune)
+app.command(
+    help="Say what compression cost, and what fine-tuning gave back.\n\n"
+    "COMPRESSED are files that convert or finetune wrote; reports beside them are completed.\n\n"
+    "Example:\n\n    cqr-compress evaluate small.safetensors tuned.safetensors --against ckpt.pt"
+)(evaluate)
 
 
 def main() -> None:
@@ -377,30 +364,6 @@ def _version(on: bool) -> None:
     if on:
         typer.echo(f"cqr-compress {__version__}")
         raise typer.Exit
-
-
-def _run(work: Callable[[], None], debug: bool) -> None:
-    """Run a command: one message and exit code 1 for an error of this package, no traceback."""
-    try:
-        work()
-    except CqrCompressError as e:
-        if debug:
-            raise
-        _fail(str(e))
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", code=130)
-    except BrokenPipeError:
-        raise SystemExit(1) from None
-
-
-def _fail(message: str, code: int = 1) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise SystemExit(code)
-
-
-def _print_json(values: dict[str, Any]) -> None:
-    json.dump(values, sys.stdout, indent=2)
-    sys.stdout.write("\n")
 
 
 def _parse_ids(text: str | None) -> tuple[int, ...]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from cqr_compress.evaluation import EvaluationReport
 from cqr_compress.inspection import DenseReport
 from cqr_compress.report import SizeReport
+from cqr_compress.tuning.report import TuningReport
 
 _PLAIN_EVERY_S = 10.0
 _SHOWN_OTHERS = 4
@@ -24,7 +28,7 @@ class TerminalProgress:
         self._console = Console(stderr=True)
         self._bars: Progress | None = None
         self._task: TaskID | None = None
-        self._label, self._unit, self._done, self._total = "", "", 0, 0
+        self._label, self._unit, self._done, self._total, self._state = "", "", 0, 0, ""
         self._began = self._said = time.monotonic()
 
     def __enter__(self) -> TerminalProgress:
@@ -34,6 +38,7 @@ class TerminalProgress:
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[rate]}", markup=False),
+                TextColumn("{task.fields[state]}", markup=False),
                 TimeRemainingColumn(),
             )
             self._bars = Progress(*columns, console=self._console, transient=True)
@@ -46,12 +51,12 @@ class TerminalProgress:
 
     def start(self, label: str, total: int, unit: str) -> None:
         """Begin a piece of work."""
-        self._label, self._unit, self._done, self._total = label, unit, 0, total
+        self._label, self._unit, self._done, self._total, self._state = label, unit, 0, total, ""
         self._began = time.monotonic()
         if self._bars is not None:
             if self._task is not None:
                 self._bars.remove_task(self._task)
-            self._task = self._bars.add_task(label, total=total or None, rate="")
+            self._task = self._bars.add_task(label, total=total or None, rate="", state="")
 
     def advance(self, amount: int = 1) -> None:
         """Report units done."""
@@ -63,11 +68,23 @@ class TerminalProgress:
         elif now - self._said > _PLAIN_EVERY_S:
             self._said = now
             of = f" of {_count(self._total)}" if self._total else ""
+            left = f", {(self._total - self._done) / rate:.0f} s to go" if self._total and rate else ""
+            state = f", {self._state}" if self._state else ""
             print(
-                f"{self._label}: {_count(self._done)}{of} {self._unit}, {_count(rate)}/s",
+                f"{self._label}: {_count(self._done)}{of} {self._unit}, {_count(rate)}/s{left}{state}",
                 file=sys.stderr,
                 flush=True,
             )
+
+    def tell(self, state: str) -> None:
+        """Show how the work stands."""
+        self._state = state
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, state=state)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bars."""
+        self._console.print(Text(line), soft_wrap=True)
 
     def warn(self, message: str) -> None:
         """Print a note that does not stop the work."""
@@ -114,6 +131,74 @@ def print_size_report(report: SizeReport) -> None:
         rows, columns = item["shape"]
         console.print(Text(f"left dense: {item['name']} {rows} x {columns}: {item['reason']}"), soft_wrap=True)
     _print_placeholders(console, report.placeholders)
+    if report.tuning is not None:
+        _print_tuning(console, report.tuning)
+    if report.evaluation is not None:
+        _print_evaluations(console, report.evaluation, [report.evaluation])
+
+
+def print_tuning_report(report: TuningReport) -> None:
+    """Print what a fine-tuning did, and the size report of what it wrote."""
+    console = _stdout()
+    table = Table(header_style="bold")
+    table.add_column("step", justify="right")
+    table.add_column("weights")
+    for name in report.before:
+        table.add_column(f"{name} ({report.mode})" if name == report.metric else name, justify="right")
+    if report.dense is not None:
+        table.add_row("", "dense", *(f"{report.dense[name]:.5g}" for name in report.before))
+    for evaluation in report.history:
+        mark = " *" if evaluation["step"] == report.best_step and evaluation["figures"] == report.after else ""
+        figures = (f"{evaluation['figures'][name]:.5g}" for name in report.before)
+        table.add_row(f"{evaluation['step']:,}", evaluation["what"] + mark, *figures)
+    console.print(table)
+    console.print("* what was written")
+    if report.size is not None:
+        print_size_report(report.size)
+
+
+def print_evaluation(report: EvaluationReport) -> None:
+    """Print what `evaluate` found."""
+    console = _stdout()
+    values = report.to_json()
+    _print_evaluations(console, values, values["files"])
+
+
+def _print_tuning(console: Console, tuning: Mapping[str, Any]) -> None:
+    dense = tuning["dense"]
+    figures = "" if dense is None else f"dense {dense[tuning['metric']]:.5g}, "
+    console.print(Text(f"fine-tuned on {tuning['task']}: {figures}{tuning['verdict']}"), soft_wrap=True)
+
+
+def _print_evaluations(console: Console, report: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> None:
+    """Print figures of a task, dense and compressed side by side, then rows beside their source."""
+    figures = [(file["file"], file["file_bytes"], file["figures"]) for file in files]
+    if report["dense"] is not None:
+        figures.insert(0, (report["against"], report["dense_bytes"], report["dense"]))
+    if report["metric"] is not None:
+        table = Table(header_style="bold", title=f"task {report['task']}", title_justify="left")
+        table.add_column("file", overflow="fold")
+        table.add_column("bytes", justify="right")
+        names = list(figures[0][2])
+        for name in names:
+            table.add_column(f"{name} *" if name == report["metric"] else name, justify="right")
+        for file, nbytes, found in figures:
+            table.add_row(Text(str(file)), f"{nbytes:,}", *(f"{found[name]:.5g}" for name in names))
+        console.print(table)
+    rows = [(file["file"], table) for file in files for table in file["tables"]]
+    if not rows:
+        return
+    measures = ("relative_mse", "mean_cosine", "recall_at_10")
+    table = Table(header_style="bold", title=f"rows beside {report['against']}", title_justify="left")
+    for heading in ("file", "table", "ids", "relative\nMSE", "mean\ncosine", "recall\n@10"):
+        table.add_column(heading, justify="left" if heading in ("file", "table") else "right", overflow="fold")
+    for file, found in rows:
+        quality = (_figure(found["quality"].get(name)) for name in measures)
+        table.add_row(Text(str(file)), Text(found["name"]), "all", *quality)
+        for band in found["bands"]:
+            quality = (_figure(band[name]) for name in measures)
+            table.add_row("", Text(f"  {band['name']}"), f"{band['num_ids']:,}", *quality)
+    console.print(table)
 
 
 def print_load_hint(report: SizeReport) -> None:

@@ -1,0 +1,168 @@
+"""The built-in task of next items: sasrec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cqr_compress import processes
+from cqr_compress.errors import TaskError
+from cqr_compress.tasks.files import DataOptions, ExampleFiles, Examples, parse_settings
+from cqr_compress.tasks.metrics import gathered, ranking_figures
+from cqr_compress.tasks.models import SASRec
+from cqr_compress.tasks.shapes import Shapes
+from cqr_compress.tuning.task import Task
+
+_BLOCK_LINES = 16_384
+_RANKED_USERS = 256
+
+
+@dataclass(frozen=True)
+class SequenceSettings:
+    """Settings of sasrec.
+
+    Attributes:
+        num_heads: of attention; the state_dict does not tell.
+        dropout: in training.
+        norm_first: whether blocks normalize before attention, or after it.
+        loss: "bce" with one random negative for each item, as in the paper, or "ce" over all items.
+        metric: "ndcg@10" or "hr@10" on the last item but one of each user; "test_..." is on the last.
+    """
+
+    num_heads: int = 1
+    dropout: float = 0.2
+    norm_first: bool = True
+    loss: str = "bce"
+    metric: str = "ndcg@10"
+
+
+def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
+    """Next items of users: lines of `user item item ...` in the order of time, ids from 1.
+
+    Of each user the last item is for the test, the one before for choosing, the others for training. Ranks are
+    among all items that the user has not had.
+    """
+    settings = parse_settings(SequenceSettings, options.settings, "sasrec")
+    if settings.loss not in ("bce", "ce"):
+        raise TaskError(f"setting loss of task sasrec is {settings.loss!r}: give bce or ce")
+    if settings.metric.removeprefix("test_") not in ("ndcg@10", "hr@10"):
+        raise TaskError(f"setting metric of task sasrec is {settings.metric!r}: give ndcg@10 or hr@10")
+    if options.held_out:
+        raise TaskError("task sasrec evaluates on the last items of the training file: it takes no other file")
+
+    def build() -> SASRec:
+        return SASRec(shapes, settings.num_heads, settings.dropout, settings.norm_first)
+
+    model = build()
+    num_items, length = model.item_emb.num_embeddings, model.max_length
+    del model
+
+    def read(path: Path) -> Iterator[Examples]:
+        for users in _users(path, num_items):
+            known = [items[:-2] for items in users if len(items) > 3]
+            if known:
+                yield (
+                    _padded([items[:-1] for items in known], length),
+                    _padded([items[1:] for items in known], length),
+                )
+
+    files = ExampleFiles(DataOptions(options.train, options.train, options.batch_size), read, 0.5)
+
+    def loss(model: SASRec, batch: Examples) -> Tensor:
+        items, wanted = batch
+        hidden = model(items)
+        real = wanted > 0
+        if settings.loss == "ce":
+            return F.cross_entropy(hidden[real] @ model.item_emb.weight.T, wanted[real], reduction="none")
+        other = torch.randint(1, num_items, wanted.shape).to(wanted.device)
+        again = ((other[:, :, None] == wanted[:, None]).any(2) & real).nonzero(as_tuple=True)
+        other[again] = torch.randint(1, num_items, (len(again[0]),)).to(wanted.device)
+        up, down = ((hidden * model.item_emb(ids)).sum(2)[real] for ids in (wanted, other))
+        return F.softplus(-up) + F.softplus(down)
+
+    def evaluate(model: SASRec) -> Mapping[str, float]:
+        device = next(model.parameters()).device
+        ranks: dict[str, list[Tensor]] = {"": [], "test_": []}
+        for path in options.train:
+            for index, users in enumerate(_users(path, num_items)):
+                if index % processes.world_size() != processes.rank():
+                    continue
+                users = [items for items in users if len(items) >= 3]
+                for start in range(0, len(users), _RANKED_USERS):
+                    part = users[start : start + _RANKED_USERS]
+                    for name, end in (("", 2), ("test_", 1)):
+                        histories = [items[: len(items) - end] for items in part]
+                        wanted = torch.tensor([items[len(items) - end] for items in part], device=device)
+                        ranks[name].append(_ranks(model, histories, wanted, length))
+        figures: dict[str, float] = {}
+        for name, found in ranks.items():
+            joined = gathered(found)
+            if not len(joined):
+                raise TaskError("no user has three items: there is nothing to evaluate on")
+            figures |= {f"{name}{figure}": value for figure, value in ranking_figures(joined).items()}
+        return figures
+
+    return Task(
+        name="sasrec", model=build, train_batches=files.train_batches, loss=loss, evaluate=evaluate,  # type: ignore[arg-type]
+        metric=settings.metric,
+    )  # fmt: skip
+
+
+def _ranks(model: SASRec, histories: list[list[int]], wanted: Tensor, length: int) -> Tensor:
+    """How many items score above the wanted one, those of the history left out: (B,)."""
+    hidden = model(_padded(histories, length).to(wanted.device))[:, -1]
+    scores = hidden @ model.item_emb.weight.T
+    scores[:, 0] = -torch.inf
+    mine = scores.gather(1, wanted[:, None])
+    users = torch.tensor([i for i, items in enumerate(histories) for _ in items], device=wanted.device)
+    seen = torch.tensor([item for items in histories for item in items], device=wanted.device)
+    scores[users, seen] = -torch.inf
+    above: Tensor = (scores > mine).sum(1)
+    return above
+
+
+def _users(path: Path, num_items: int) -> Iterator[list[list[int]]]:
+    """Stream the items of users, in blocks of lines.
+
+    Raises:
+        TaskError: names the line of an id that is none, or outside of the table.
+    """
+    if not path.is_file():
+        raise TaskError(f"there is no data file {str(path)!r}")
+    block: list[list[int]] = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                items = [int(word) for word in line.split()[1:]]
+            except ValueError as e:
+                raise TaskError(
+                    f"{str(path)!r}, line {number}: {line.strip()[:60]!r} is not `user item ...`"
+                ) from e
+            outside = [item for item in items if not 1 <= item < num_items]
+            if outside:
+                raise TaskError(
+                    f"{str(path)!r}, line {number}: item {outside[0]} is outside of 'item_emb.weight', whose ids "
+                    f"go from 1 to {num_items - 1}"
+                )
+            block.append(items)
+            if len(block) == _BLOCK_LINES:
+                yield block
+                block = []
+    if block:
+        yield block
+
+
+def _padded(sequences: list[list[int]], length: int) -> Tensor:
+    """The last items of each sequence, zeros before them: (B, length) int64."""
+    out = np.zeros((len(sequences), length), np.int64)
+    for row, items in enumerate(sequences):
+        last = items[-length:]
+        if last:
+            out[row, length - len(last) :] = last
+    return torch.from_numpy(out)

@@ -1,0 +1,90 @@
+"""Models of a file's own shapes: built-in tasks find out from a compressed file what its model is like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from cqr_compress.checkpoint import open_checkpoint
+from cqr_compress.checkpoint.compressed import CompressedCheckpoint
+from cqr_compress.errors import TaskError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def model_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the dense model that a compressed file stands for, by name."""
+    with open_checkpoint(path) as checkpoint:
+        opened = CompressedCheckpoint.of(checkpoint)
+        extras = opened.header["extras"]
+        tables = {name: (spec.num_embeddings, spec.embedding_dim) for name, spec in opened.specs.items()}
+        dense = {name: tuple(entry.shape) for name, entry in opened.dense_entries.items()}
+        return {name: shape for name, shape in (tables | dense).items() if name not in extras}
+
+
+def find_table(shapes: Shapes, word: str, named: str | None) -> str:
+    """Find a table by a word in its name, or as it was named.
+
+    Raises:
+        TaskError: none, or several.
+    """
+    if named is not None:
+        if len(shapes.get(named, ())) != 2:
+            raise TaskError(f"the file has no table {named!r}: it has {', '.join(shapes)}")
+        return named
+    found = [name for name, shape in shapes.items() if word in name.lower() and len(shape) == 2 and shape[1] > 1]
+    tables = [name for name in found if shapes[name][0] > shapes[name][1]] or found
+    if len(tables) != 1:
+        many = (
+            f"{len(tables)} tables with {word!r} in their name"
+            if tables
+            else f"no table with {word!r} in its name"
+        )
+        raise TaskError(f"the file has {many} ({', '.join(tables or shapes)}): say which with {word}_table")
+    return tables[0]
+
+
+def add_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a dotted path below a root, making what is between."""
+    *above, last = path.split(".")
+    for part in above:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    root.add_module(last, module)
+
+
+def at(root: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path."""
+    return root.get_submodule(path)
+
+
+def add_linears(root: nn.Module, shapes: Shapes, names: Iterable[str]) -> list[str]:
+    """Add a linear layer for each 2-D weight, with a bias where the file has one.
+
+    Returns:
+        Paths of the layers, in the order of the names.
+    """
+    paths = []
+    for name in names:
+        path = name.removesuffix(".weight")
+        out, width = shapes[name]
+        add_module(root, path, nn.Linear(width, out, bias=f"{path}.bias" in shapes))
+        paths.append(path)
+    return paths
+
+
+def refuse_rest(root: nn.Module, shapes: Shapes, task: str) -> None:
+    """Complain about tensors of the file that the built model does not have.
+
+    Raises:
+        TaskError: lists them.
+    """
+    state = root.state_dict()
+    if unknown := [name for name in shapes if name not in state]:
+        raise TaskError(
+            f"task {task} does not know what to do with {', '.join(unknown[:10])} of the file. "
+            "Write a task file: `cqr-compress finetune --init-task my_task.py`."
+        )

@@ -1,0 +1,765 @@
+"""Fine-tuning: what is written is never worse, runs go on exactly, and users see their own errors."""
+
+import copy
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cqr_compress as cqr
+from cqr_compress.errors import (
+    OutputExistsError,
+    ShapeError,
+    SpecError,
+    StateError,
+    TableNotFoundError,
+    TaskError,
+    UserCodeError,
+)
+from cqr_compress.nn import CompressedEmbedding
+from cqr_compress.tuning.batches import Batches
+from cqr_compress.tuning.random_streams import RandomState, RandomStream
+from cqr_compress.tuning.run import finetune
+from cqr_compress.tuning.state import state_path
+from cqr_compress.tuning.task import Task
+from cqr_compress.tuning.task_file import TEMPLATE, load_task_file, write_template
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+USERS, ITEMS, D = 300, 400, 16
+
+
+class Ratings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.user_embedding, self.item_embedding = nn.Embedding(USERS, D), nn.Embedding(ITEMS, D)
+        self.out = nn.Linear(D, 1)
+        self.dropout = nn.Dropout(0.1)
+        for table in (self.user_embedding, self.item_embedding):
+            nn.init.normal_(table.weight, std=0.3)
+        nn.init.ones_(self.out.weight)
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        return self.out(self.dropout(self.user_embedding(user) * self.item_embedding(item)))[:, 0]
+
+
+def events(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tastes, appeals = torch.randn(USERS, 4, generator=generator), torch.randn(ITEMS, 4, generator=generator)
+    generator = torch.Generator().manual_seed(seed)
+    user = torch.randint(USERS, (count,), generator=generator)
+    item = torch.randint(ITEMS, (count,), generator=generator)
+    chance = torch.sigmoid(2 * (tastes[user] * appeals[item]).sum(1))
+    return user, item, torch.bernoulli(chance, generator=generator)
+
+
+TRAINING, HELD_OUT = events(30_000, 1), events(4_000, 2)
+
+
+def batches(epoch: int, size: int = 1000) -> Iterator[tuple[Tensor, ...]]:
+    for part in torch.randperm(len(TRAINING[0])).split(size):
+        yield tuple(values[part] for values in TRAINING)
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(model(batch[0], batch[1]), batch[2], reduction="none")
+
+
+def bce(model: nn.Module) -> dict[str, float]:
+    return {"bce": loss(model, HELD_OUT).mean().item(), "half": 0.5}
+
+
+def task(**changes: Any) -> Task:
+    given: dict[str, Any] = {
+        "name": "ratings", "model": Ratings, "train_batches": batches, "loss": loss, "evaluate": bce, "metric": "bce",
+        "mode": "min",
+    }  # fmt: skip
+    return Task(**{**given, **changes})
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model's checkpoint."""
+    torch.manual_seed(0)
+    model = Ratings()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for epoch in range(9):
+        for batch in batches(epoch):
+            optimizer.zero_grad()
+            loss(model, batch).mean().backward()
+            optimizer.step()
+    path = tmp_path_factory.mktemp("dense") / "ckpt.pt"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def compressed(dense: Path, folder: Path, **asked: Any) -> Path:
+    path = folder / f"{'-'.join(map(str, asked.values()))}.safetensors"
+    cqr.convert(dense, path, cqr.Request(min_rows=0, **asked))
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(dense: Path) -> Path:
+    return compressed(dense, dense.parent, method="pq", num_columns=4, n_bits=4)
+
+
+def measured(path: Path) -> float:
+    model = Ratings()
+    cqr.load_compressed(model, path)
+    return bce(model.eval())["bce"]
+
+
+def options(**changes: Any) -> cqr.FinetuneOptions:
+    return cqr.FinetuneOptions(**{"epochs": 2, "learning_rate": 3e-3, "warmup_steps": 5, "patience": 9, **changes})
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"method": "pq", "num_columns": 4, "n_bits": 4},
+    {"method": "pq", "num_columns": 4, "n_bits": 4, "rotation": "opq"},
+    {"method": "rq", "num_levels": 3, "n_bits": 4},
+    {"method": "prq", "num_columns": 2, "num_levels": 2, "n_bits": 4},
+    {"method": "cqr", "num_columns": 4, "n_bits": 4, "helper": "random"},
+    {"method": "cqr", "num_columns": 4, "n_bits": 3, "helper": "fitted"},
+    {"method": "hash", "ratio": 8.0},
+    {"method": "int4"},
+]
+
+
+@pytest.mark.parametrize("asked", LAYOUTS, ids=lambda asked: "-".join(map(str, asked.values())))
+@pytest.mark.parametrize("teacher", [False, True])
+def test_what_is_written_has_the_metric_that_the_report_says(
+    asked: dict[str, Any], teacher: bool, dense: Path, tmp_path: Path
+) -> None:
+    given = compressed(dense, tmp_path, **asked)
+    report = finetune(given, tmp_path / "out.safetensors", task(), options(), teacher=dense if teacher else None)
+    assert report.before["bce"] == pytest.approx(measured(given), abs=1e-6)
+    assert report.after["bce"] == pytest.approx(measured(tmp_path / "out.safetensors"), abs=1e-6)
+    assert report.improved == (report.after["bce"] < report.before["bce"])
+    assert report.improved or asked["method"] == "int4"  # which leaves nothing to gain
+    assert (report.dense is not None) == teacher
+    assert report.size is not None
+    assert report.size.tables_bytes_after <= cqr.inspect_file(given).tables_bytes_after  # type: ignore[union-attr]
+
+
+def test_nothing_but_codebooks_changes(dense: Path, small: Path, tmp_path: Path) -> None:
+    finetune(small, tmp_path / "out.safetensors", task(), options(codes="frozen"))
+    before, after = Ratings(), Ratings()
+    cqr.load_compressed(before, small)
+    cqr.load_compressed(after, tmp_path / "out.safetensors")
+    changed = {name for name, value in before.state_dict().items() if not value.equal(after.state_dict()[name])}
+    assert changed == {"user_embedding.codebooks", "item_embedding.codebooks"}
+    finetune(small, tmp_path / "all.safetensors", task(), options(train="all"))
+    cqr.load_compressed(after, tmp_path / "all.safetensors")
+    assert not before.out.weight.equal(after.out.weight)
+
+
+def test_the_guard_returns_the_given_weights_where_training_overfits(small: Path, tmp_path: Path) -> None:
+    few = tuple(values[:40] for values in TRAINING)
+    overfit = task(train_batches=lambda epoch: [few] * 20)
+    report = finetune(
+        small, tmp_path / "out.safetensors", overfit, options(epochs=9, patience=2, learning_rate=0.1)
+    )
+    assert not report.improved and report.best_step == 0 and report.steps == 40
+    assert all(e["figures"]["bce"] > report.before["bce"] for e in report.history[1:])
+    assert "the weights as they were given are kept, as none of 2 later evaluations was better" in report.verdict
+    assert "nothing was better in 2 evaluations" in report.verdict
+    assert measured(tmp_path / "out.safetensors") == measured(small)
+    one, other = Ratings(), Ratings()
+    cqr.load_compressed(one, small)
+    cqr.load_compressed(other, tmp_path / "out.safetensors")
+    for name, value in one.state_dict().items():
+        assert value.equal(other.state_dict()[name]), name
+    shown = cqr.inspect_file(tmp_path / "out.safetensors")
+    assert shown.tuning is not None and shown.tuning["improved"] is False  # type: ignore[union-attr]
+
+
+def test_figures_are_those_of_values_as_the_file_rounds_them(small: Path, tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    def look(model: Any) -> dict[str, float]:
+        seen.append(model.item_embedding.codebooks.detach().clone())
+        return bce(model)
+
+    finetune(small, tmp_path / "out.safetensors", task(evaluate=look), options())
+    assert len(seen) >= 3 and all(books.equal(books.half().float()) for books in seen)
+
+
+def test_a_fit_to_the_teacher_weighs_errors_by_the_loss(dense: Path, tmp_path: Path) -> None:
+    """Half of the dimensions do not matter to the loss; a fit to the rows alone spends bits on them."""
+    state = torch.load(dense)
+    for name in ("user_embedding.weight", "item_embedding.weight"):
+        state[name][:, 8:] += 3 * torch.randn(len(state[name]), 8, generator=torch.Generator().manual_seed(3))
+    state["out.weight"][:, 8:] = 0
+    torch.save(state, tmp_path / "noisy.pt")
+    given = compressed(tmp_path / "noisy.pt", tmp_path, method="rq", num_levels=4, n_bits=4)
+    report = finetune(
+        given,
+        tmp_path / "out.safetensors",
+        task(),
+        options(epochs=1, learning_rate=1e-9),
+        teacher=tmp_path / "noisy.pt",
+    )
+    refitted = [e["figures"]["bce"] for e in report.history if e["what"] == "refit"]
+    assert report.dense is not None
+    lost, left = report.before["bce"] - report.dense["bce"], min(refitted) - report.dense["bce"]
+    assert left < lost / 2
+    without = finetune(
+        given, tmp_path / "o2.safetensors", task(), options(refit=False, epochs=1), teacher=tmp_path / "noisy.pt"
+    )
+    assert all(e["what"] != "refit" for e in without.history)
+
+
+@pytest.mark.parametrize("distill", ["outputs", "rows"])
+def test_distillation_pulls_toward_the_teacher(distill: str, dense: Path, small: Path, tmp_path: Path) -> None:
+    model = Ratings()
+    cqr.load_compressed(model, small)
+    with torch.no_grad():
+        model.item_embedding.codebooks.mul_(2.0)  # type: ignore[operator, union-attr]
+    cqr.save_compressed(model, tmp_path / "doubled.safetensors", small)
+    silent = task(loss=lambda model, batch: loss(model, batch) * 0)
+    chosen = options(distill=distill, codes="frozen", refit=False, epochs=6, learning_rate=2e-2)
+    report = finetune(tmp_path / "doubled.safetensors", tmp_path / "o.safetensors", silent, chosen, teacher=dense)
+    assert report.before["bce"] > 0.6 and measured(small) == pytest.approx(report.after["bce"], abs=0.02)
+
+
+def test_distillation_needs_a_teacher_and_a_call_of_the_model(dense: Path, small: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="give the teacher"):
+        finetune(small, tmp_path / "out.safetensors", task(), options(distill="rows"))
+    inner = task(loss=lambda m, b: (m.user_embedding(b[0]) * m.item_embedding(b[1])).sum(1))
+    with pytest.raises(TaskError, match=r"never calls model\(...\): distill rows"):
+        finetune(small, tmp_path / "o.safetensors", inner, options(distill="outputs", refit=False), teacher=dense)
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_a_mean_loss_freezes_codes_by_default_and_is_refused_where_codes_change(
+    small: Path, tmp_path: Path
+) -> None:
+    mean = task(loss=lambda model, batch: loss(model, batch).mean())
+    report = finetune(small, tmp_path / "out.safetensors", mean, options())
+    assert report.improved and not any("reassigned" in line for line in report.log)
+    for codes in ("reassign", "recluster"):
+        with pytest.raises(TaskError, match="reduction='none'"):
+            finetune(small, tmp_path / "no.safetensors", mean, options(codes=codes))
+    assert (
+        finetune(small, tmp_path / "b.safetensors", mean, options(codes="recluster", informed=False)).steps == 60
+    )
+
+
+def test_reassignments_move_no_more_ids_than_they_may(small: Path, tmp_path: Path) -> None:
+    model = Ratings()
+    cqr.load_compressed(model, small)
+    model.float()
+    before = model.item_embedding.codes.clone()  # type: ignore[operator]
+    from cqr_compress.clustering.reassign import reassign_
+
+    def losses() -> Iterator[Tensor]:
+        for batch in batches(0):
+            yield loss(model, batch)
+
+    done = reassign_(model, losses, max_moved=0.05, options=cqr.ClusterOptions(eta=1.0))
+    moved = (before != model.item_embedding.codes).any(1).float().mean()  # type: ignore[union-attr]
+    item = next(d for d in done if d.name == "item_embedding")
+    assert 0 < float(moved) <= 4 * 0.05 and item.moved == pytest.approx(float(moved)) and item.wanted >= item.moved
+    with pytest.raises(SpecError, match="max_moved"):
+        reassign_(model, losses, max_moved=0.0)
+
+
+def test_reassigned_codes_come_closer_to_where_rows_want_to_be(small: Path) -> None:
+    from cqr_compress.clustering.reassign import reassign_
+
+    model = Ratings()
+    cqr.load_compressed(model, small)
+    model.float().eval()
+
+    def losses() -> Iterator[Tensor]:
+        for batch in batches(0):
+            yield loss(model, batch)
+
+    def total() -> float:
+        with torch.no_grad():
+            return sum(part.sum().item() for part in losses())
+
+    before = total()
+    done = reassign_(model, losses, max_moved=0.3, options=cqr.ClusterOptions(eta=0.8))
+    assert total() < before and all(d.moved > 0.01 for d in done)
+
+
+# runs that go on
+
+
+def tensors(path: Path) -> dict[str, bytes]:
+    model = Ratings()
+    cqr.load_compressed(model, path)
+    return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
+
+
+class _KilledError(BaseException):
+    """As a kill, it is caught by nobody."""
+
+
+@pytest.mark.parametrize("codes", ["reassign", "recluster", "frozen"])
+@pytest.mark.parametrize("steps", [7, 30, 31, 50])
+def test_a_killed_run_goes_on_to_the_same_file(codes: str, steps: int, small: Path, tmp_path: Path) -> None:
+    chosen = options(codes=codes, save_every=3, epochs=3)
+    finetune(small, tmp_path / "whole.safetensors", task(), chosen)
+    count = 0
+
+    def dies(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        nonlocal count
+        count += model.training
+        if count > steps:
+            raise _KilledError
+        return loss(model, batch)
+
+    out = tmp_path / "cut.safetensors"
+    with pytest.raises(_KilledError):
+        finetune(small, out, task(loss=dies), chosen)
+    assert not out.exists() and state_path(out).exists()
+    torch.rand(100)  # the state of generators in this process does not matter
+    with pytest.raises(OutputExistsError, match="--resume"):
+        finetune(small, out, task(), chosen)
+    report = finetune(small, out, task(), chosen, resume=True)
+    assert any("going on from step" in line for line in report.log)
+    assert tensors(out) == tensors(tmp_path / "whole.safetensors")
+    assert not state_path(out).exists()
+
+
+def test_a_run_with_other_settings_does_not_go_on(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+
+    def dies(model: nn.Module) -> dict[str, float]:
+        if state_path(out).exists():
+            raise _KilledError
+        return bce(model)
+
+    with pytest.raises(_KilledError):
+        finetune(small, out, task(evaluate=dies), options())
+    with pytest.raises(StateError, match=r"learning_rate was 0.003 and is 0.5"):
+        finetune(small, out, task(), options(learning_rate=0.5), resume=True)
+    state_path(out).write_bytes(b"torn")
+    with pytest.raises(StateError, match="cannot be read"):
+        finetune(small, out, task(), options(), resume=True)
+    assert finetune(small, out, task(), options(learning_rate=0.5), force=True).improved
+
+
+def test_resume_without_a_state_begins(small: Path, tmp_path: Path) -> None:
+    assert finetune(small, tmp_path / "out.safetensors", task(), options(), resume=True).steps == 60
+
+
+def test_an_interrupt_writes_the_best_so_far(small: Path, tmp_path: Path) -> None:
+    calls = 0
+
+    def interrupted(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        nonlocal calls
+        calls += model.training
+        if calls == 45:
+            raise KeyboardInterrupt
+        return loss(model, batch)
+
+    report = finetune(small, tmp_path / "out.safetensors", task(loss=interrupted), options())
+    assert "interrupted" in report.verdict and report.improved and report.best_step == 30
+    assert measured(tmp_path / "out.safetensors") == pytest.approx(report.after["bce"], abs=1e-6)
+    assert state_path(tmp_path / "out.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(small: Path, tmp_path: Path) -> None:
+    broken = task(loss=lambda m, b: loss(m, b) * (float("nan") if m.training else 1.0))
+    report = finetune(small, tmp_path / "out.safetensors", broken, options())
+    assert not report.improved and "the loss is not finite after step 1" in report.verdict
+
+
+def test_steps_patience_and_evaluations_are_counted(small: Path, tmp_path: Path) -> None:
+    report = finetune(small, tmp_path / "a.safetensors", task(), options(max_steps=33, eval_every=10))
+    assert report.steps == 33 and [e["step"] for e in report.history] == [0, 10, 20, 30, 33]
+    report = finetune(small, tmp_path / "b.safetensors", task(), options(accumulate=4))
+    assert report.steps == 2 * 8  # 30 batches an epoch
+    worse = iter(range(100))
+    report = finetune(
+        small,
+        tmp_path / "c.safetensors",
+        task(evaluate=lambda m: {"bce": float(next(worse))}),
+        options(patience=1),
+    )
+    assert report.steps == 30 and len(report.history) == 2
+
+
+def test_accumulated_batches_are_one_larger_batch(small: Path, tmp_path: Path) -> None:
+    chosen = options(epochs=1, codes="frozen")
+
+    def calm() -> Ratings:
+        model = Ratings()
+        model.dropout.p = 0.0
+        return model
+
+    finetune(small, tmp_path / "a.safetensors", task(model=calm), options(epochs=1, codes="frozen", accumulate=2))
+    larger = task(model=calm, train_batches=lambda epoch: batches(epoch, 2000))
+    finetune(small, tmp_path / "b.safetensors", larger, chosen)
+    assert measured(tmp_path / "a.safetensors") == pytest.approx(measured(tmp_path / "b.safetensors"), abs=1e-4)
+
+
+def test_the_same_seed_gives_the_same_file(small: Path, dense: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.manual_seed(hash(name))
+        finetune(small, tmp_path / f"{name}.safetensors", task(), options(seed=seed), teacher=dense)
+    assert tensors(tmp_path / "a.safetensors") == tensors(tmp_path / "b.safetensors")
+    assert tensors(tmp_path / "a.safetensors") != tensors(tmp_path / "c.safetensors")
+
+
+def test_statistics_of_batches_rest_where_codebooks_alone_are_trained(dense: Path, tmp_path: Path) -> None:
+    class Normed(Ratings):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(D)
+
+        def forward(self, user: Tensor, item: Tensor) -> Tensor:
+            return self.out(self.norm(self.user_embedding(user) * self.item_embedding(item)))[:, 0]
+
+    state = {**Normed().state_dict(), **torch.load(dense)}
+    torch.save(state, tmp_path / "ckpt.pt")
+    given = compressed(tmp_path / "ckpt.pt", tmp_path, method="pq", num_columns=4, n_bits=4)
+    for train, moved in (("codebooks", False), ("all", True)):
+        falling = itertools.count(0, -1)
+        better = task(model=Normed, evaluate=lambda m, falling=falling: {"bce": float(next(falling))})
+        finetune(given, tmp_path / f"{train}.safetensors", better, options(train=train))
+        model = Normed()
+        cqr.load_compressed(model, tmp_path / f"{train}.safetensors")
+        assert bool((model.norm.running_mean != 0).any()) == moved  # type: ignore[union-attr]
+
+
+def test_what_does_not_fit_is_refused_before_the_work(dense: Path, small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(TaskError, match="metric is 'auc' and evaluate gave bce, half"):
+        finetune(small, out, task(metric="auc"), options())
+    with pytest.raises(TaskError, match="nan for the weights as they were given"):
+        finetune(small, out, task(evaluate=lambda m: {"bce": float("nan")}), options())
+    with pytest.raises(TaskError, match=r"train_batches\(0\) gave no batch"):
+        finetune(small, out, task(train_batches=lambda epoch: []), options())
+    with pytest.raises(TaskError, match="returns a torch.nn.Module"):
+        finetune(small, out, task(model=lambda: 3), options())
+    with pytest.raises(TaskError, match="mode is 'up'"):
+        task(mode="up")
+    with pytest.raises(TaskError, match=r"loss gave \(1000, 1\)"):
+        finetune(small, out, task(loss=lambda m, b: loss(m, b)[:, None]), options())
+    with pytest.raises(TableNotFoundError, match="reassign"):
+        finetune(
+            compressed(dense, tmp_path, method="rq", num_levels=2, n_bits=4),
+            out,
+            task(),
+            options(codes="recluster"),
+        )
+    other = torch.load(dense)
+    other["item_embedding.weight"] = torch.zeros(ITEMS + 1, D)
+    torch.save(other, tmp_path / "other.pt")
+    with pytest.raises(ShapeError, match=r"\(401, 16\)"):
+        finetune(small, out, task(), options(), teacher=tmp_path / "other.pt", evaluate_teacher=False)
+    for wrong in ({"epochs": 0}, {"train": "none"}, {"codes": "x"}, {"learning_rate": 0.0}, {"until": 2.0}):
+        with pytest.raises(SpecError):
+            options(**wrong)
+    assert not out.exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_random_streams_do_not_disturb_each_other() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    stream = RandomStream.seeded(1, 2)
+    with stream.active():
+        first = torch.rand(2)
+    assert torch.rand(3).equal(expected)
+    with stream.active():
+        second = torch.rand(2)
+    with RandomStream.seeded(1, 2).active():
+        assert torch.rand(4).equal(torch.cat([first, second]))
+    plain = RandomState.current().to_plain()
+    wanted = torch.rand(2)
+    RandomState.of_plain(plain).set()
+    assert torch.rand(2).equal(wanted)
+
+
+def test_the_data_are_the_same_whatever_the_model_draws() -> None:
+    dealt = Batches(task(), 1, 3, torch.device("cpu"))
+    one = [step.batches[0][0] for step in dealt.steps(1)]
+    other = []
+    for step in dealt.steps(1):
+        torch.rand(7)
+        other.append(step.batches[0][0])
+    assert all(a.equal(b) for a, b in zip(one, other, strict=True))
+    assert [step.batches[0][0].tolist() for step in dealt.steps(1, skip=28)] == [b.tolist() for b in one[28:]]
+    assert not one[0].equal(next(step.batches[0][0] for step in dealt.steps(2)))
+
+
+# task files
+
+TASK_FILE = """
+import torch
+from torch import nn
+from ratings_model import Ratings, batches as train, loss, bce as evaluate
+
+metric = "bce"
+mode = "min"
+
+def model():
+    return Ratings()
+
+def train_batches(epoch):
+    return train(epoch)
+"""
+
+
+@pytest.fixture
+def task_file(tmp_path: Path) -> Path:
+    source = Path(__file__).read_text().split("TRAINING, HELD_OUT")[0].split("class Ratings")[1]
+    body = Path(__file__).read_text().split("TRAINING, HELD_OUT")[1].split("def task(")[0]
+    head = (
+        "from typing import Iterator\nimport torch\nfrom torch import Tensor, nn\nUSERS, ITEMS, D = 300, 400, 16\n"
+    )
+    (tmp_path / "ratings_model.py").write_text(f"{head}class Ratings{source}TRAINING, HELD_OUT{body}")
+    path = tmp_path / "my_task.py"
+    path.write_text(TASK_FILE)
+    return path
+
+
+def test_the_command_line_tunes_by_a_task_file(
+    cli: Cli, task_file: Path, dense: Path, small: Path, tmp_path: Path
+) -> None:
+    done = cli(
+        "finetune", small, "--task", task_file, "--teacher", dense, "-o", "tuned.safetensors", "--epochs", 2,
+        "--learning-rate", "3e-3",
+    )  # fmt: skip
+    assert "cqr.load_compressed(model, 'tuned.safetensors')" in done.stdout and "dense" in done.stdout
+    assert "step 0, as given: bce" in done.stderr and "(best)" in done.stderr
+    shown = cli("inspect", "tuned.safetensors").stdout
+    assert "fine-tuned on my_task.py: dense" in shown
+    report = json.loads((tmp_path / "tuned.report.json").read_text())
+    assert report["tuning"]["improved"] and report["tuning"]["after"]["bce"] < report["tuning"]["before"]["bce"]
+    cli("finetune", small, "--task", task_file, "-o", "tuned.safetensors", code=1)
+    again = cli("evaluate", small, "tuned.safetensors", "--against", dense, "--task", task_file)
+    assert f"{report['tuning']['after']['bce']:.5g}" in again.stdout
+    assert "rows beside" in cli("inspect", "tuned.safetensors").stdout
+
+
+def test_errors_in_a_task_file_are_shown_as_the_users_own(cli: Cli, small: Path, task_file: Path) -> None:
+    def stderr(change: tuple[str, str]) -> str:
+        task_file.write_text(TASK_FILE.replace(*change))
+        done = subprocess.run(
+            [sys.executable, "-m", "cqr_compress", "finetune", str(small), "--task", str(task_file), "-o", "x.safetensors"],
+            cwd=task_file.parent, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 1 and not (task_file.parent / "x.safetensors").exists()
+        return "\n".join(line for line in done.stderr.splitlines() if not line.startswith("step 0"))
+
+    shown = stderr(("return train(epoch)", "yield from []\n    return missing"))
+    assert shown.startswith("Traceback (most recent call last):\n  File") and "error:" not in shown
+    assert "in train_batches\n    return missing" in shown and shown.endswith("name 'missing' is not defined")
+    assert "cqr_compress/" not in shown
+    shown = stderr(("def model():", "def model("))
+    assert "SyntaxError" in shown and str(task_file) in shown and "cqr_compress/" not in shown
+    shown = stderr(("return Ratings()", "return nn.Linear(3, 'x')"))
+    assert "in model\n" in shown and "TypeError" in shown
+
+
+def test_a_task_file_without_its_functions_says_which(tmp_path: Path) -> None:
+    path = tmp_path / "t.py"
+    path.write_text("def model(): ...\n")
+    with pytest.raises(TaskError, match="does not define train_batches, loss, evaluate, metric"):
+        load_task_file(path)
+    with pytest.raises(TaskError, match="there is no task file"):
+        load_task_file(tmp_path / "none.py")
+
+
+def test_the_template_is_a_task_file(tmp_path: Path, cli: Cli) -> None:
+    cli("finetune", "--init-task", "my_task.py")
+    assert (tmp_path / "my_task.py").read_text() == TEMPLATE
+    made = load_task_file(tmp_path / "my_task.py")
+    assert (made.metric, made.mode) == ("auc", "max")
+    with pytest.raises(UserCodeError, match="NotImplementedError"):
+        made.model()
+    with pytest.raises(OutputExistsError):
+        write_template(tmp_path / "my_task.py")
+
+
+def test_lengths_of_a_loader_are_known(tmp_path: Path) -> None:
+    path = tmp_path / "t.py"
+    path.write_text(
+        "import torch\nmetric = 'x'\ndef model(): ...\ndef loss(m, b): ...\ndef evaluate(m): ...\n"
+        "def train_batches(epoch): return torch.utils.data.DataLoader(range(10), batch_size=3)\n"
+    )
+    dealt = Batches(load_task_file(path), 1, 0, torch.device("cpu"))
+    assert dealt.steps_per_epoch(0) == 4 and len(list(dealt.steps(0))) == 4
+
+
+# processes
+
+
+def torchrun(folder: Path, processes: int, *args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+               "-m", "cqr_compress", "finetune", *map(str, args)]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("codes", ["reassign", "recluster"])
+def test_two_processes_train_as_one_with_the_same_global_batch(
+    codes: str, task_file: Path, dense: Path, small: Path, tmp_path: Path, cli: Cli
+) -> None:
+    model = (tmp_path / "ratings_model.py").read_text().replace("nn.Dropout(0.1)", "nn.Dropout(0.0)")
+    (tmp_path / "ratings_model.py").write_text(model)
+    spy = (
+        TASK_FILE.replace(
+            "from ratings_model import Ratings, batches as train, loss, bce as evaluate",
+            "import os, hashlib\nfrom ratings_model import Ratings, batches as train, loss, bce",
+        )
+        + """
+def evaluate(model):
+    codes = b"".join(m.codes.numpy().tobytes() for m in (model.user_embedding, model.item_embedding))
+    with open(f"codes-{os.environ.get('RANK', 'one')}.txt", "a") as file:
+        file.write(hashlib.sha256(codes).hexdigest() + "\\n")
+    return bce(model)
+"""
+    )
+    task_file.write_text(spy)
+    common = ["--task", task_file, "--epochs", 3, "--codes", codes, "--learning-rate", "3e-3", "--teacher", dense,
+              "--no-evaluate-teacher"]  # fmt: skip
+    torchrun(tmp_path, 2, small, "-o", "two.safetensors", *common)
+    cli("finetune", small, "-o", "one.safetensors", "--accumulate", 2, *common)
+    first, second = ((tmp_path / f"codes-{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second and len(set(first.split())) > 3
+    assert measured(tmp_path / "two.safetensors") == pytest.approx(
+        measured(tmp_path / "one.safetensors"), abs=5e-3
+    )
+    reports = [json.loads((tmp_path / f"{name}.report.json").read_text())["tuning"] for name in ("one", "two")]
+    assert reports[0]["steps"] == reports[1]["steps"] == 45
+
+
+def test_a_run_that_was_killed_in_the_middle_of_an_epoch_ends_in_the_same_file(
+    task_file: Path, small: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """SIGKILL, not an exception: nothing of the first process has a chance to clean up."""
+    slow = TASK_FILE.replace(
+        "return train(epoch)",
+        "import time\n    for batch in train(epoch):\n        time.sleep(0.02)\n        yield batch",
+    )
+    task_file.write_text(slow)
+    common = ["--task", task_file, "--epochs", "3", "--save-every", "4", "--learning-rate", "3e-3"]
+    cli("finetune", small, "-o", "whole.safetensors", *common)
+    state = tmp_path / "cut.resume.pt"
+    command = [
+        sys.executable,
+        "-m",
+        "cqr_compress",
+        "finetune",
+        str(small),
+        "-o",
+        "cut.safetensors",
+        *map(str, common),
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
+    until = time.monotonic() + 120
+    while not (state.exists() and torch.load(state)["position"]["step_of_epoch"] in range(1, 29)):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "cut.safetensors").exists()
+    cli("finetune", small, "-o", "cut.safetensors", *common, "--resume")
+    assert tensors(tmp_path / "cut.safetensors") == tensors(tmp_path / "whole.safetensors")
+
+
+# saving, from a model
+
+
+def test_a_model_of_sketches_is_saved_and_loaded(tmp_path: Path) -> None:
+    class Made(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.item = cqr.CQREmbedding(500, 16, codebook_size=16, preset="paper", seed=1)
+            self.bag = cqr.CQREmbeddingBag(300, 16, codebook_size=16)
+            self.head = nn.Linear(16, 500, bias=False)
+            self.register_buffer("steps", torch.tensor(4))
+
+    made = Made()
+    made.item.cluster()  # draws hashes anew
+    report = cqr.save_compressed(made, tmp_path / "m.safetensors")
+    assert report.file_bytes_after == (tmp_path / "m.safetensors").stat().st_size
+    assert report.tables_bytes_before == 800 * 16 * 4
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.item, self.bag = nn.Embedding(500, 16), nn.EmbeddingBag(300, 16)
+            self.head = nn.Linear(16, 500, bias=False)
+            self.register_buffer("steps", torch.tensor(0))
+
+    dense = Dense()
+    cqr.load_compressed(dense, tmp_path / "m.safetensors")
+    ids = torch.arange(300)
+    assert dense.item(ids).equal(made.item(ids)) and dense.bag(ids[:, None]).equal(made.bag(ids[:, None]))
+    assert dense.head.weight.equal(made.head.weight) and dense.steps == 4
+    assert isinstance(dense.item, CompressedEmbedding)
+    with pytest.raises(TableNotFoundError):
+        cqr.save_compressed(nn.Linear(2, 2), tmp_path / "n.safetensors")
+    with pytest.raises(OutputExistsError):
+        cqr.save_compressed(made, tmp_path / "m.safetensors")
+
+
+def test_a_tied_head_is_saved_once(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(2000, 16), nn.Linear(16, 2000, bias=False)
+            self.head.weight = self.embed.weight
+
+    model = Tied()
+    cqr.compress_(model, 8.0)
+    cqr.save_compressed(model, tmp_path / "m.safetensors")
+    other = Tied()
+    cqr.load_compressed(other, tmp_path / "m.safetensors")
+    h = torch.randn(3, 16)
+    assert torch.allclose(other.head(h), model.head(h), atol=1e-6)
+
+
+def test_saving_like_a_file_keeps_names_dtypes_and_what_the_model_lacks(
+    ckpt: Path, model_state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.item_embedding, self.user_embedding = nn.Embedding(3000, 16), nn.Embedding(1500, 16)
+            self.out = nn.Linear(16, 4, bias=True)
+
+    small = tmp_path / "s.safetensors"
+    cqr.convert(ckpt, small)
+    model = Part()
+    cqr.load_compressed(model, small, strict=False)
+    model.float()
+    with torch.no_grad():
+        model.out.bias.fill_(2.0)
+        model.item_embedding.codebooks.mul_(0.5)  # type: ignore[operator, union-attr]
+    cqr.save_compressed(model, tmp_path / "o.safetensors", small)
+    before, after = cqr.load_dense(small), cqr.load_dense(tmp_path / "o.safetensors")
+    assert list(before) == list(after) and after["steps"] == 7 and after["out.bias"].eq(2).all()
+    assert torch.allclose(
+        after["item_embedding.weight"], before["item_embedding.weight"] / 2, rtol=1e-3, atol=1e-4
+    )
+    assert (tmp_path / "o.safetensors").stat().st_size == pytest.approx(small.stat().st_size, abs=64)
+    fresh = Part()
+    with pytest.raises(cqr.CqrCompressError, match="load"):
+        cqr.save_compressed(fresh, tmp_path / "p.safetensors", small)
+    with torch.no_grad():
+        model.item_embedding.codebooks.mul_(1e9)  # type: ignore[operator, union-attr]
+    with pytest.raises(cqr.CqrCompressError, match=r"beyond torch.float16"):
+        cqr.save_compressed(model, tmp_path / "p.safetensors", small)
+    assert not (tmp_path / "p.safetensors").exists()
+    copy.deepcopy(model)
