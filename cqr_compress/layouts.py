@@ -25,6 +25,7 @@ _AUTO_BITS = (4, 5, 6, 8)
 _PQ_BITS = tuple(range(1, 13))
 _MAX_LEVELS = 64
 _MAX_ROTATED_DIM = 1024
+_RANK_SIXTEENTHS = (2, 3, 4, 6, 8, 12)
 
 
 def _base_fields(table: ScannedTable) -> dict[str, object]:
@@ -92,17 +93,9 @@ def _additive_layouts(
 ) -> Iterator[CodebookSpec]:
     N, D = table.shape
     auto = request.method == "auto"
-    all_columns = [c for c in range(1, D + 1) if D % c == 0]
-    if request.num_columns:
-        all_columns = [request.num_columns]  # CodebookSpec says what is wrong with a bad one
-    elif request.method == "rq":
-        all_columns = [1]
     bits_choices = (
         (request.n_bits,) if request.n_bits else (_PQ_BITS if request.method in ("pq", "cqr") else _AUTO_BITS)
     )
-    rotations: tuple[str | None, ...] = (request.rotation,)
-    if auto and request.rotation is None and D <= _MAX_ROTATED_DIM:
-        rotations = (None, "opq")
     if levels or request.method == "pq":
         levels_choices = levels or (1,)
     else:
@@ -110,9 +103,11 @@ def _additive_layouts(
     for n_bits in bits_choices:
         if 2**n_bits > max(16, N // 4) and not request.n_bits:
             continue
-        for rotation in rotations:
-            for C in all_columns:
-                if rotation and (C == 1 or C == D) and rotation != request.rotation:
+        for rotation, rank in _bases(request, D):
+            width = rank or D
+            for C in _columns(request, width):
+                idle = width == C or (C == 1 and rank is None)
+                if rotation and idle and (rotation != request.rotation or request.method == "rq"):
                     continue
                 for L in levels_choices:
                     if auto and not request.num_levels and (L > 4 if C > 1 else L > 16):
@@ -126,9 +121,37 @@ def _additive_layouts(
                         code_sources=(STORED,) * L,
                         codebook_dtype=dtype,
                         rotation=rotation,
+                        rank=rank,
                         seed=request.seed,
                         **base,  # type: ignore[arg-type]
                     )
+
+
+def _bases(request: Request, D: int) -> Iterator[tuple[str | None, int | None]]:
+    """Rotations and their ranks."""
+    auto = request.method == "auto"
+    if request.rotation is None and request.rank is None:
+        yield None, None
+    rotation = request.rotation
+    if rotation is None and auto and (D <= _MAX_ROTATED_DIM or request.rank is not None):
+        rotation = "opq"
+    if rotation is None:
+        return
+    if isinstance(request.rank, int):
+        yield rotation, request.rank if request.rank < D else None
+        return
+    yield rotation, None
+    if auto or request.rank == "auto":
+        for part in sorted(_RANK_SIXTEENTHS, reverse=True):
+            if D * part % 16 == 0:
+                yield rotation, D * part // 16
+
+
+def _columns(request: Request, width: int) -> list[int]:
+    """Into how many columns rows can be split."""
+    if request.num_columns:
+        return [request.num_columns]  # CodebookSpec says what is wrong with a bad one
+    return [1] if request.method == "rq" else [c for c in range(1, width + 1) if width % c == 0]
 
 
 def _sketch_layouts(

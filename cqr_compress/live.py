@@ -125,6 +125,7 @@ def _as_request(wanted: Request | AnySpec | float | None) -> Request:
             num_levels=wanted.num_levels,
             n_bits=wanted.n_bits,
             rotation=wanted.rotation,
+            rank=wanted.rank,
             codebook_dtype=wanted.codebook_dtype,
             seed=wanted.seed,
         )

@@ -100,7 +100,7 @@ def _largest_of_each(specs: list[AnySpec]) -> list[AnySpec]:
         key: tuple[object, ...] = (spec.method,)
         if isinstance(spec, CodebookSpec):
             sources = spec.code_sources if spec.method == "cqr" else ()
-            key = (spec.num_columns, spec.codebook_size, spec.rotation, sources)
+            key = (spec.num_columns, spec.codebook_size, spec.rotation, spec.rank, sources)
         if key not in best or spec.nbytes > best[key].nbytes:
             best[key] = spec
     most = max(spec.nbytes for spec in best.values())
@@ -111,8 +111,11 @@ def _choose(
     table: ScannedTable, specs: list[AnySpec], request: Request, step: Callable[[], None]
 ) -> tuple[AnySpec, str]:
     """Try all layouts briefly, the best again with more rows and work (successive halving)."""
-    errors = []
-    for spec in specs:
+    errors: list[tuple[float, AnySpec]] = []
+    lost = _lost_energy(table) if any(_left_out(spec) for spec in specs) else None
+    for spec in sorted(specs, key=_left_out):
+        if lost is not None and errors and float(lost[_left_out(spec)]) > min(error for error, _ in errors):
+            continue
         pca = replace(spec, rotation="pca") if isinstance(spec, CodebookSpec) and spec.rotation else spec
         errors.append((estimate_error(table, pca, _BRIEF, _FIRST_TRIAL_ROWS), spec))
         step()
@@ -128,6 +131,20 @@ def _choose(
         step()
     error, best = min(longer, key=lambda pair: pair[0])
     return best, f"least error on a sample ({error:.4f} relative) of {len(specs)} layouts that fit"
+
+
+def _left_out(spec: AnySpec) -> int:
+    """Dimensions that a rotation leaves out of a row; 0 where there are none."""
+    return 0 if not isinstance(spec, CodebookSpec) else spec.embedding_dim - spec.width
+
+
+def _lost_energy(table: ScannedTable) -> Tensor:
+    """Relative squared error of the best projection that leaves out 0, 1, 2, ... dimensions."""
+    rows = table.sample
+    if table.weights is not None:
+        rows = rows * table.weights[table.sample_ids].sqrt()[:, None]
+    energies = torch.linalg.eigvalsh((rows.T @ rows).double()).clamp_min(0)
+    return torch.cat([energies.new_zeros(1), energies.cumsum(0) / energies.sum().clamp_min(1e-300)])
 
 
 def estimate_error(table: ScannedTable, spec: AnySpec, effort: Effort, num_rows: int) -> float:

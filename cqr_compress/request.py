@@ -24,7 +24,9 @@ class Request:
         num_columns: C, fixed instead of chosen.
         num_levels: L, fixed instead of chosen.
         n_bits: bits of a code, fixed instead of chosen.
-        rotation: "opq" or "pca" for pq and prq.
+        rotation: "opq" or "pca" for pq and prq, and for rq with a rank.
+        rank: dimensions that a rotation keeps, fewer than D; "auto" to try several; None for all of them, and for
+            "auto" where the method is.
         helper: of cqr: "random" (hashed, no bytes for codes), "fitted" (stored codes) or "none"; if None, the one
             with the least error at equal bytes, or "random" where num_columns and n_bits set the size.
         codebook_dtype: dtype of codebooks and row scales.
@@ -43,6 +45,7 @@ class Request:
     num_levels: int | None = None
     n_bits: int | None = None
     rotation: str | None = None
+    rank: int | str | None = None
     helper: str | None = None
     codebook_dtype: str = "float16"
     min_rows: int = DEFAULT_MIN_ROWS
@@ -78,7 +81,12 @@ class Request:
         if self.helper and self.method != "cqr":
             raise SpecError(f"method {self.method!r} has no helper: it goes with cqr")
         kind = "additive" if self.method == "auto" else METHODS[self.method].kind
-        if self.rotation and self.method not in ("auto", "pq", "prq"):
+        if self.rank is not None and self.rank != "auto" and (not isinstance(self.rank, int) or self.rank < 1):
+            raise SpecError(f"rank is {self.rank!r}: give a number of dimensions, or 'auto'")
+        if self.rank is not None and self.method != "auto" and not self.rotation:
+            raise SpecError("rank goes with a rotation: 'opq' or 'pca'")
+        takes = ("auto", "pq", "prq") if self.rank is None else ("auto", "pq", "prq", "rq")
+        if self.rotation and self.method not in takes:
             raise SpecError(f"method {self.method!r} takes no rotation: it goes with pq and prq")
         if kind in ("sketch", "rowwise") and (self.n_bits or self.num_levels):
             raise SpecError(f"method {self.method!r} takes neither n_bits nor num_levels")

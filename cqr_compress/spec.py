@@ -119,12 +119,13 @@ class CodebookSpec(TableSpec):
     """row(i) = concat over columns of the sum over levels of codebooks[c, l][code(c, l, i)].
 
     Attributes:
-        num_columns: C; each has sub_dim S = D // C dimensions.
+        num_columns: C; each has sub_dim S = width // C dimensions.
         num_levels: L codewords are summed in each column.
         codebook_size: K codewords of each codebook; a power of two where codes are stored.
         code_sources: where the code of each level comes from, one of CODE_SOURCES per level.
         codebook_dtype: dtype of the codebooks and the rotation.
-        rotation: "opq" or "pca" when a (D, D) matrix is multiplied onto the decoded rows, else None.
+        rotation: "opq" or "pca" when a (width, D) matrix is multiplied onto the decoded rows, else None.
+        rank: dimensions that the columns make together, fewer than D, before the rotation; None for D.
         seed: seeds the hashes and the fit.
     """
 
@@ -135,17 +136,22 @@ class CodebookSpec(TableSpec):
     code_sources: tuple[str, ...]
     codebook_dtype: str = "float16"
     rotation: str | None = None
+    rank: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.num_columns, self.num_levels, self.codebook_size) < 1:
             raise SpecError("num_columns, num_levels and codebook_size are at least 1")
-        if self.embedding_dim % self.num_columns:
-            divisors = [str(c) for c in range(1, self.embedding_dim + 1) if self.embedding_dim % c == 0]
+        if self.rank is not None and not (self.rotation and 1 <= self.rank < self.embedding_dim):
             raise SpecError(
-                f"cannot split rows of {self.embedding_dim} into {self.num_columns} columns: "
-                f"{self.embedding_dim} is not divisible by {self.num_columns}. "
+                f"rank {self.rank} goes with a rotation, and is less than the {self.embedding_dim} dimensions"
+            )
+        if self.width % self.num_columns:
+            divisors = [str(c) for c in range(1, self.width + 1) if self.width % c == 0]
+            raise SpecError(
+                f"cannot split rows of {self.width} into {self.num_columns} columns: "
+                f"{self.width} is not divisible by {self.num_columns}. "
                 f"Choose num_columns from {', '.join(divisors)}."
             )
         if len(self.code_sources) != self.num_levels or not set(self.code_sources) <= set(CODE_SOURCES):
@@ -174,9 +180,14 @@ class CodebookSpec(TableSpec):
         return max(1, (self.codebook_size - 1).bit_length())
 
     @property
+    def width(self) -> int:
+        """Dimensions of a row before the rotation: the rank, or D."""
+        return self.embedding_dim if self.rank is None else self.rank
+
+    @property
     def sub_dim(self) -> int:
-        """S = D // C."""
-        return self.embedding_dim // self.num_columns
+        """S = width // C."""
+        return self.width // self.num_columns
 
     @property
     def num_stored_levels(self) -> int:
@@ -189,7 +200,7 @@ class CodebookSpec(TableSpec):
         return packed_width(self.num_columns * self.num_stored_levels, self.n_bits)
 
     def body_shapes(self) -> dict[str, TensorShape]:
-        """`codes` (N, codes_width), `codebooks` (C, L, K, S) and `rotation` (D, D)."""
+        """`codes` (N, codes_width), `codebooks` (C, L, K, S) and `rotation` (width, D)."""
         shapes = {}
         if self.num_stored_levels:
             shapes["codes"] = TensorShape((self.num_embeddings, self.codes_width), torch.uint8)
@@ -198,7 +209,7 @@ class CodebookSpec(TableSpec):
             (self.num_columns, self.num_levels, self.codebook_size, self.sub_dim), dtype
         )
         if self.rotation:
-            shapes["rotation"] = TensorShape((self.embedding_dim, self.embedding_dim), dtype)
+            shapes["rotation"] = TensorShape((self.width, self.embedding_dim), dtype)
         return shapes
 
     @property
@@ -206,11 +217,12 @@ class CodebookSpec(TableSpec):
         """The layout in short: columns x levels x bits, or the codewords where codes are hashed."""
         if not self.num_stored_levels:
             return f"{self.num_columns}x{self.num_levels}, {self.codebook_size} codewords"
+        rotated = f" {self.rotation}" if self.rotation else ""
+        rotated += f" rank {self.rank}" if self.rank else ""
         if self.method == "cqr":
             helper = self.code_sources[1:] and ("fitted" if self.code_sources[1] == STORED else "random")
-            return f"{self.num_columns}x{self.n_bits}b, {helper or 'no'} helper"
+            return f"{self.num_columns}x{self.n_bits}b{rotated}, {helper or 'no'} helper"
         levels = f"x{self.num_levels}" if self.num_levels > 1 else ""
-        rotated = f" {self.rotation}" if self.rotation else ""
         return f"{self.num_columns}{levels}x{self.n_bits}b{rotated}"
 
 
@@ -273,7 +285,8 @@ def spec_from_json(values: Mapping[str, Any]) -> AnySpec:
         raise SpecError(f"a {cls.kind} spec has no field {', '.join(unknown)}")
     for name, value in given.items():
         annotation = str(known[name].type)
-        if annotation == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+        optional = annotation == "int | None" and value is None
+        if "int" in annotation and not optional and (not isinstance(value, int) or isinstance(value, bool)):
             raise SpecError(f"field {name} is {value!r}, not an integer")
         if annotation == "str" and not isinstance(value, str):
             raise SpecError(f"field {name} is {value!r}, not a string")

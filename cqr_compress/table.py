@@ -160,14 +160,14 @@ def decode_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Te
     if isinstance(spec, CodebookSpec):
         flat = flat_codes(row_codes(spec, tensors.get("codes"), ids), spec)
         table = at_least_float32(tensors["codebooks"]).reshape(-1, spec.sub_dim)
-        return rotated(tensors, sum_codewords(flat, table, spec.num_levels).reshape(-1, spec.embedding_dim))
+        return rotated(tensors, sum_codewords(flat, table, spec.num_levels).reshape(-1, spec.width))
     codes = unpack_codes(tensors["codes"], spec.embedding_dim, spec.n_bits)
     scale, offset = (at_least_float32(tensors[name])[:, None] for name in ("row_scale", "row_offset"))
     return offset + scale * codes
 
 
 def rotated(tensors: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-    """Multiply rows (B, D) by the table's rotation, where it has one."""
+    """Multiply rows (B, width) by the table's rotation, where it has one: (B, D)."""
     if "rotation" not in tensors:
         return rows
     with torch.autocast(rows.device.type, enabled=False):  # a table has the precision of its dtype
@@ -180,7 +180,7 @@ def decode_codes(codes: Tensor, codebooks: Tensor, rotation: Tensor | None = Non
     Args:
         codes: (B, C, L) integers in [0, K).
         codebooks: (C, L, K, S) float32 or float64.
-        rotation: (D, D) or None; the concatenated row is multiplied by it from the right.
+        rotation: (C * S, D) or None; the concatenated row is multiplied by it from the right.
 
     Returns:
         (B, D) in the dtype of the codebooks.

@@ -27,7 +27,7 @@ class Sums(Protocol):
     """What is added up at the output of a layer's lookups."""
 
     def add(self, ids: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
-        """Count in lookups of rows `ids` (B,), whose gradient (B, D) is after the rotation (D, D)."""
+        """Count in lookups of rows `ids` (B,), whose gradient (B, D) is after the rotation (width, D)."""
 
 
 @dataclass
@@ -35,10 +35,10 @@ class RowGradients:
     """What a pass over training data says about some columns of a table's virtual rows.
 
     Attributes:
-        columns: which of the D dimensions, before rotation.
+        columns: which of the dimensions before rotation.
         gradient: (N, W) float32, the gradient of the summed loss, over W dimensions.
         fisher: (N,) float32, the empirical Fisher information: squared gradients of single occurrences, mean
-            over all D dimensions, summed.
+            over all of these dimensions, summed.
         counts: (N,) float32, how often an id was looked up.
         blocks: (W // S, S, S) float32, outer products of single gradients within each column, summed; None where
             they are not known.
@@ -54,8 +54,8 @@ class RowGradients:
     def zeros(cls, layer: TableLayer, columns: slice) -> RowGradients:
         """Begin a pass; on the layer's device."""
         N, device = layer.num_embeddings, layer.device
-        width = len(range(*columns.indices(layer.embedding_dim)))
-        S = cast(CodebookSpec, layer.spec).sub_dim
+        spec = cast(CodebookSpec, layer.spec)
+        width, S = len(range(*columns.indices(spec.width))), spec.sub_dim
         return cls(
             columns=columns,
             gradient=torch.zeros(N, width, device=device),
@@ -70,7 +70,7 @@ class RowGradients:
         Args:
             ids: (B,) rows.
             gradient: (B, D) with respect to them, any floating dtype.
-            rotation: (D, D) that rows were multiplied by, or None.
+            rotation: (width, D) that rows were multiplied by, or None.
         """
         gradient = gradient.float()
         if rotation is not None:
@@ -140,7 +140,7 @@ class Prior:
     """A Gaussian that rows come from, estimated from the table itself (empirical Bayes).
 
     Attributes:
-        mean: (D,) float32, the mean row.
+        mean: (width,) float32, the mean row.
         precision: inverse variance of a value, times the weight of the prior.
     """
 
@@ -171,7 +171,7 @@ class Moments:
     """What all rows of a table are like.
 
     Attributes:
-        mean: (D,) float32, the mean row.
+        mean: (width,) float32, the mean row.
         mean_square: of all values.
     """
 
@@ -180,7 +180,7 @@ class Moments:
 
     @classmethod
     def of_rows(cls, blocks: Iterable[Tensor]) -> Moments:
-        """Measure rows in blocks, (B, D) float32 each."""
+        """Measure rows in blocks, (B, width) float32 each."""
         count, total, squares = 0, torch.zeros(()), 0.0
         for rows in blocks:
             total = total.to(rows.device) + rows.sum(0, dtype=torch.float64)

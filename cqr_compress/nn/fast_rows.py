@@ -27,8 +27,8 @@ def fast_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tens
         ids: (B,) row numbers.
 
     Returns:
-        (B, D) float32, before rotation and kept rows and differentiable; None where torch has to do it, also for
-        an id outside the table, so that torch says so.
+        (B, width) float32, before rotation and kept rows and differentiable; None where torch has to do it, also
+        for an id outside the table, so that torch says so.
     """
     if not _is_plain(ids) or is_tracing() or is_intercepted():
         return None

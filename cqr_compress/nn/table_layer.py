@@ -182,7 +182,7 @@ class TableLayer(nn.Module):
             ids: (B,) int64 in [0, N).
 
         Returns:
-            (B, D) float32.
+            (B, width) float32.
         """
         tensors = {short: t for short, t in self.table_tensors().items() if short in ("codes", "codebooks")}
         rows = fast_rows(self.spec, tensors, ids)

@@ -52,7 +52,7 @@ class AdditiveQuantizer:
     Attributes:
         spec: the table's spec.
         codebooks: (C, L, K, S) in `spec.codebook_dtype`.
-        rotation: (D, D) in the same dtype, or None; decoded rows are multiplied by it.
+        rotation: (width, D) in the same dtype, or None; decoded rows are multiplied by it.
         effort: how rows are encoded.
     """
 
@@ -91,7 +91,7 @@ def fit_additive(
         The quantizer, its tensors rounded to `spec.codebook_dtype`.
     """
     C, L, K = spec.num_columns, spec.num_levels, spec.codebook_size
-    rotation = balanced_pca(rows, C) if spec.rotation else None
+    rotation = balanced_pca(rows, C, spec.rank) if spec.rotation else None
     rotated = rows if rotation is None else rows @ rotation
     codebooks = torch.empty(C, L, K, spec.sub_dim)
     codes = torch.empty(len(rows), C, L, dtype=torch.int64)

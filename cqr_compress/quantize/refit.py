@@ -78,7 +78,7 @@ def improve(
         """The error; with a round, after encoding all rows anew. Learns the rotation on the way."""
         nonlocal rotation
         error = norm = 0.0
-        cross = torch.zeros(spec.embedding_dim, spec.embedding_dim)
+        cross = torch.zeros(spec.embedding_dim, spec.width)
         for at, block, parts, codes in columns():
             if round_ is not None and packed is not None:
                 for c, part in enumerate(parts):
@@ -88,8 +88,10 @@ def improve(
             decoded = decode_codes(codes, codebooks)
             cost = weights[at]
             turned = parts.transpose(0, 1).reshape(len(block), -1)
-            error += float(((turned - decoded).square().sum(1) * cost).sum(dtype=torch.float64))
-            norm += float((turned.square().sum(1) * cost).sum(dtype=torch.float64))
+            energy = block.square().sum(1)
+            lost = energy - turned.square().sum(1) if spec.rank else torch.zeros(len(block))
+            error += float(((lost + (turned - decoded).square().sum(1)) * cost).sum(dtype=torch.float64))
+            norm += float((energy * cost).sum(dtype=torch.float64))
             if spec.rotation == "opq":
                 cross += (block * cost[:, None]).T @ decoded
         if round_ is not None and rotation is not None and spec.rotation == "opq":
@@ -116,11 +118,11 @@ def improve(
 
 
 def can_improve(spec: CodebookSpec, tensors: dict[str, Tensor]) -> bool:
-    """Whether `improve` can begin from these tensors: a rotation has to be orthogonal, to rounding."""
+    """Whether `improve` can begin from these tensors: a rotation has orthonormal rows, to rounding."""
     if "rotation" not in tensors:
         return True
     rotation = tensors["rotation"].float()
-    return float((rotation @ rotation.T - torch.eye(spec.embedding_dim)).abs().max()) < _ORTHOGONAL
+    return float((rotation @ rotation.T - torch.eye(spec.width)).abs().max()) < _ORTHOGONAL
 
 
 def _encode(part: Tensor, codebooks: Tensor, codes: Tensor, spec: CodebookSpec, seed: int) -> Tensor:

@@ -6,25 +6,27 @@ import torch
 from torch import Tensor
 
 
-def balanced_pca(rows: Tensor, num_columns: int) -> Tensor:
+def balanced_pca(rows: Tensor, num_columns: int, rank: int | None = None) -> Tensor:
     """Rotate to principal directions, dealt to the columns so that the products of variances are equal.
 
     "Optimized Product Quantization", section 3.3 (eigenvalue allocation), doi:10.1109/TPAMI.2013.240.
 
     Args:
         rows: (n, D) float32.
-        num_columns: C, a divisor of D.
+        num_columns: C, a divisor of the rank.
+        rank: the directions of largest variance that are kept; all D if None.
 
     Returns:
-        (D, D) float32 orthogonal; `rows @ result` are the rotated rows.
+        (D, rank) float32 with orthonormal columns; `rows @ result` are the rotated rows.
     """
     D = rows.shape[1]
-    sub_dim = D // num_columns
+    rank = rank or D
+    sub_dim = rank // num_columns
     variances, directions = torch.linalg.eigh((rows.T @ rows).double() / max(1, len(rows)))
     log_variances = variances.clamp_min(variances.max() * 1e-12 + 1e-300).log()
     filled = [0.0] * num_columns
     columns: list[list[int]] = [[] for _ in range(num_columns)]
-    for direction in range(D - 1, -1, -1):  # eigh sorts ascending
+    for direction in range(D - 1, D - 1 - rank, -1):  # eigh sorts ascending
         open_columns = [c for c in range(num_columns) if len(columns[c]) < sub_dim]
         chosen = min(open_columns, key=lambda c: (filled[c], len(columns[c]), c))
         columns[chosen].append(direction)
@@ -35,17 +37,19 @@ def balanced_pca(rows: Tensor, num_columns: int) -> Tensor:
 
 
 def procrustes(rows: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Find the orthogonal R that minimizes ||rows @ R - target|| (Schonemann 1966).
+    """Find R with orthonormal columns that minimizes ||rows - target @ R.T|| (Schonemann 1966).
+
+    Where R is square that is ||rows @ R - target|| as well.
 
     Args:
         rows: (n, D) float32.
-        target: (n, D) float32.
+        target: (n, rank) float32.
         weights: (n,) of the rows' squared errors; 1 for each if None.
 
     Returns:
-        (D, D) float32 orthogonal.
+        (D, rank) float32.
     """
     target = target if weights is None else target * weights[:, None]
-    left, _, right = torch.linalg.svd((rows.T @ target).double())
+    left, _, right = torch.linalg.svd((rows.T @ target).double(), full_matrices=False)
     rotation: Tensor = (left @ right).float()
     return rotation

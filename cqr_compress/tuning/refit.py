@@ -21,8 +21,10 @@ from cqr_compress.quantize.refit import fit_in_basis
 from cqr_compress.refitting import source_rows
 from cqr_compress.request import Request
 from cqr_compress.rows import ScannedTable, in_basis
-from cqr_compress.spec import AnySpec, CodebookSpec
+from cqr_compress.spec import STORED, AnySpec, CodebookSpec
 from cqr_compress.tuning.tuned import TunedModel
+
+_ADDITIVE = ("pq", "rq", "prq")
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Refit:
         whole = rotated or spec.num_columns == 1
         basis = curvature.basis(1 if whole else spec.num_columns)
         moved, found = in_basis(scan, basis), spec
-        if whole and spec.method in ("pq", "rq", "prq"):
+        if whole and (spec.method in _ADDITIVE or rotated):
             self.progress.start(f"choosing a layout for {name}", 0, "trials")
             found = _replanned(moved, spec, self.method, rotated, budget, self.progress)
         if found is spec and rotated and spec.rotation is None:  # no such layout fits
@@ -111,17 +113,19 @@ class Refit:
 
 
 def _may_rotate(spec: CodebookSpec) -> bool:
-    return spec.rotation is None and spec.num_columns > 1 and spec.method in ("pq", "prq")
+    return spec.rotation is None and (spec.method in _ADDITIVE or spec.code_sources == (STORED,))
 
 
 def _replanned(
     rows: ScannedTable, spec: CodebookSpec, method: str, rotated: bool, budget: int, progress: Progress
 ) -> CodebookSpec:
     """The layout of least error within a budget; the given one where there is none."""
+    additive = spec.method if spec.method in _ADDITIVE else "pq"
     request = Request(
-        method="auto" if method == "auto" and rotated else spec.method,
+        method="auto" if method == "auto" and rotated else additive,
         ratio=max(1.0001, spec.dense_nbytes / (budget + 0.5)),
         rotation="opq" if rotated else None,
+        rank="auto" if rotated else None,
         codebook_dtype=spec.codebook_dtype,
         min_rows=0,
         seed=spec.seed,
@@ -132,5 +136,5 @@ def _replanned(
         return spec
     if not isinstance(found, CodebookSpec) or found.nbytes > budget:
         return spec
-    same = ("dtype", "num_kept_rows", "num_zero_rows")
+    same = ["dtype", "num_kept_rows", "num_zero_rows", *(() if spec.method in _ADDITIVE else ["method"])]
     return replace(found, **{name: getattr(spec, name) for name in same})
