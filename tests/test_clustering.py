@@ -282,10 +282,10 @@ def test_a_model_without_such_layers_is_refused() -> None:
         cqr.cluster_(Pairs(nn.Embedding(N, D), nn.Embedding(N, D)))
 
 
-@pytest.mark.parametrize("rotation", [None, "opq"])
-def test_compressed_tables_are_clustered_on(rotation: str | None) -> None:
+@pytest.mark.parametrize("rotated", [{}, {"rotation": "opq"}, {"rotation": "opq", "rank": 8}])
+def test_compressed_tables_are_clustered_on(rotated: dict[str, Any]) -> None:
     model = Pairs(nn.Embedding(N, D), nn.Embedding(N, D))
-    cqr.compress_(model, cqr.Request(method="pq", num_columns=4, n_bits=4, rotation=rotation, min_rows=0))
+    cqr.compress_(model, cqr.Request(method="pq", num_columns=4, n_bits=4, min_rows=0, **rotated))
     with torch.no_grad():
         before = model.users(IDS)
     cqr.cluster_(model)

@@ -33,6 +33,8 @@ REQUESTS = {
     "auto": cqr.Request(ratio=8),
     "pq": cqr.Request(method="pq", ratio=8),
     "pq opq": cqr.Request(method="pq", num_columns=4, n_bits=6, rotation="opq"),
+    "pq rank": cqr.Request(method="pq", num_columns=4, n_bits=6, rotation="pca", rank=8),
+    "rq rank": cqr.Request(method="rq", ratio=8, rotation="opq", rank="auto"),
     "rq": cqr.Request(method="rq", num_levels=3, n_bits=5),
     "prq": cqr.Request(method="prq", ratio=8, num_columns=2),
     "int8": cqr.Request(method="int8"),
@@ -221,6 +223,7 @@ def test_an_impossible_budget_says_what_is_possible_for_every_table(tmp_path: Pa
         {"method": "magic"}, {"ratio": 0}, {"ratio": 8, "bits_per_dim": 2}, {"n_bits": 17}, {"nonfinite": "hide"},
         {"method": "int8", "n_bits": 4}, {"method": "rq", "num_columns": 2}, {"method": "pq", "num_levels": 2},
         {"method": "hash", "rotation": "opq"}, {"codebook_dtype": "int8"}, {"min_rows": -1},
+        {"rank": 8, "method": "pq"}, {"rank": 0}, {"rank": "some"}, {"method": "rq", "rotation": "opq"},
         {"seed": -1}, {"seed": 2**31}, {"ratio": float("nan")}, {"ratio": 0.5},
     ],
 )  # fmt: skip

@@ -38,6 +38,7 @@ SPECS: dict[str, AnySpec] = {
     "rq": codebook_spec(num_columns=1, num_levels=4, code_sources=(STORED,) * 4),
     "prq": codebook_spec(num_levels=2, code_sources=(STORED,) * 2, codebook_size=64),
     "opq": codebook_spec(rotation="opq"),
+    "rank": codebook_spec(rotation="opq", rank=6),
     "float32": codebook_spec(codebook_dtype="float32"),
     "kept": codebook_spec(num_kept_rows=3, num_zero_rows=2),
     "one_zero": codebook_spec(num_zero_rows=1),
@@ -137,7 +138,7 @@ def reference_rows(table: CompressedTable, parameters: dict[str, Tensor]) -> Ten
 
 
 @pytest.mark.usefixtures("each_lookup")
-@pytest.mark.parametrize("name", ["pq8", "pq4", "pq5", "rq", "prq", "opq", "kept", "int8", "int4"])
+@pytest.mark.parametrize("name", ["pq8", "pq4", "pq5", "rq", "prq", "opq", "rank", "kept", "int8", "int4"])
 def test_gradients_are_those_of_the_formula(name: str) -> None:
     table = random_table(SPECS[name])
     layer = CompressedEmbedding(table).double()
@@ -156,7 +157,7 @@ def test_gradients_are_those_of_the_formula(name: str) -> None:
 
 @pytest.mark.usefixtures("each_lookup")
 @pytest.mark.parametrize("size", [4, 3000, 9000])
-@pytest.mark.parametrize("name", ["pq8", "pq4", "rq", "prq", "opq", "int8"])
+@pytest.mark.parametrize("name", ["pq8", "pq4", "rq", "prq", "opq", "rank", "int8"])
 def test_gradients_in_float32_do_not_depend_on_the_batch_size(name: str, size: int) -> None:
     ids = torch.randint(N, (size,), generator=torch.Generator().manual_seed(1))
     factor = torch.randn(size, D, generator=torch.Generator().manual_seed(2))

@@ -157,6 +157,29 @@ def test_a_rotation_helps_where_variance_is_uneven(table: Tensor, rotation: str)
     assert rotated < plain
 
 
+@pytest.mark.parametrize("rotation", ["opq", "pca"])
+def test_a_rank_puts_the_codes_where_the_energy_is(rotation: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.randn(3000, 4, generator=generator) @ torch.randn(4, 16, generator=generator)
+    rows += 0.01 * torch.randn(3000, 16, generator=generator)
+    effort = Effort(rounds=4)
+    (_, whole), (_, low) = (
+        compress(rows, spec_of(rows, rotation=rotation, rank=rank), effort) for rank in (None, 4)
+    )
+    assert low.tensors["rotation"].shape == (4, 16) and low.tensors["codebooks"].shape == (4, 1, 16, 1)
+    assert low.spec.nbytes < whole.spec.nbytes
+    assert error(rows, low) < 1.01 * error(rows, whole)
+    basis = low.tensors["rotation"]
+    assert torch.allclose(basis @ basis.T, torch.eye(4), atol=1e-5)
+
+
+def test_procrustes_finds_the_projection_that_rows_were_made_with() -> None:
+    generator = torch.Generator().manual_seed(8)
+    basis = torch.linalg.qr(torch.randn(16, 5, generator=generator))[0]
+    target = torch.randn(400, 5, generator=generator)
+    assert torch.allclose(procrustes(target @ basis.T, target), basis, atol=1e-5)
+
+
 def test_rotations_are_orthogonal_and_procrustes_recovers_one(table: Tensor) -> None:
     rotation = balanced_pca(table, 4)
     assert torch.allclose(rotation @ rotation.T, torch.eye(16), atol=1e-5)

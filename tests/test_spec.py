@@ -36,6 +36,10 @@ def test_bytes_are_the_sum_of_what_is_stored() -> None:
         ({"speed": 3}, "no field speed"),
         ({"kind": "magic"}, "kind 'magic' is not one of codebook, rowwise"),
         ({"num_embeddings": 0}, "has no values"),
+        ({"rank": 8}, "rank 8 goes with a rotation"),
+        ({"rank": 16, "rotation": "opq"}, "less than the 16 dimensions"),
+        ({"rank": 6, "rotation": "opq"}, "cannot split rows of 6 into 4 columns"),
+        ({"rank": "6", "rotation": "opq"}, "field rank is '6', not an integer"),
         ({"dtype": "int8"}, "dtype 'int8' is not one of"),
     ],
 )

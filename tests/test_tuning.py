@@ -126,6 +126,7 @@ def options(**changes: Any) -> cqr.FinetuneOptions:
 LAYOUTS: list[dict[str, Any]] = [
     {"method": "pq", "num_columns": 4, "n_bits": 4},
     {"method": "pq", "num_columns": 4, "n_bits": 4, "rotation": "opq"},
+    {"method": "pq", "num_columns": 4, "n_bits": 4, "rotation": "opq", "rank": 8},
     {"method": "rq", "num_levels": 3, "n_bits": 4},
     {"method": "prq", "num_columns": 2, "num_levels": 2, "n_bits": 4},
     {"method": "cqr", "num_columns": 4, "n_bits": 4, "helper": "random"},

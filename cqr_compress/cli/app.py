@@ -186,6 +186,15 @@ def convert(
         RotationName | None,
         typer.Option(help="Rotate rows before quantizing them.", rich_help_panel=_METHOD, show_default=False),
     ] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            help="Dimensions that the rotation keeps; auto tries several, as does --method auto.",
+            rich_help_panel=_METHOD,
+            show_default=False,
+        ),
+    ] = None,
     helper: Annotated[
         HelperName | None,
         typer.Option(
@@ -274,6 +283,7 @@ def convert(
             num_levels=num_levels,
             n_bits=n_bits,
             rotation=rotation.value if rotation else None,
+            rank=int(rank) if rank is not None and rank.isdecimal() else rank,
             helper=helper.value if helper else None,
             codebook_dtype=codebook_dtype.value,
             keep_rows=_parse_ids(keep_rows),
