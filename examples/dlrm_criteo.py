@@ -146,7 +146,8 @@ def _parse(path: Path) -> dict[str, np.ndarray]:
             label = np.array([row[0] for row in cells]).astype(np.float32)
             blocks.append((np.log1p(dense.clip(min=0)), ids, label))
             print(f"  read {sum(len(block[2]) for block in blocks):,} lines", flush=True)
-    return {k: np.concatenate(parts) for k, parts in zip(("dense", "ids", "label"), zip(*blocks, strict=True), strict=True)}
+    dense, ids, label = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    return {"dense": dense, "ids": ids, "label": label}
 
 
 # model
@@ -260,8 +261,9 @@ def train(data: Data, method: str, codewords: int, args: argparse.Namespace) -> 
                 yield losses(model, batch)
 
         informed = None if method == "cqr-paper" else all_losses
+        short = cqr.ClusterOptions(eta=0.1)  # an example meets the steps of all its 26 rows at once
         schedule = cqr.ClusterSchedule.at_fractions(
-            model, steps * args.epochs, (0.2, 0.4, 0.6), optimizer=optimizer, losses=informed
+            model, steps * args.epochs, (0.1, 0.2, 0.4, 0.6), optimizer=optimizer, losses=informed, options=short
         )
     best, kept = {"bce": math.inf}, model
     for _ in range(args.epochs):
@@ -350,9 +352,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="Criteo's TSV; generated if it is not given")
     parser.add_argument("--num-events", type=int, default=300_000, help="of generated data")
     parser.add_argument("--max-table", type=int, default=20_000, help="rows of a table, at most")
-    parser.add_argument("--codewords", type=int, nargs="+", default=[16, 64, 256, 1024])
+    parser.add_argument("--codewords", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--device", default="cpu")

@@ -13,7 +13,8 @@ class ClusterOptions:
     """How a clustering is done; the defaults were chosen by measurement.
 
     Attributes:
-        eta: damping of the Newton step, with gradients.
+        eta: damping of the Newton step, with gradients. Rows step as if others rested: where an example meets rows
+            of many tables, such as the 26 of DLRM on Criteo, 0.1 is better.
         tau: weight of the prior in it.
         weighted: weigh ids by how often they occur, where that is known.
         iterations: of k-means.
