@@ -38,7 +38,7 @@ MakeTable = Callable[[int, int, int], nn.Module]
 
 @dataclass(frozen=True)
 class Task:
-    """A model and its data; the metric is better when larger."""
+    """A model and its data; the metric is better when larger. `held_out` is what `evaluate` looks at, of clicks."""
 
     build: Callable[[MakeTable], nn.Module]
     train: Batch
@@ -48,6 +48,7 @@ class Task:
     epochs: int
     ppd: tuple[int, ...]
     metric: str
+    held_out: Batch = ()
 
     def batches(self, size: int, shuffled: bool) -> Iterator[Batch]:
         count = len(self.train[0])
@@ -113,7 +114,7 @@ def gmf_task(train: Batch, valid: Batch, sizes: list[int], batch_size: int, epoc
     def build(make: MakeTable) -> nn.Module:
         return DLRM(make, sizes, len(sizes)) if dlrm else GMF(make, sizes[0], sizes[1])
 
-    return Task(build, train, logistic, lambda model: auc(predict(model, valid[0]), valid[1]), batch_size, epochs, ppd, "AUC")  # fmt: skip
+    return Task(build, train, logistic, lambda model: auc(predict(model, valid[0]), valid[1]), batch_size, epochs, ppd, "AUC", valid)  # fmt: skip
 
 
 def logistic(model: nn.Module, batch: Batch) -> Tensor:
@@ -188,22 +189,50 @@ def frappe(train: Path, test: Path) -> Task:
     size, fields = int(max(ids.max(), test_ids.max())) + 1, ids.shape[1]
     return Task(
         lambda make: DLRM(make, [size], fields), (ids, label), logistic,
-        lambda model: auc(predict(model, test_ids), test_label), 256, 20, (128,), "AUC",
+        lambda model: auc(predict(model, test_ids), test_label), 256, 20, (128,), "AUC", (test_ids, test_label),
     )  # fmt: skip
 
 
-def sasrec(path: Path, length: int = 20) -> Task:
+def read_sequences(path: Path) -> list[list[int]]:
+    """The items of each user, from lines of `user item item ...`."""
+    return [[int(x) for x in line.split()[1:]] for line in path.read_text().splitlines()]
+
+
+def padded(items: list[int], length: int) -> list[int]:
+    """The last `length` items, zeros before them."""
+    return [0] * (length - len(items[-length:])) + items[-length:]
+
+
+@torch.no_grad()
+def rank_last(model: nn.Module, lines: list[list[int]], length: int) -> tuple[float, float]:
+    """Rank the last item of each line among all that are not before it: NDCG@10 and HR@10."""
+    model.eval()
+    history, last = (
+        torch.tensor(x) for x in zip(*((padded(line[:-1], length), line[-1]) for line in lines), strict=True)
+    )
+    gain = hits = 0.0
+    rows = model.item.weight
+    table = rows.detach() if type(rows) is nn.Parameter else model.item.decode()
+    for a in range(0, len(lines), 512):
+        scores = model(history[a : a + 512])[:, -1] @ table.T
+        scores[:, 0] = -torch.inf
+        mine = scores.gather(1, last[a : a + 512, None])
+        for i, line in enumerate(lines[a : a + 512]):
+            scores[i, line[:-1]] = -torch.inf
+        rank = (scores > mine).sum(1).double()
+        gain += float((1 / (rank + 2).log2())[rank < 10].sum())
+        hits += float((rank < 10).sum())
+    model.train()
+    return gain / len(lines), hits / len(lines)
+
+
+def sasrec(path: Path, length: int = 20, held_out: int = 1) -> Task:
     """The last item of each user is the test, ranked among all items: NDCG@10; one positive, one negative each."""
-    lines = [[int(x) for x in line.split()[1:]] for line in path.read_text().splitlines()]
+    lines = read_sequences(path)
     num_items = max(max(line) for line in lines) + 1
-
-    def padded(items: list[int]) -> list[int]:
-        return [0] * (length - len(items[-length:])) + items[-length:]
-
-    inputs = torch.tensor([padded(line[:-2]) for line in lines])
-    wanted = torch.tensor([padded(line[1:-1]) for line in lines])
-    history, last = torch.tensor([padded(line[:-1]) for line in lines]), torch.tensor([line[-1] for line in lines])
-    seen = [torch.tensor(line[:-1]) for line in lines]
+    lines = [line[: len(line) - held_out + 1] for line in lines]
+    inputs = torch.tensor([padded(line[:-2], length) for line in lines])
+    wanted = torch.tensor([padded(line[1:-1], length) for line in lines])
 
     def losses(model: nn.Module, batch: Batch) -> Tensor:
         hidden = model(batch[0])
@@ -213,26 +242,10 @@ def sasrec(path: Path, length: int = 20) -> Task:
         down = (hidden * model.item(other)).sum(2)
         return ((F.softplus(-up) + F.softplus(down)) * real).sum(1)
 
-    @torch.no_grad()
-    def evaluate(model: nn.Module) -> float:
-        model.eval()
-        total = 0.0
-        rows = model.item.weight
-        table = rows.detach() if type(rows) is nn.Parameter else model.item.decode()
-        for a in range(0, len(lines), 512):
-            scores = model(history[a : a + 512])[:, -1] @ table.T
-            scores[:, 0] = -torch.inf
-            for i, items in enumerate(seen[a : a + 512]):
-                scores[i, items] = -torch.inf
-            mine = scores.gather(1, last[a : a + 512, None])
-            rank = (scores > mine).sum(1).double()
-            total += float((1 / (rank + 2).log2())[rank < 10].sum())
-        model.train()
-        return total / len(lines)
-
     return Task(
-        lambda make: SASRec(make, num_items), (inputs, wanted), losses, evaluate, 256, 60, (512,), "NDCG@10"
-    )
+        lambda make: SASRec(make, num_items), (inputs, wanted), losses,
+        lambda model: rank_last(model, lines, length)[0], 256, 60, (512,), "NDCG@10",
+    )  # fmt: skip
 
 
 # methods
