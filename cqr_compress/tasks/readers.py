@@ -138,7 +138,7 @@ def read_libfm(path: Path, block_rows: int = BLOCK_ROWS) -> Iterator[Block]:
                 label, *pairs = line.split() or [""]
                 split = [pair.partition(":") for pair in pairs]
                 fields = len(split) if fields is None else fields
-                if not split or len(split) != fields or any(v and float(v) != 1 for _, _, v in split):
+                if not split or len(split) != fields or not all(_is_one(v) for _, _, v in split):
                     raise TaskError(
                         f"{str(path)!r}, line {number}: {line.strip()[:60]!r} is not a label and {fields} ids, "
                         "each with the value 1"
@@ -176,6 +176,13 @@ def _position(path: Path, column: Column, names: list[str]) -> int:
     if column not in names:
         raise TaskError(f"{str(path)!r} has no column {column!r}: it has {', '.join(names)}")
     return names.index(column)
+
+
+def _is_one(value: str) -> bool:
+    try:
+        return not value or float(value) == 1
+    except ValueError:
+        return False
 
 
 def _is_number(cell: str) -> bool:

@@ -35,6 +35,7 @@ def find_table(shapes: Shapes, word: str, named: str | None) -> str:
             raise TaskError(f"the file has no table {named!r}: it has {', '.join(shapes)}")
         return named
     found = [name for name, shape in shapes.items() if word in name.lower() and len(shape) == 2 and shape[1] > 1]
+    found = [name for name in found if f"{name.removesuffix('.weight')}.bias" not in shapes]  # a linear layer
     tables = [name for name in found if shapes[name][0] > shapes[name][1]] or found
     if len(tables) != 1:
         many = (
