@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cqr_compress.loading import parameters_on_meta as parameters_on_meta
     from cqr_compress.nn import CompressedEmbedding as CompressedEmbedding
     from cqr_compress.nn import CompressedEmbeddingBag as CompressedEmbeddingBag
+    from cqr_compress.progress import PrintProgress as PrintProgress
     from cqr_compress.refitting import refit as refit
     from cqr_compress.request import Request as Request
     from cqr_compress.saving import save_compressed as save_compressed
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from cqr_compress.table import CompressedTable as CompressedTable
     from cqr_compress.tuning import FinetuneOptions as FinetuneOptions
     from cqr_compress.tuning import Task as Task
+    from cqr_compress.tuning import TuningReport as TuningReport
     from cqr_compress.tuning import finetune as finetune
 
 _PUBLIC = {
@@ -48,8 +50,10 @@ _PUBLIC = {
     "CompressedTable": "table",
     "CqrCompressError": "errors",
     "FinetuneOptions": "tuning",
+    "PrintProgress": "progress",
     "Request": "request",
     "Task": "tuning",
+    "TuningReport": "tuning",
     "cluster_": "clustering",
     "compress_": "live",
     "convert": "conversion",

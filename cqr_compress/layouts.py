@@ -107,7 +107,7 @@ def _additive_layouts(
             width = rank or D
             for C in _columns(request, width):
                 idle = width == C or (C == 1 and rank is None)
-                if rotation and idle and (rotation != request.rotation or request.method == "rq"):
+                if rotation and idle and (rotation != request.rotation or request.method in ("auto", "rq")):
                     continue
                 for L in levels_choices:
                     if auto and not request.num_levels and (L > 4 if C > 1 else L > 16):

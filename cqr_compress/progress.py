@@ -41,3 +41,15 @@ class Silent:
 
     def warn(self, message: str) -> None:
         """Ignore."""
+
+
+class PrintProgress(Silent):
+    """Prints what was found and warnings, one line each; for scripts and notebooks."""
+
+    def say(self, line: str) -> None:
+        """Print."""
+        print(f"  {line}", flush=True)
+
+    def warn(self, message: str) -> None:
+        """Print."""
+        print(f"  note: {message}", flush=True)
