@@ -1,0 +1,214 @@
+"""What compression cost: rows by frequency, a task's figures side by side, and refits of a file without data."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cqr_compress as cqr
+from cqr_compress.checkpoint import open_checkpoint
+from cqr_compress.errors import OutputExistsError, ShapeError, SpecError, TableNotFoundError
+from cqr_compress.loading import load_checkpoint
+from cqr_compress.quantize.refit import improve
+from cqr_compress.rows import ScannedTable, in_basis, scan_table
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.item_embedding, self.user_embedding = nn.Embedding(3000, 16), nn.Embedding(1500, 16)
+
+
+def rows_of(path: Path, name: str) -> Tensor:
+    model = Model()
+    load_checkpoint(model, path)
+    layer = getattr(model, f"{name}_embedding")
+    return layer.decode().detach() if isinstance(layer, cqr.CompressedEmbedding) else layer.weight.detach()
+
+
+@pytest.fixture
+def dense(tmp_path: Path, model_state: dict[str, Tensor]) -> Path:
+    path = tmp_path / "dense.pt"
+    torch.save({name: value for name, value in model_state.items() if "embedding" in name}, path)
+    return path
+
+
+@pytest.fixture
+def small(dense: Path, tmp_path: Path) -> Path:
+    cqr.convert(dense, tmp_path / "small.safetensors", cqr.Request(method="rq", num_levels=4, n_bits=4))
+    return tmp_path / "small.safetensors"
+
+
+def size_task() -> cqr.Task:
+    """The mean length of rows, as a figure."""
+    return cqr.Task(
+        name="size", model=Model, train_batches=lambda epoch: [torch.arange(10)],
+        loss=lambda model, ids: model.item_embedding(ids).square().sum(1),
+        evaluate=lambda model: {"length": float(model.item_embedding(torch.arange(3000)).norm(dim=1).mean())},
+        metric="length",
+    )  # fmt: skip
+
+
+def test_figures_of_tables_and_tasks_stand_side_by_side(dense: Path, small: Path, tmp_path: Path) -> None:
+    cqr.convert(dense, tmp_path / "other.safetensors", cqr.Request(method="int8"))
+    report = cqr.evaluate([small, tmp_path / "other.safetensors"], against=dense, task=size_task())
+    assert report.dense_bytes == dense.stat().st_size
+    rows = rows_of(dense, "item")
+    assert report.dense == {"length": pytest.approx(float(rows.norm(dim=1).mean()))}
+    for file in report.files:
+        decoded = rows_of(Path(file.file), "item")
+        table = next(t for t in file.tables if t.name == "item_embedding.weight")
+        assert table.quality["relative_mse"] == pytest.approx(
+            float((rows - decoded).square().sum() / rows.square().sum()), rel=1e-4
+        )
+        assert table.quality["mean_cosine"] == pytest.approx(
+            float(torch.cosine_similarity(rows, decoded).mean()), rel=1e-4
+        )
+        assert file.figures == {"length": pytest.approx(float(decoded.norm(dim=1).mean()))}
+        assert file.file_bytes == Path(file.file).stat().st_size and table.bands == []
+    first, second = report.files
+    assert first.tables[0].quality["relative_mse"] > second.tables[0].quality["relative_mse"]
+
+
+def test_bands_hold_the_ids_with_their_share_of_all_uses(dense: Path, small: Path) -> None:
+    counts = torch.zeros(3000)
+    counts[:10] = 500.0  # half of all uses
+    counts[10:410] = 10.0  # the next 40%
+    counts[410:1410] = 1.0  # the last tenth
+    report = cqr.evaluate([small], against=dense, frequencies={"item_embedding.weight": counts})
+    table = next(t for t in report.files[0].tables if t.name == "item_embedding.weight")
+    assert [(band.name, band.num_ids) for band in table.bands] == [
+        ("half of all uses", 10), ("the next 40%", 400), ("the last 10%", 1000), ("never used", 1590)
+    ]  # fmt: skip
+    rows, decoded = rows_of(dense, "item"), rows_of(small, "item")
+    for band, ids in zip(
+        table.bands, (slice(10), slice(10, 410), slice(410, 1410), slice(1410, None)), strict=True
+    ):
+        error = (rows[ids] - decoded[ids]).square().sum() / rows[ids].square().sum()
+        assert band.relative_mse == pytest.approx(float(error), rel=1e-4)
+        assert band.mean_cosine == pytest.approx(
+            float(torch.cosine_similarity(rows[ids], decoded[ids]).mean()), rel=1e-4
+        )
+        assert band.recall_at_10 is None or 0 <= band.recall_at_10 <= 1
+    assert table.bands[3].recall_at_10 is not None
+    assert "weighted_relative_mse" in table.quality
+    assert next(t for t in report.files[0].tables if t.name != table.name).bands == []
+
+
+def test_inspect_shows_what_evaluate_found(dense: Path, small: Path, cli: Cli) -> None:
+    before = small.read_bytes()
+    torch.save({"user_embedding.weight": torch.ones(1500)}, dense.with_name("counts.pt"))
+    printed = cli("evaluate", small, "--against", dense).stdout
+    assert "item_embedding.weight" in printed and "rows beside" in printed
+    assert small.read_bytes() == before
+    saved = json.loads(small.with_suffix(".report.json").read_text())
+    assert saved["evaluation"]["tables"][0]["quality"]["relative_mse"] > 0
+    assert "rows beside" in cli("inspect", small).stdout
+    shown = json.loads(cli("evaluate", small, "--against", dense, "--json").stdout)
+    assert shown["kind"] == "evaluation_report" and len(shown["files"][0]["tables"]) == 2
+    # a file that was written anew is not the one that was evaluated
+    cli("convert", dense, "-o", small, "--ratio", 4, "--force")
+    assert "rows beside" not in cli("inspect", small).stdout
+
+
+def test_evaluate_wants_a_source_or_a_task_that_fit(dense: Path, small: Path, cli: Cli, tmp_path: Path) -> None:
+    assert "--against" in cli("evaluate", small, code=2).stderr
+    torch.save({"item_embedding.weight": torch.randn(3000, 16)}, tmp_path / "less.pt")
+    with pytest.raises(TableNotFoundError, match="user_embedding.weight"):
+        cqr.evaluate([small], against=tmp_path / "less.pt")
+    torch.save(
+        {n: torch.randn(1500, 16) for n in ("item_embedding.weight", "user_embedding.weight")}, tmp_path / "o.pt"
+    )
+    with pytest.raises(ShapeError, match=r"is \(1500, 16\) in .* and \(3000, 16\) in compressed"):
+        cqr.evaluate([small], against=tmp_path / "o.pt")
+
+
+# refits without data
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "pq": {"method": "pq", "num_columns": 4, "n_bits": 4},
+    "opq": {"method": "pq", "num_columns": 4, "n_bits": 4, "rotation": "opq"},
+    "rank": {"method": "pq", "num_columns": 4, "n_bits": 4, "rotation": "pca", "rank": 8},
+    "rq": {"method": "rq", "num_levels": 5, "n_bits": 4, "rounds": 0},
+    "prq": {"method": "prq", "num_columns": 2, "num_levels": 3, "n_bits": 4, "rounds": 0},
+    "helper": {"method": "cqr", "num_columns": 4, "n_bits": 4, "helper": "random", "rounds": 0},
+    "int4": {"method": "int4"},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_refit_lowers_the_error_of_rows_at_the_same_bytes(name: str, dense: Path, tmp_path: Path) -> None:
+    given, made = tmp_path / "given.safetensors", tmp_path / "made.safetensors"
+    cqr.convert(dense, given, cqr.Request(max_sample=700, **LAYOUTS[name]))
+    report = cqr.refit(given, made, dense, rounds=3)
+    for table in report.tables:
+        short = table.name.split("_")[0]
+        rows = rows_of(dense, short)
+        before, after = (
+            float((rows - rows_of(path, short)).square().sum() / rows.square().sum()) for path in (given, made)
+        )
+        assert table.relative_mse == pytest.approx(after, rel=1e-3)
+        assert after < before if name != "int4" else after == before
+    assert made.stat().st_size == pytest.approx(given.stat().st_size, abs=64)
+
+
+def test_errors_of_a_refit_fall_round_by_round_and_are_those_of_the_rows(dense: Path, small: Path) -> None:
+    with open_checkpoint(dense) as checkpoint:
+        scan = scan_table(checkpoint.entries["item_embedding.weight"])
+        model = Model()
+        cqr.load_compressed(model, small)
+        table: Any = model.item_embedding.table()
+        found = improve(scan, table.spec, dict(table.tensors), rounds=4)
+    assert (
+        all(b < a + 1e-6 for a, b in zip(found.errors, found.errors[1:], strict=False)) and len(found.errors) == 5
+    )
+    rows = rows_of(dense, "item")
+    assert found.errors[0] == pytest.approx(
+        float((rows - table.decode()).square().sum() / rows.square().sum()), rel=1e-3
+    )
+    made = cqr.CompressedTable(table.spec, {**table.tensors, **found.tensors})
+    assert found.errors[-1] == pytest.approx(
+        float((rows - made.decode()).square().sum() / rows.square().sum()), rel=1e-3
+    )
+
+
+def test_frequent_rows_are_fitted_better_where_counts_say_so(dense: Path, small: Path, tmp_path: Path) -> None:
+    counts = torch.ones(3000)
+    counts[:300] = 1000.0
+    frequent = slice(300)
+    rows, errors = rows_of(dense, "item"), []
+    for given in ((), {"item_embedding.weight": counts}):
+        cqr.refit(small, tmp_path / "r.safetensors", dense, frequencies=given, force=True)
+        made = rows_of(tmp_path / "r.safetensors", "item")
+        errors.append(float((rows[frequent] - made[frequent]).square().sum()))
+    assert errors[1] < errors[0]
+
+
+def test_rows_in_another_basis_are_read_block_by_block(dense: Path) -> None:
+    basis = torch.randn(16, 16)
+    with open_checkpoint(dense) as checkpoint:
+        scan: ScannedTable = scan_table(checkpoint.entries["item_embedding.weight"])
+        moved = in_basis(scan, basis)
+        blocks = torch.cat([rows for _, rows in moved.blocks()])
+        assert torch.allclose(blocks, rows_of(dense, "item") @ basis, atol=1e-4)
+        assert torch.allclose(moved.sample, scan.sample @ basis) and moved.largest == float(
+            moved.sample.abs().max()
+        )
+
+
+def test_data_free_on_the_command_line(dense: Path, small: Path, cli: Cli, tmp_path: Path) -> None:
+    printed = cli("finetune", small, "--data-free", "--teacher", dense, "-o", "free.safetensors", "--rounds", 2)
+    assert printed.stdout.count("relative squared error") + printed.stderr.count("relative squared error") == 2
+    assert rows_of(tmp_path / "free.safetensors", "item").shape == (3000, 16)
+    with pytest.raises(OutputExistsError):
+        cqr.refit(small, tmp_path / "free.safetensors", dense)
+    assert "--teacher" in cli("finetune", small, "--data-free", code=2).stderr
+    with pytest.raises(SpecError, match="rounds is 0"):
+        cqr.refit(small, tmp_path / "x.safetensors", dense, rounds=0)
