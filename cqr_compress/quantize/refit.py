@@ -18,13 +18,13 @@ from torch import Tensor
 from cqr_compress.bitpack import pack_codes
 from cqr_compress.errors import NonFiniteError
 from cqr_compress.quantize import TableRows, effort_for, fit
-from cqr_compress.quantize.additive import NormalEquations, search_codes
+from cqr_compress.quantize.additive import NormalEquations, beam_search, search_codes
 from cqr_compress.quantize.clustered import point_rows
 from cqr_compress.quantize.rotation import procrustes
 from cqr_compress.spec import STORED, CodebookSpec, TensorShape
 from cqr_compress.table import decode_codes, row_codes
 
-_RESTARTS = 2
+_RESTARTS, _BEAM = 4, 16
 _ORTHOGONAL = 0.05
 
 
@@ -128,11 +128,22 @@ def can_improve(spec: CodebookSpec, tensors: dict[str, Tensor]) -> bool:
 def _encode(part: Tensor, codebooks: Tensor, codes: Tensor, spec: CodebookSpec, seed: int) -> Tensor:
     """Improve the codes (B, L) of one column's rows (B, S)."""
     if spec.num_stored_levels == spec.num_levels:
-        return search_codes(part, codebooks, codes, _RESTARTS, seed)
+        found = search_codes(part, codebooks, codes, _RESTARTS, seed)
+        if spec.num_levels > 1:  # local search stays near the codes it began with
+            other = search_codes(part, codebooks, beam_search(part, codebooks, _BEAM), _RESTARTS, seed + 1)
+            better = _errors(part, codebooks, other) < _errors(part, codebooks, found)
+            found[better] = other[better]
+        return found
     if spec.num_stored_levels == 1:
         codes = codes.clone()
         codes[:, spec.code_sources.index(STORED)] = point_rows(part, codebooks, codes, spec)
     return codes
+
+
+def _errors(rows: Tensor, codebooks: Tensor, codes: Tensor) -> Tensor:
+    """Squared errors (B,) of rows (B, S) that codes (B, L) stand for."""
+    decoded = torch.stack([book[codes[:, level]] for level, book in enumerate(codebooks)]).sum(0)
+    return (rows - decoded).square().sum(1)
 
 
 def fit_in_basis(
