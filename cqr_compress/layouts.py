@@ -128,7 +128,7 @@ def _additive_layouts(
 
 
 def _bases(request: Request, D: int) -> Iterator[tuple[str | None, int | None]]:
-    """Rotations and their ranks."""
+    """Rotations and their ranks; of those that are tried, only ranks that the user's columns divide."""
     auto = request.method == "auto"
     if request.rotation is None and request.rank is None:
         yield None, None
@@ -138,13 +138,15 @@ def _bases(request: Request, D: int) -> Iterator[tuple[str | None, int | None]]:
     if rotation is None:
         return
     if isinstance(request.rank, int):
-        yield rotation, request.rank if request.rank < D else None
+        whole = None if request.method == "rq" else rotation, None
+        yield (rotation, request.rank) if request.rank < D else whole
         return
     yield rotation, None
     if auto or request.rank == "auto":
         for part in sorted(_RANK_SIXTEENTHS, reverse=True):
-            if D * part % 16 == 0:
-                yield rotation, D * part // 16
+            rank, rest = divmod(D * part, 16)
+            if rest == 0 and rank % (request.num_columns or 1) == 0:
+                yield rotation, rank
 
 
 def _columns(request: Request, width: int) -> list[int]:

@@ -232,6 +232,20 @@ def test_a_request_that_contradicts_itself_is_refused(fields: dict[str, Any]) ->
         cqr.Request(**fields)
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        cqr.Request(num_columns=8, ratio=6), cqr.Request(method="rq", rotation="opq", rank=64, ratio=6),
+        cqr.Request(rank=64, ratio=6), cqr.Request(rank=4, ratio=6), cqr.Request(method="prq", rotation="pca", rank="auto", num_columns=4, ratio=6),
+    ],
+)  # fmt: skip
+def test_ranks_that_a_table_cannot_have_are_left_out(tmp_path: Path, ckpt: Path, request_: cqr.Request) -> None:
+    report = cqr.convert(ckpt, tmp_path / "s.safetensors", request_)
+    assert len(report.tables) == 2 and all(table.ratio_bytes >= 6 for table in report.tables)
+    if request_.rank == 4:
+        assert all("rank 4" in table.layout for table in report.tables)
+
+
 def test_a_column_count_that_does_not_divide_is_refused_with_the_choices(tmp_path: Path, ckpt: Path) -> None:
     with pytest.raises(SpecError, match="Choose num_columns from 1, 2, 4, 8, 16"):
         cqr.convert(ckpt, tmp_path / "s.safetensors", cqr.Request(method="pq", num_columns=3, n_bits=4))
