@@ -611,6 +611,32 @@ def torchrun(folder: Path, processes: int, *args: object) -> subprocess.Complete
     return done
 
 
+def test_no_thread_outlives_the_processes_group(tmp_path: Path) -> None:
+    script = tmp_path / "leave.py"
+    script.write_text(
+        """
+import weakref
+import torch
+import torch.distributed as dist
+from cqr_compress.processes import add_up, launched_processes, of_all
+
+with launched_processes(torch.device("cpu")):
+    group = weakref.ref(dist.group.WORLD)
+    weight = torch.ones(3, requires_grad=True)
+    torch.optim.AdamW([weight]).zero_grad()
+    import torch.distributed.nn.functional
+    add_up(weight.detach())
+    assert of_all(group() is not None) == [True, True]
+assert group() is None
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("codes", ["reassign", "recluster"])
 def test_two_processes_train_as_one_with_the_same_global_batch(
     codes: str, task_file: Path, dense: Path, small: Path, tmp_path: Path, cli: Cli
