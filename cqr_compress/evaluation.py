@@ -14,6 +14,7 @@ from torch import Tensor
 from cqr_compress.checkpoint import Checkpoint, open_checkpoint
 from cqr_compress.checkpoint.compressed import CompressedCheckpoint
 from cqr_compress.checkpoint.writer import atomic_file
+from cqr_compress.errors import OutputError
 from cqr_compress.frequencies import Frequencies, read_frequencies
 from cqr_compress.loading import load_checkpoint
 from cqr_compress.progress import Progress, Silent
@@ -22,7 +23,7 @@ from cqr_compress.refitting import source_rows
 from cqr_compress.report import SizeReport, report_of, report_path
 from cqr_compress.rows import ScannedTable
 from cqr_compress.table import CompressedTable
-from cqr_compress.tuning.run import build_model, default_device
+from cqr_compress.tuning.run import build_model, own_device
 from cqr_compress.tuning.task import Task
 from cqr_compress.tuning.trainer import evaluate_task
 
@@ -132,7 +133,7 @@ def evaluate(
         CqrCompressError: see the subclasses in `errors`.
     """
     progress = progress or Silent()
-    chosen = default_device() if device is None else torch.device(device)
+    chosen = own_device(device)
     dense, dense_bytes = None, None
     if against is not None:
         with open_checkpoint(against) as checkpoint:
@@ -159,7 +160,10 @@ def evaluate(
         files=found,
     )
     for one in found:
-        _complete(Path(one.file), report, one)
+        try:
+            _complete(Path(one.file), report, one)
+        except OutputError as e:
+            progress.warn(f"the report beside {one.file!r} stays as it was: {e}")
     return report
 
 

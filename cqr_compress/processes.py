@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_TIMEOUT = timedelta(days=7)  # others wait while the first process fits a table, however large
 
 
 def world_size() -> int:
@@ -60,7 +62,7 @@ def launched_processes(device: torch.device) -> Iterator[None]:
     """Join the processes that `torchrun` started, if it did; leave them at the end.
 
     Args:
-        device: that this process computes on; gloo joins CPUs, nccl GPUs.
+        device: that this process computes on; gloo joins CPUs and passes objects, nccl joins GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         yield
@@ -68,7 +70,9 @@ def launched_processes(device: torch.device) -> Iterator[None]:
     # Defaults of this module's functions keep the group that is there at its first import (optimizers import it).
     # Gloo's threads would then outlive it, and one that frees a tensor while Python ends aborts the process.
     importlib.import_module("torch.distributed.nn.functional")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cqr_compress import __version__
@@ -134,6 +135,16 @@ class _Parts:
     def add_tensor(self, name: str, shape: TensorShape, tensor: Tensor) -> None:
         self._add(name, shape, tensor)
 
+    def add_dense(self, entry: TensorEntry, tensor: Tensor) -> None:
+        """Write a model's tensor; bit for bit as the file has it, if it is the same in the model's dtype."""
+
+        def write(out: Output) -> None:
+            held = entry.lazy.read()
+            same = torch.equal(held.to(tensor.dtype), tensor.detach().cpu())
+            out.write(entry.name, held if same else _narrowed(entry.name, tensor, entry.dtype))
+
+        self._put(entry.name, TensorShape(entry.shape, entry.dtype), write)
+
     def copy(self, entry: TensorEntry) -> None:
         def write(out: Output) -> None:
             for _, block in read_blocks(entry, BLOCK_BYTES):
@@ -147,12 +158,16 @@ class _Parts:
 
     def _add(self, stored: str, shape: TensorShape, tensor: Tensor) -> None:
         def write(out: Output) -> None:
-            value = tensor.detach().to(device="cpu", dtype=shape.dtype).contiguous()
-            if not bool(value.isfinite().all()) and bool(tensor.isfinite().all()):
-                raise NonFiniteError(f"{stored!r} has values beyond {shape.dtype}: nothing was written")
-            out.write(stored, value)
+            out.write(stored, _narrowed(stored, tensor, shape.dtype))
 
         self._put(stored, shape, write)
+
+
+def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    value = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+    if not bool(value.isfinite().all()) and bool(tensor.isfinite().all()):
+        raise NonFiniteError(f"{name!r} has values beyond {dtype}: nothing was written")
+    return value
 
 
 def _parts_like(
@@ -172,10 +187,9 @@ def _parts_like(
         if made.layout != spec.layout:
             header["tables"][name]["reason"] = "chosen anew for the task"
     for name, entry in opened.dense_entries.items():
-        shape = TensorShape(entry.shape, entry.dtype)
         place = places.get(name)
-        if place is not None and tuple(place.tensor.shape) == shape.shape:
-            parts.add_tensor(name, shape, place.tensor)
+        if place is not None and tuple(place.tensor.shape) == tuple(entry.shape):
+            parts.add_dense(entry, place.tensor)
         else:
             parts.copy(entry)
     return parts

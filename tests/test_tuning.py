@@ -353,6 +353,26 @@ def test_a_run_with_other_settings_does_not_go_on(small: Path, tmp_path: Path) -
     assert finetune(small, out, task(), options(learning_rate=0.5), force=True).improved
 
 
+def test_a_run_that_goes_on_keeps_its_metric_its_task_and_its_last_step(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+
+    def dies(model: nn.Module) -> dict[str, float]:
+        if state_path(out).exists():
+            raise _KilledError
+        return bce(model)
+
+    chosen = options(max_steps=30, save_every=30, eval_every=40)
+    with pytest.raises(_KilledError):
+        finetune(small, out, task(evaluate=dies), chosen)
+    with pytest.raises(StateError, match=r"metric was 'bce' and is 'half'; mode was 'min' and is 'max'"):
+        finetune(small, out, task(metric="half", mode="max"), chosen, resume=True)
+    with pytest.raises(StateError, match=r"lines was None and is 7.*leave out --resume and pass --force"):
+        finetune(small, out, task(identity={"lines": 7}), chosen, resume=True)
+    report = finetune(small, out, task(), chosen, resume=True)
+    assert report.steps == 30 and [e["step"] for e in report.history] == [0, 30]
+    assert "30 steps are done" in report.verdict
+
+
 def test_resume_without_a_state_begins(small: Path, tmp_path: Path) -> None:
     assert finetune(small, tmp_path / "out.safetensors", task(), options(), resume=True).steps == 60
 
@@ -371,6 +391,12 @@ def test_an_interrupt_writes_the_best_so_far(small: Path, tmp_path: Path) -> Non
     assert "interrupted" in report.verdict and report.improved and report.best_step == 30
     assert measured(tmp_path / "out.safetensors") == pytest.approx(report.after["bce"], abs=1e-6)
     assert state_path(tmp_path / "out.safetensors").exists()
+    with pytest.raises(OutputExistsError, match="--resume"):
+        finetune(small, tmp_path / "out.safetensors", task(), options())
+    report = finetune(small, tmp_path / "out.safetensors", task(), options(), resume=True)
+    assert report.steps == 60 and not state_path(tmp_path / "out.safetensors").exists()
+    with pytest.raises(OutputExistsError, match="--force"):
+        finetune(small, tmp_path / "out.safetensors", task(), options(), resume=True)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(small: Path, tmp_path: Path) -> None:
@@ -437,6 +463,68 @@ def test_statistics_of_batches_rest_where_codebooks_alone_are_trained(dense: Pat
         assert bool((model.norm.running_mean != 0).any()) == moved  # type: ignore[union-attr]
 
 
+def test_what_a_forward_writes_to_is_given_back_too(dense: Path, tmp_path: Path) -> None:
+    class Counting(Ratings):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.InstanceNorm1d(1, track_running_stats=True)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, user: Tensor, item: Tensor) -> Tensor:
+            self.seen += self.training
+            x = self.user_embedding(user) * self.item_embedding(item)
+            return self.out(self.norm(x[:, None])[:, 0])[:, 0] + self.seen / 1000
+
+    torch.save({**Counting().state_dict(), **torch.load(dense)}, tmp_path / "ckpt.pt")
+    given = compressed(tmp_path / "ckpt.pt", tmp_path, method="pq", num_columns=4, n_bits=4)
+    out = tmp_path / "out.safetensors"
+    for mode, seen in (("min", 0.0), ("max", 60.0)):  # rising figures: the first ones, or the last ones are kept
+        rising = itertools.count()
+        either = task(model=Counting, evaluate=lambda m, rising=rising: {"bce": float(next(rising))}, mode=mode)
+        report = finetune(given, out, either, options(), force=True)
+        assert report.improved == (mode == "max")
+        model = Counting()
+        cqr.load_compressed(model, out)
+        assert model.seen.item() == seen
+        assert not model.norm.running_mean.any()  # type: ignore[union-attr]
+
+
+def test_dense_tensors_of_a_narrower_model_are_written_as_they_were(small: Path, tmp_path: Path) -> None:
+    class Narrow(Ratings):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out.bfloat16()
+
+        def forward(self, user: Tensor, item: Tensor) -> Tensor:
+            return self.out((self.user_embedding(user) * self.item_embedding(item)).bfloat16())[:, 0].float()
+
+    finetune(small, tmp_path / "out.safetensors", task(model=Narrow), options(max_steps=2, codes="frozen"))
+    assert tensors(tmp_path / "out.safetensors")["out.weight"] == tensors(small)["out.weight"]
+
+
+def test_tables_that_the_loss_does_not_use_stay_as_they_are(dense: Path, small: Path, tmp_path: Path) -> None:
+    class Extra(Ratings):
+        def __init__(self) -> None:
+            super().__init__()
+            self.side_embedding = nn.Embedding(USERS, D)
+
+    torch.save({**Extra().state_dict(), **torch.load(dense)}, tmp_path / "ckpt.pt")
+    given = compressed(tmp_path / "ckpt.pt", tmp_path, method="pq", num_columns=4, n_bits=4)
+    for codes in ("reassign", "recluster"):
+        report = finetune(
+            given, tmp_path / f"{codes}.safetensors", task(model=Extra), options(codes=codes),
+            teacher=tmp_path / "ckpt.pt",
+        )  # fmt: skip
+        assert report.improved and any(codes in line for line in report.log)
+        before, after = Extra(), Extra()
+        cqr.load_compressed(before, given)
+        cqr.load_compressed(after, tmp_path / f"{codes}.safetensors")
+        assert before.side_embedding.weight[:].equal(after.side_embedding.weight[:])
+    nothing = task(loss=lambda m, b: m.out.bias + 0 * b[2])
+    with pytest.raises(SpecError, match="no gradient reached 'user_embedding.weight', 'item_embedding.weight'"):
+        finetune(small, tmp_path / "n.safetensors", nothing, options(train="all"), teacher=dense)
+
+
 def test_what_does_not_fit_is_refused_before_the_work(dense: Path, small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     with pytest.raises(TaskError, match="metric is 'auc' and evaluate gave bce, half"):
@@ -463,6 +551,9 @@ def test_what_does_not_fit_is_refused_before_the_work(dense: Path, small: Path, 
     torch.save(other, tmp_path / "other.pt")
     with pytest.raises(ShapeError, match=r"\(401, 16\)"):
         finetune(small, out, task(), options(), teacher=tmp_path / "other.pt", evaluate_teacher=False)
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(SpecError, match="there is no device"):
+            finetune(small, out, task(), options(), device=device)
     for wrong in ({"epochs": 0}, {"train": "none"}, {"codes": "x"}, {"learning_rate": 0.0}, {"until": 2.0}):
         with pytest.raises(SpecError):
             options(**wrong)

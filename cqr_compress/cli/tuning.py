@@ -372,14 +372,12 @@ def _tune(
     force: bool,
     as_json: bool,
 ) -> None:
-    import torch
-
     from cqr_compress import processes
     from cqr_compress.cli.render import TerminalProgress, print_load_hint, print_tuning_report
     from cqr_compress.tuning import finetune as finetune_file
-    from cqr_compress.tuning.run import default_device
+    from cqr_compress.tuning.run import own_device
 
-    chosen = default_device() if device is None else torch.device(device)
+    chosen = own_device(device)
     with processes.launched_processes(chosen), TerminalProgress() as progress:
         report = finetune_file(
             compressed, target, task, options, teacher=teacher, evaluate_teacher=evaluate_teacher, device=chosen,

@@ -73,8 +73,8 @@ def cluster_(
     jobs = [
         LayerClustering.begin(name, layer, weights.get(name), options, informed) for name, layer in layers.items()
     ]
-    work_columns(model, jobs, losses, options.buffer_bytes, "clustering", progress)
-    return [job.finish(optimizer if optimizer_state == "reset" else None) for job in jobs]
+    done = work_columns(model, jobs, losses, options.buffer_bytes, "clustering", progress)
+    return [job.finish(optimizer if optimizer_state == "reset" else None) for job in done]
 
 
 def clusterable_layers(model: nn.Module) -> dict[str, TableLayer]:

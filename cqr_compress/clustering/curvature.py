@@ -79,8 +79,11 @@ def measure_curvature(
             of this one's part of the data.
         progress: told of the work.
 
+    Returns:
+        By name; layers that no gradient reached are left out.
+
     Raises:
-        SpecError: reduced losses, or no gradient reached a layer.
+        SpecError: reduced losses, or no gradient reached any layer.
         NonFiniteError: gradients with NaN or infinity.
     """
     progress = progress or Silent()
@@ -92,8 +95,9 @@ def measure_curvature(
         found = sums[layer]
         processes.add_up(found.matrix)
         processes.add_up(found.counts)
-        if not found.counts.any():
-            raise SpecError(f"no gradient reached {name!r}: the losses do not depend on it")
         if not found.matrix.isfinite().all():
             raise NonFiniteError(f"gradients at the rows of {name!r} have NaN or infinity")
-    return {name: sums[layer] for name, layer in layers.items()}
+    reached = {name: sums[layer] for name, layer in layers.items() if sums[layer].counts.any()}
+    if not reached:
+        raise SpecError(f"no gradient reached {', '.join(map(repr, layers))}: the losses do not depend on them")
+    return reached

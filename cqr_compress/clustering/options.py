@@ -21,6 +21,8 @@ class ClusterOptions:
         points_per_centroid: ids that are sampled for each centroid.
         block_bytes: working memory of a block of rows; results do not depend on it.
         buffer_bytes: memory for gradients; more passes over the data are made where a table needs more.
+        skip_unreached: whether layers that no gradient reaches stay as they are, with a warning, instead of an
+            error.
         seed: of samples, k-means and helper hashes; drawn anew for each clustering of a layer.
     """
 
@@ -31,6 +33,7 @@ class ClusterOptions:
     points_per_centroid: int = 256
     block_bytes: int = BLOCK_BYTES
     buffer_bytes: int = 2 * 2**30
+    skip_unreached: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import nn
 
@@ -25,19 +25,26 @@ class ColumnJob(Protocol):
         """Find what becomes of one column."""
 
 
+Job = TypeVar("Job", bound=ColumnJob)
+
+
 def work_columns(
     model: nn.Module,
-    jobs: Sequence[ColumnJob],
+    jobs: Sequence[Job],
     losses: Losses | None,
     buffer_bytes: int,
     label: str,
     progress: Progress,
-) -> None:
+) -> list[Job]:
     """Do the work of every column, after a pass over the data that sums its gradients.
 
     With several processes each passes over its own part of the data, the sums are added up, and only the first
     process works on columns.
+
+    Returns:
+        The jobs whose work was done: all, but those of layers that no gradient reached, where that is allowed.
     """
+    left: set[Job] = set()
     for group in _groups(jobs, buffer_bytes if losses else None):
         sums: dict[TableLayer, RowGradients] = {}
         if losses is not None:
@@ -51,6 +58,8 @@ def work_columns(
                 for tensor in (found.gradient, found.fisher, found.counts, found.blocks):
                     if tensor is not None:
                         processes.add_up(tensor)
+        left |= {job for job in group if job.targets.may_be_left(sums.get(job.targets.layer))}
+        group = {job: columns for job, columns in group.items() if job not in left}
         progress.start(label, sum(map(len, group.values())), "columns")
         for job, columns in group.items():
             gradients = sums.get(job.targets.layer)
@@ -59,11 +68,15 @@ def work_columns(
             for column in columns if processes.rank() == 0 else ():
                 job.work_column(column, gradients)
                 progress.advance()
+    for job in jobs:
+        if job in left:
+            progress.warn(f"no gradient reached {job.targets.name!r}, which stays as it is")
+    return [job for job in jobs if job not in left]
 
 
-def _groups(jobs: Sequence[ColumnJob], buffer_bytes: int | None) -> Iterator[dict[ColumnJob, range]]:
+def _groups(jobs: Sequence[Job], buffer_bytes: int | None) -> Iterator[dict[Job, range]]:
     """Split the columns of all layers into groups whose gradients fit the buffer; at least one column each."""
-    group: dict[ColumnJob, range] = {}
+    group: dict[Job, range] = {}
     free = buffer_bytes or 0
     for job in jobs:
         start, spec = 0, job.targets.spec

@@ -84,8 +84,8 @@ def reassign_(
             f"{type(model).__name__} has no layer whose codes are all stored{listed_layers(model)}"
         )
     jobs = [LayerReassignment.begin(name, layer, options, max_moved) for name, layer in layers.items()]
-    work_columns(model, jobs, losses, options.buffer_bytes, "reassigning codes", progress)
-    return [job.finish() for job in jobs]
+    done = work_columns(model, jobs, losses, options.buffer_bytes, "reassigning codes", progress)
+    return [job.finish() for job in done]
 
 
 def reassignable_layers(model: nn.Module) -> dict[str, TableLayer]:

@@ -69,6 +69,10 @@ class Targets:
         at = column * S - gradients.columns.start
         return moved[:, at : at + S].contiguous()
 
+    def may_be_left(self, gradients: RowGradients | None) -> bool:
+        """Whether no gradient reached the layer, and the options let it be."""
+        return gradients is not None and self.options.skip_unreached and not gradients.counts.any()
+
     def take(self, gradients: RowGradients) -> None:
         """Learn from a pass over the data what the prior of rows is.
 

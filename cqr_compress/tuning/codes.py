@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +65,13 @@ class CodeChanges:
         return asked
 
     def is_due(self, epoch: int) -> bool:
-        """Whether codes change at the end of an epoch, counted from 1."""
-        return epoch <= int(self.options.epochs * self.options.until + 1e-9) and epoch < self.options.epochs
+        """Whether codes change after so many epochs; 0 is before the first."""
+        last = int(self.options.epochs * self.options.until + 1e-9)
+        return self.options.until > 0 and epoch <= last and epoch < self.options.epochs
 
     def change(self, kind: str, losses: Losses, optimizer: torch.optim.Optimizer) -> str:
         """Cluster or reassign; what was done, in a few words."""
+        clustering = replace(self.options.clustering, skip_unreached=True)
         if kind == "recluster":
             named = {id(layer): name for name, layer in self.tables.items()}
             counts = {
@@ -79,11 +81,10 @@ class CodeChanges:
             }
             done = cluster_(
                 self.model, losses if self.options.informed else None, counts=counts, optimizer=optimizer,
-                options=self.options.clustering, progress=self.progress,
+                options=clustering, progress=self.progress,
             )  # fmt: skip
             return "reclustered, " + ", ".join(f"{d.name} {d.moved:.0%} of ids moved" for d in done)
         moved = reassign_(
-            self.model, losses, max_moved=self.options.max_moved, options=self.options.clustering,
-            progress=self.progress,
-        )  # fmt: skip
+            self.model, losses, max_moved=self.options.max_moved, options=clustering, progress=self.progress
+        )
         return "reassigned, " + ", ".join(f"{d.name} {d.moved:.0%} of {d.wanted:.0%} moved" for d in moved)

@@ -34,7 +34,7 @@ class Refit:
     Attributes:
         tuned: the model; its tables change.
         teacher: the dense checkpoint.
-        curvature: what the task says about each table.
+        curvature: what the task says about each table; others stay as they are.
         counts: how often ids are used, by table.
         method: that the conversion was asked for.
         budgets: bytes that each table may have; its own if it is not named.
@@ -71,7 +71,7 @@ class Refit:
             TableNotFoundError: the teacher lacks a table.
             ShapeError: it has another shape there.
         """
-        given = {name: layer.spec for name, layer in self.tables(self.tuned).items()}
+        given = {name: layer.spec for name, layer in self.tables(self.tuned).items() if name in self.curvature}
         for weighted, rotated in itertools.product((False, True), self._ways(given)):
             layouts = []
             with open_checkpoint(self.teacher) as checkpoint:

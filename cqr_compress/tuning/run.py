@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from cqr_compress import processes
 from cqr_compress.checkpoint import open_checkpoint
-from cqr_compress.checkpoint.compressed import CompressedCheckpoint
+from cqr_compress.checkpoint.compressed import CompressedCheckpoint, dump_header
 from cqr_compress.checkpoint.writer import check_outputs
 from cqr_compress.errors import OutputExistsError, SpecError, TaskError
 from cqr_compress.frequencies import check_counts
@@ -77,7 +78,7 @@ def finetune(
     source, output, options = Path(source), Path(output), options or FinetuneOptions()
     teacher = None if teacher is None else Path(teacher)
     progress = (progress or Silent()) if processes.rank() == 0 else Silent()
-    chosen = default_device() if device is None else torch.device(device)
+    chosen = own_device(device)
     if options.distill and teacher is None:
         raise SpecError(f"distill is {options.distill!r}: give the teacher, the dense checkpoint to learn from")
     state = state_path(output)
@@ -85,6 +86,7 @@ def finetune(
         raise OutputExistsError(
             f"{str(state)!r} is the state of an interrupted run: go on with --resume, or begin anew with --force"
         )
+    force = force or (resume and state.exists())  # the output is then what the interrupted run wrote
     check_outputs([output, report_path(output)], force, [source, *([teacher] if teacher else [])])
     began = time.monotonic()
     with open_checkpoint(source) as checkpoint:
@@ -143,11 +145,22 @@ def finetune(
     return replace(report, size=size)
 
 
-def default_device() -> torch.device:
-    """Choose CUDA where there is one, of several the one of this process, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+def own_device(asked: torch.device | str | None = None) -> torch.device:
+    """The device of this process: what was asked, or CUDA where there is one; of several the one of its number.
+
+    Raises:
+        SpecError: there is no such device.
+    """
+    try:
+        device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as e:
+        raise SpecError(f"there is no device {str(asked)!r}: give cpu, cuda or cuda:1, for example") from e
+    if device.type != "cuda":
+        return device
+    number = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    if number >= torch.cuda.device_count():
+        raise SpecError(f"there is no device cuda:{number}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", number)
 
 
 def build_model(task: Task, seed: int) -> nn.Module:
@@ -188,10 +201,14 @@ def _identity(
     return {
         "source": opened.checkpoint.path.name,
         "source_bytes": opened.checkpoint.file_bytes,
+        "source_header": hashlib.sha256(dump_header(opened.header).encode()).hexdigest(),
         "teacher": None if teacher is None else teacher.name,
         "task": task.name,
+        "metric": task.metric,
+        "mode": task.mode,
         "processes": processes.world_size(),
         **settings,
+        **task.identity,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class Task:
         mode: "max" if more of it is better, or "min".
         frequencies: how often each id of a table is used, (N,), by the name of the tensor, or None.
         optimizer: makes the optimizer of some parameters; AdamW if None.
+        identity: what tells it from other tasks of this name, as plain values: a run that goes on after a kill has
+            to have the same.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Task:
     mode: str = "max"
     frequencies: Callable[[str], Tensor | None] | None = None
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

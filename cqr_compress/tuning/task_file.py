@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import sys
 import traceback
@@ -97,7 +98,8 @@ def load_task_file(path: str | Path) -> Task:
     batches = functions["train_batches"]
     functions["train_batches"] = lambda epoch: _iterate(batches(epoch), path)
     mode = getattr(module, "mode", "max")
-    return Task(name=path.name, metric=module.metric, mode=mode, **functions)
+    identity = {"task_file_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return Task(name=path.name, metric=module.metric, mode=mode, identity=identity, **functions)
 
 
 def _run(path: Path) -> ModuleType:

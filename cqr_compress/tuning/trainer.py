@@ -119,6 +119,8 @@ class Trainer:
         if self.guard.exhausted:
             return self._patience()
         for epoch in range(position.epoch, options.epochs):
+            if self._steps_are_done:  # as the state says that was gone on from
+                return self._end_of_steps()
             if not position.codes_changed:
                 self._change_codes(epoch)
             if position.steps_per_epoch is None:
@@ -136,23 +138,32 @@ class Trainer:
                     self._save()
                 elif self._save_is_due():
                     self._save()
-                if position.step == options.max_steps:
+                if self._steps_are_done:
                     break
             if not position.step_of_epoch:
                 raise TaskError(f"train_batches({epoch}) gave no batch")
-            ended = position.step == options.max_steps
-            if not ended:
-                position.steps_per_epoch = position.step_of_epoch
-                position.epoch, position.step_of_epoch, position.codes_changed = epoch + 1, 0, False
-            due = options.eval_every is None or ended or epoch + 1 == options.epochs
-            if due and self.guard.history[-1].step != position.step:
-                self._evaluate("trained")
-            if ended:
-                return f"{options.max_steps} steps are done"
+            if self._steps_are_done:
+                return self._end_of_steps()
+            position.steps_per_epoch = position.step_of_epoch
+            position.epoch, position.step_of_epoch, position.codes_changed = epoch + 1, 0, False
+            if options.eval_every is None or epoch + 1 == options.epochs:
+                self._evaluate_once()
             if self.guard.exhausted:
                 return self._patience()
             self._save()
         return f"{options.epochs} epochs are done"
+
+    @property
+    def _steps_are_done(self) -> bool:
+        return self.options.max_steps is not None and self.position.step >= self.options.max_steps
+
+    def _end_of_steps(self) -> str:
+        self._evaluate_once()
+        return f"{self.options.max_steps} steps are done"
+
+    def _evaluate_once(self) -> None:
+        if self.guard.history[-1].step != self.position.step:
+            self._evaluate("trained")
 
     def _step(self, step: Step) -> bool:
         """Make one step of the optimizer; whether its loss was finite."""

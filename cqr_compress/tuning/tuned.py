@@ -98,11 +98,11 @@ class TunedModel:
         _widen(layer)
 
     def train_mode(self) -> None:
-        """Put the model into train mode; running statistics of batches rest where only codebooks are trained."""
+        """Put the model into train mode; running statistics rest where only codebooks are trained."""
         self.model.train()
         if not self.everything:
             for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if isinstance(module, nn.modules.batchnorm._NormBase):
                     module.eval()
 
     @contextmanager
@@ -129,11 +129,7 @@ class TunedModel:
             }
             for name, layer in self.tables.items()
         }
-        others: dict[str, Tensor] = {}
-        if self.everything:
-            inside = {id(t) for layer in self.tables.values() for t in layer.table_tensors().values()}
-            state = self.model.state_dict(keep_vars=True)
-            others = {n: t.detach().clone() for n, t in state.items() if id(t) not in inside}
+        others = {name: tensor.detach().clone() for name, tensor in self._others().items()}
         return {"tables": tables, "others": others}
 
     @torch.no_grad()
@@ -147,7 +143,17 @@ class TunedModel:
                 layer.reseed(spec.seed)
             for short, tensor in layer.table_tensors().items():
                 tensor.data.copy_(kept["tensors"][short])
-        self.model.load_state_dict(snapshot["others"], strict=False)
+        others = self._others()
+        for name, value in snapshot["others"].items():
+            others[name].data.copy_(value)
+
+    def _others(self) -> dict[str, Tensor]:
+        """What can change outside of tables: buffers, which a forward in train mode may fill, and parameters."""
+        inside = {id(t) for layer in self.tables.values() for t in layer.table_tensors().values()}
+        found = dict(self.model.named_buffers())
+        if self.everything:
+            found |= dict(self.model.named_parameters())
+        return {name: tensor for name, tensor in found.items() if id(tensor) not in inside}
 
 
 def _widen(layer: TableLayer) -> None:
