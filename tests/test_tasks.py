@@ -132,6 +132,8 @@ def test_parquet_files_are_read_or_the_extra_is_named(tmp_path: Path) -> None:
         ("a,b,c\n1,2,1\n", {"user": "u", "item": "b", "label": "c"}, "has no column 'u': it has a, b, c"),
         ("1,2\n", {}, "has 2 columns, and no column 2"),
         ('1,2,1\n1,"2,1\n', {}, "line"),
+        ("1,2,1\n18446744073709551615,2,1\n", {}, "line 2: '18446744073709551615' is too large"),
+        ('1,2,1\n\n3,"4\n",1\nx,4,1\n', {}, "line 5: 'x' is not a number"),
     ],
 )  # fmt: skip
 def test_what_a_file_cannot_mean_is_refused_with_its_line(
@@ -157,7 +159,7 @@ def test_blocks_do_not_change_what_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "c.csv", clicks_text(count=100))
     whole = next(read_blocks(path, ["item", 0]))
     parts = list(read_blocks(path, ["item", 0], block_rows=7))
-    assert [block.first_line for block in parts[:3]] == [2, 9, 16]
+    assert [block.lines[0] for block in parts[:3]] == [2, 9, 16]
     for column in (0, 1):
         assert whole.columns[column].tolist() == [x for block in parts for x in block.columns[column].tolist()]
 
@@ -398,6 +400,57 @@ def test_dlrm_on_libfm_reads_one_table_for_all_fields(tmp_path: Path) -> None:
         assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("latin.csv", "user,item,label,title\n1,2,1,Caf\xe9\n".encode("latin-1"), "is not a text file of UTF-8"),
+        ("latin.tsv", "us\xe9r\titem\tlabel\n".encode("latin-1"), "is not a text file of UTF-8"),
+        ("plain.csv.gz", b"user,item,label\n1,2,1\n", "cannot be read: Not a gzipped file"),
+        ("torn.csv.gz", gzip.compress(clicks_text().encode())[:-9], "cannot be read: Compressed file ended"),
+        ("none.csv", None, "there is no data file"),
+        ("none.parquet", None, "pyarrow|no such file|No such file"),
+    ],
+)
+def test_files_of_another_kind_are_refused(tmp_path: Path, name: str, data: bytes | None, message: str) -> None:
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    task = builtin_task("gmf", pair_file(tmp_path), options(tmp_path / name, held_out=[tmp_path / name]))
+    with pytest.raises(TaskError, match=message):
+        list(task.train_batches(0))
+
+
+def test_marks_empty_lines_and_quotes_in_titles_do_not_lose_rows(tmp_path: Path) -> None:
+    small = pair_file(tmp_path)
+    quoted = 'user\titem\tlabel\ttitle\n1\t2\t1\t"Salem\n\n2\t3\t0\t3"\n3\t4\t1\t\n\n'
+    marked = "\ufeff1,2,1\n2,3,0\n3,4,1\n"
+    for name, text in (("a.tsv", quoted), ("a.csv", marked), ("a.csv.gz", marked), ("b.csv", marked + "\n")):
+        path = write(tmp_path / name, text)
+        ((user, item, label),) = builtin_task("gmf", small, options(path, held_out=[path])).train_batches(0)
+        found = sorted(zip(user.tolist(), item.tolist(), label.tolist(), strict=True))
+        assert found == [(1, 2, 1.0), (2, 3, 0.0), (3, 4, 1.0)], name
+
+
+def test_layers_of_towers_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    linears = {f"user_fc{i}.weight": torch.randn(D, D) for i in (2, 10, 0)}
+    path = write(tmp_path / "c.csv", clicks_text())
+    model = builtin_task("two-tower", pair_file(tmp_path, **linears), options(path)).model()
+    model.load_state_dict(torch.load(tmp_path / "ckpt.pt"))
+    state = torch.load(tmp_path / "ckpt.pt")
+    x = state["user_emb.weight"][:3]
+    for i, last in ((0, False), (2, False), (10, True)):
+        x = F.linear(x, state[f"user_fc{i}.weight"])
+        x = x if last else F.relu(x)
+    expected = (x * state["item_emb.weight"][:3]).sum(1)
+    assert torch.allclose(model(torch.arange(3), torch.arange(3)), expected, atol=1e-4)
+    for wrong, message in (
+        ({"user_in.weight": torch.randn(D, D), "user_hidden.weight": torch.randn(D, D)}, "cannot tell the order"),
+        ({"user_fc0.weight": torch.randn(4, D), "user_fc1.weight": torch.randn(D, D)}, "takes 8 values, and what"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            builtin_task("two-tower", pair_file(tmp_path, **wrong), options(path)).model()
+
+
 # sasrec
 
 
@@ -439,6 +492,18 @@ def test_sasrec_trains_on_all_but_the_last_two_items_of_users(tmp_path: Path) ->
     losses = task.loss(model, (items, wanted))
     assert losses.shape == (8,) and bool((losses > 0).all())
     assert set(tuned(task, small)) == {"ndcg@10", "hr@10", "test_ndcg@10", "test_hr@10"}
+
+
+def test_sasrec_reads_pairs_and_gzipped_files(tmp_path: Path) -> None:
+    task, small = sasrec_task(tmp_path)
+    lines = (line.split() for line in SEQUENCES.splitlines())
+    pairs = "".join(f"{user} {item}\n" for user, *items in lines for item in items)
+    other = builtin_task("sasrec", small, options(write(tmp_path / "pairs.txt.gz", pairs)))
+    for one, two in zip(task.train_batches(0), other.train_batches(0), strict=True):
+        assert sorted(one[0].tolist()) == sorted(two[0].tolist())
+    mixed = builtin_task("sasrec", small, options(write(tmp_path / "mixed.txt", "1 5\n2 6\n1 7\n2 8\n")))
+    with pytest.raises(TaskError, match="all lines of a user together"):
+        mixed.figures(mixed.model())
 
 
 def test_sasrec_does_not_look_ahead_nor_at_padding(tmp_path: Path) -> None:

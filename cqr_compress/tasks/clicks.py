@@ -244,5 +244,5 @@ def _click_task(
 
     return Task(
         name=name, model=build, train_batches=files.train_batches, loss=loss, evaluate=evaluate, metric=metric,
-        mode="max" if metric == "auc" else "min",
+        mode="max" if metric == "auc" else "min", identity=options.identity,
     )  # fmt: skip

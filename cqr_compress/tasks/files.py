@@ -35,6 +35,15 @@ class DataOptions:
     batch_size: int = 2048
     settings: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run that goes on has to have in common: files by name and bytes, batches, settings."""
+        files = {
+            what: [[path.name, path.stat().st_size if path.exists() else 0] for path in paths]
+            for what, paths in (("train_files", self.train), ("held_out_files", self.held_out))
+        }
+        return {**files, "batch_size": self.batch_size, "settings": dict(self.settings)}
+
     def __post_init__(self) -> None:
         if not self.train:
             raise TaskError("a built-in task wants data: name a file with train_file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import cast
 
 import torch
@@ -54,6 +55,7 @@ class TwoTower(nn.Module):
             num_rows, dim = shapes[table]
             add_module(self, table.removesuffix(".weight"), nn.Embedding(num_rows, dim))
             tower = [n for n, s in shapes.items() if word in n.lower() and len(s) == 2 and n != table]
+            tower = _in_sequence(tower, dim, shapes)
             self._sides.append((table.removesuffix(".weight"), add_linears(self, shapes, tower)))
         self._normalize, self._scale = normalize, scale
         refuse_rest(self, shapes, "two-tower")
@@ -67,6 +69,27 @@ class TwoTower(nn.Module):
                 rows = at(self, path)(F.relu(rows) if i else rows)
             sides.append(F.normalize(rows, dim=1) if self._normalize else rows)
         return cast(Tensor, (sides[0] * sides[1]).sum(1) * self._scale)
+
+
+def _in_sequence(names: list[str], dim: int, shapes: Shapes) -> list[str]:
+    """Linear layers in the order of the numbers in their names, from `dim` values on.
+
+    Raises:
+        TaskError: names that differ by more than numbers, or widths that do not follow one another.
+    """
+    parts = {name: re.split(r"(\d+)", name) for name in names}
+    if len({tuple(split[::2]) for split in parts.values()}) > 1:
+        raise TaskError(
+            f"task two-tower cannot tell the order of {', '.join(names)}, as they differ by more than numbers. "
+            "Write a task file: `cqr-compress finetune --init-task my_task.py`."
+        )
+    ordered = sorted(names, key=lambda name: [int(number) for number in parts[name][1::2]])
+    for name in ordered:
+        out, width = shapes[name]
+        if width != dim:
+            raise TaskError(f"{name!r} takes {width} values, and what comes before it gives {dim}")
+        dim = out
+    return ordered
 
 
 class DLRM(nn.Module):

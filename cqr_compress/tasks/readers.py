@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import itertools
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,18 +29,18 @@ class Block:
 
     Attributes:
         path: the file.
-        first_line: number of the first row's line, from 1 (of the row, in Parquet).
+        lines: number of each row's line, from 1 (of the row, in Parquet).
         columns: one array (B,) of strings or numbers for each column that was asked for.
     """
 
     path: Path
-    first_line: int
+    lines: Sequence[int]
     columns: list[np.ndarray[Any, Any]]
 
     def where(self, row: int) -> str:
         """Name a row for a message."""
         what = "row" if self.path.suffix == ".parquet" else "line"
-        return f"{str(self.path)!r}, {what} {self.first_line + row}"
+        return f"{str(self.path)!r}, {what} {self.lines[row]}"
 
     def numbers(self, column: int) -> Tensor:
         """A column as float32; empty cells are NaN.
@@ -79,9 +81,11 @@ class Block:
         except (ValueError, TypeError, OverflowError):
             for row, value in enumerate(values):
                 try:
-                    one(value)
+                    number = one(value)
                 except (ValueError, TypeError) as e:
                     raise TaskError(f"{self.where(row)}: {str(value)!r} is not a number") from e
+                if abs(number) > 2**63 - 1:
+                    raise TaskError(f"{self.where(row)}: {str(value)!r} is too large a number") from None
             raise
 
 
@@ -90,35 +94,24 @@ def read_blocks(path: Path, columns: Sequence[Column], block_rows: int = BLOCK_R
 
     The kind of file is told by its name: `.csv`, `.parquet`, anything else is separated by tabs; with `.gz` behind
     it, it is unpacked. A heading is needed where columns are named ("name:type" counts as "name"), else skipped.
+    Between commas cells may be quoted, between tabs quotes are letters like any other.
 
     Raises:
         TaskError: no such file, no such column, or a line that has other columns.
     """
-    if not path.is_file():
-        raise TaskError(f"there is no data file {str(path)!r}")
-    kind = Path(path.name.removesuffix(".gz")).suffix
-    if kind == ".parquet":
+    if _kind(path) == ".parquet":
         yield from _parquet_blocks(path, columns, block_rows)
         return
-    with _open(path) as file:
-        reader = csv.reader(file, delimiter="," if kind == ".csv" else "\t")
-        try:
-            yield from _rows_in_blocks(path, reader, columns, block_rows)
-        except csv.Error as e:
-            raise TaskError(f"{str(path)!r}, line {reader.line_num}: {e}") from e
-        except UnicodeDecodeError as e:
-            raise TaskError(f"{str(path)!r} is not a text file: {e}") from e
+    with opened_text(path) as file:
+        yield from _rows_in_blocks(path, _cells(path, file), columns, block_rows)
 
 
 def heading(path: Path) -> list[str]:
     """The first line's cells, types behind a colon taken off; names of the columns of a Parquet file."""
-    if path.suffix == ".parquet":
+    if _kind(path) == ".parquet":
         return list(_parquet(path).schema_arrow.names)
-    if not path.is_file():
-        raise TaskError(f"there is no data file {str(path)!r}")
-    with _open(path) as file:
-        kind = Path(path.name.removesuffix(".gz")).suffix
-        cells = next(csv.reader(file, delimiter="," if kind == ".csv" else "\t"), [])
+    with opened_text(path) as file:
+        _, cells = next(_cells(path, file), (0, []))
     return [cell.split(":")[0].strip() for cell in cells]
 
 
@@ -128,44 +121,54 @@ def read_libfm(path: Path, block_rows: int = BLOCK_ROWS) -> Iterator[Block]:
     Raises:
         TaskError: no such file, a value that is not 1, or lines with different numbers of fields.
     """
-    if not path.is_file():
-        raise TaskError(f"there is no data file {str(path)!r}")
-    first_line, fields = 1, None
-    with _open(path) as file:
-        while lines := list(itertools.islice(file, block_rows)):
+    fields = None
+    with opened_text(path) as file:
+        filled = ((number, words) for number, line in enumerate(file, start=1) if (words := line.split()))
+        while lines := list(itertools.islice(filled, block_rows)):
             rows = []
-            for number, line in enumerate(lines, start=first_line):
-                label, *pairs = line.split() or [""]
+            for number, (label, *pairs) in lines:
                 split = [pair.partition(":") for pair in pairs]
                 fields = len(split) if fields is None else fields
                 if not split or len(split) != fields or not all(_is_one(v) for _, _, v in split):
                     raise TaskError(
-                        f"{str(path)!r}, line {number}: {line.strip()[:60]!r} is not a label and {fields} ids, "
-                        "each with the value 1"
+                        f"{str(path)!r}, line {number}: {' '.join((label, *pairs))[:60]!r} is not a label and "
+                        f"{fields} ids, each with the value 1"
                     )
                 rows.append([label, *(id_ for id_, _, _ in split)])
-            yield Block(path, first_line, list(np.array(rows).T))
-            first_line += len(lines)
+            yield Block(path, [number for number, _ in lines], list(np.array(rows).T))
+    if fields is None:
+        raise TaskError(f"{str(path)!r} is empty")
 
 
-def _rows_in_blocks(path: Path, reader: Any, columns: Sequence[Column], block_rows: int) -> Iterator[Block]:
-    first = next(reader, None)
-    if first is None:
+def _rows_in_blocks(
+    path: Path, rows: Iterator[tuple[int, list[str]]], columns: Sequence[Column], block_rows: int
+) -> Iterator[Block]:
+    top, first = next(rows, (0, []))
+    if not first:
         raise TaskError(f"{str(path)!r} is empty")
     names = [cell.split(":")[0].strip() for cell in first]
     at = [_position(path, column, names) for column in columns]
     named = any(isinstance(column, str) for column in columns)
-    rows = reader if named or not _is_number(first[at[0]]) else itertools.chain([first], reader)
-    line = 2 if named or not _is_number(first[at[0]]) else 1
+    if not named and _is_number(first[at[0]]):
+        rows = itertools.chain([(top, first)], rows)
     width = len(first)
     while block := list(itertools.islice(rows, block_rows)):
-        if any(len(row) != width for row in block):
-            row = next(i for i, row in enumerate(block) if len(row) != width)
-            raise TaskError(
-                f"{str(path)!r}, line {line + row}: {len(block[row])} cells, and the first line has {width}"
-            )
-        yield Block(path, line, [np.array([row[i] for row in block]) for i in at])
-        line += len(block)
+        for line, row in block:
+            if len(row) != width:
+                raise TaskError(f"{str(path)!r}, line {line}: {len(row)} cells, and the first line has {width}")
+        yield Block(path, [line for line, _ in block], [np.array([row[i] for _, row in block]) for i in at])
+
+
+def _cells(path: Path, file: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each line that is not empty, with its number."""
+    comma = _kind(path) == ".csv"
+    reader = csv.reader(file) if comma else csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    try:
+        for row in reader:
+            if row:
+                yield reader.line_num, row
+    except csv.Error as e:
+        raise TaskError(f"{str(path)!r}, line {reader.line_num}: {e}") from e
 
 
 def _position(path: Path, column: Column, names: list[str]) -> int:
@@ -193,10 +196,30 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _open(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+def _kind(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
+@contextmanager
+def opened_text(path: Path) -> Iterator[TextIO]:
+    """Open a text file of UTF-8, gzipped if its name ends in `.gz`.
+
+    Raises:
+        TaskError: it cannot be read; also of errors in the block that this opens.
+    """
+    if not path.is_file():
+        raise TaskError(f"there is no data file {str(path)!r}")
+    try:
+        with (
+            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+            if path.suffix == ".gz"
+            else path.open(encoding="utf-8-sig", newline="")
+        ) as file:
+            yield file
+    except UnicodeDecodeError as e:
+        raise TaskError(f"{str(path)!r} is not a text file of UTF-8: {e}") from e
+    except (OSError, EOFError, zlib.error) as e:
+        raise TaskError(f"{str(path)!r} cannot be read: {e}") from e
 
 
 def _parquet(path: Path) -> Any:
@@ -218,5 +241,6 @@ def _parquet_blocks(path: Path, columns: Sequence[Column], block_rows: int) -> I
     wanted = [names[_position(path, column, names)] for column in columns]
     row = 1
     for batch in file.iter_batches(block_rows, columns=wanted):
-        yield Block(path, row, [batch.column(name).to_numpy(zero_copy_only=False) for name in wanted])
+        lines = range(row, row + batch.num_rows)
+        yield Block(path, lines, [batch.column(name).to_numpy(zero_copy_only=False) for name in wanted])
         row += batch.num_rows

@@ -16,10 +16,11 @@ from cqr_compress.errors import TaskError
 from cqr_compress.tasks.files import DataOptions, ExampleFiles, Examples, parse_settings
 from cqr_compress.tasks.metrics import gathered, ranking_figures
 from cqr_compress.tasks.models import SASRec
+from cqr_compress.tasks.readers import opened_text
 from cqr_compress.tasks.shapes import Shapes
 from cqr_compress.tuning.task import Task
 
-_BLOCK_LINES = 16_384
+_BLOCK_USERS = 16_384
 _RANKED_USERS = 256
 
 
@@ -30,14 +31,14 @@ class SequenceSettings:
     Attributes:
         num_heads: of attention; the state_dict does not tell.
         dropout: in training.
-        norm_first: whether blocks normalize before attention, or after it.
+        norm_first: whether blocks normalize before attention, or after it; the state_dict does not tell.
         loss: "bce" with one random negative for each item, as in the paper, or "ce" over all items.
         metric: "ndcg@10" or "hr@10" on the last item but one of each user; "test_..." is on the last.
     """
 
     num_heads: int = 1
     dropout: float = 0.2
-    norm_first: bool = True
+    norm_first: bool = False
     loss: str = "bce"
     metric: str = "ndcg@10"
 
@@ -45,6 +46,7 @@ class SequenceSettings:
 def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
     """Next items of users: lines of `user item item ...` in the order of time, ids from 1.
 
+    A user's items may also be in several lines that stand together, such as one `user item` for each.
     Of each user the last item is for the test, the one before for choosing, the others for training. Ranks are
     among all items that the user has not had.
     """
@@ -104,13 +106,16 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
         for name, found in ranks.items():
             joined = gathered(found)
             if not len(joined):
-                raise TaskError("no user has three items: there is nothing to evaluate on")
+                raise TaskError(
+                    "no user has three items: there is nothing to evaluate on. Lines are `user item item ...`, or "
+                    "`user item` with all lines of a user together"
+                )
             figures |= {f"{name}{figure}": value for figure, value in ranking_figures(joined).items()}
         return figures
 
     return Task(
         name="sasrec", model=build, train_batches=files.train_batches, loss=loss, evaluate=evaluate,  # type: ignore[arg-type]
-        metric=settings.metric,
+        metric=settings.metric, identity=options.identity,
     )  # fmt: skip
 
 
@@ -128,18 +133,20 @@ def _ranks(model: SASRec, histories: list[list[int]], wanted: Tensor, length: in
 
 
 def _users(path: Path, num_items: int) -> Iterator[list[list[int]]]:
-    """Stream the items of users, in blocks of lines.
+    """Stream the items of users, in blocks of users; lines of one user that stand together are joined.
 
     Raises:
         TaskError: names the line of an id that is none, or outside of the table.
     """
-    if not path.is_file():
-        raise TaskError(f"there is no data file {str(path)!r}")
     block: list[list[int]] = []
-    with path.open(encoding="utf-8") as file:
+    user = None
+    with opened_text(path) as file:
         for number, line in enumerate(file, start=1):
+            words = line.split()
+            if not words:
+                continue
             try:
-                items = [int(word) for word in line.split()[1:]]
+                items = [int(word) for word in words[1:]]
             except ValueError as e:
                 raise TaskError(
                     f"{str(path)!r}, line {number}: {line.strip()[:60]!r} is not `user item ...`"
@@ -150,10 +157,14 @@ def _users(path: Path, num_items: int) -> Iterator[list[list[int]]]:
                     f"{str(path)!r}, line {number}: item {outside[0]} is outside of 'item_emb.weight', whose ids "
                     f"go from 1 to {num_items - 1}"
                 )
-            block.append(items)
-            if len(block) == _BLOCK_LINES:
+            if words[0] == user:
+                block[-1] += items
+                continue
+            user = words[0]
+            if len(block) == _BLOCK_USERS:
                 yield block
                 block = []
+            block.append(items)
     if block:
         yield block
 
