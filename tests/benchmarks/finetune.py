@@ -53,7 +53,8 @@ class Bench:
         metric: that chooses.
         mode: "max" or "min".
         tables: to compress.
-        init: a learning rate and epochs for the dense model.
+        full_table: makes a table of the dense model, with the values that it starts from.
+        learning_rate: of the dense model, and of those from scratch.
     """
 
     task: sketches.Task
@@ -61,6 +62,7 @@ class Bench:
     metric: str
     mode: str
     tables: list[str]
+    full_table: sketches.MakeTable = sketches.full
     learning_rate: float = 1e-3
 
     def is_better(self, a: float, b: float) -> bool:
@@ -154,7 +156,7 @@ def criteo(folder: Path) -> Bench:
     train = (data.train.dense, data.train.ids, data.train.label)
     task = sketches.Task(Adapter, train, losses, lambda model: -figures(model)["bce"], 2048, 4, (), "BCE")
     tables = [f"emb_l.{field}.weight" for field in range(example.NUM_IDS)]
-    return Bench(task, figures, "bce", "min", tables, learning_rate=2e-3)
+    return Bench(task, figures, "bce", "min", tables, example.maker("full", 0, 0), learning_rate=2e-3)
 
 
 # runs
@@ -213,10 +215,6 @@ def scratch(bench: Bench, method: str, budget: int, seed: int) -> tuple[int, Fig
     return None
 
 
-def full_table(size: int, dim: int, index: int) -> nn.Module:
-    return sketches.full(size, dim, index)
-
-
 def run(bench: Bench, args: argparse.Namespace, folder: Path) -> None:
     rows: dict[tuple[str, str, float], list[tuple[int, Figures]]] = {}
     names = [f"test_{name}" for name in (bench.metric, *(("hr@10",) if bench.metric == "ndcg@10" else ()))]
@@ -224,7 +222,7 @@ def run(bench: Bench, args: argparse.Namespace, folder: Path) -> None:
     dense: list[Figures] = []
     print(f"{'ratio':>5} {'method':9} {'what':15} {'bytes':>9}  " + "  ".join(f"{n:>12} change" for n in names))
     for seed in args.seeds:
-        model, figures = train(bench, full_table, seed)
+        model, figures = train(bench, bench.full_table, seed)
         dense.append(figures)
         ckpt = folder / f"dense-{seed}.pt"
         torch.save(model.state_dict(), ckpt)
