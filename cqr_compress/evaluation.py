@@ -16,14 +16,13 @@ from cqr_compress.checkpoint.compressed import CompressedCheckpoint
 from cqr_compress.checkpoint.writer import atomic_file
 from cqr_compress.errors import OutputError
 from cqr_compress.frequencies import Frequencies, read_frequencies
-from cqr_compress.loading import load_checkpoint
 from cqr_compress.progress import Progress, Silent
 from cqr_compress.quality import QualityMeter, recall
 from cqr_compress.refitting import source_rows
 from cqr_compress.report import SizeReport, report_of, report_path
 from cqr_compress.rows import ScannedTable
 from cqr_compress.table import CompressedTable
-from cqr_compress.tuning.run import build_model, own_device
+from cqr_compress.tuning.run import load_model, own_device
 from cqr_compress.tuning.task import Task
 from cqr_compress.tuning.trainer import evaluate_task
 
@@ -169,9 +168,7 @@ def evaluate(
 
 def _figures(task: Task, path: Path, seed: int, device: torch.device, progress: Progress) -> dict[str, float]:
     progress.start(f"evaluating {path.name}", 0, "runs")
-    model = build_model(task, seed)
-    load_checkpoint(model, path)
-    return evaluate_task(task, model.to(device), seed)
+    return evaluate_task(task, load_model(task, path, seed, device), seed)
 
 
 def _tables(

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cqr_compress.checkpoint import open_checkpoint
+from cqr_compress.checkpoint import Checkpoint, open_checkpoint, read_blocks
 from cqr_compress.checkpoint.compressed import CompressedCheckpoint, is_compressed
 from cqr_compress.discover import with_table_names
 from cqr_compress.errors import SwapError
@@ -28,7 +28,7 @@ from cqr_compress.swap import (
     plan_swaps,
     refuse_wrapper,
 )
-from cqr_compress.table import CompressedTable
+from cqr_compress.table import BLOCK_BYTES, CompressedTable
 
 _WRAPPERS = ("module.", "_orig_mod.")
 _LISTED = 10
@@ -101,19 +101,36 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """
     with open_checkpoint(path) as opened:
         if not is_compressed(opened):
-            checkpoint = with_table_names(opened)
-            aliases = {name: to for name, to in checkpoint.aliases.items() if name not in checkpoint.extras}
-            names = {name: name for name in checkpoint.entries if name not in checkpoint.extras} | aliases
-            state = {
-                name: checkpoint.entries[source].lazy.read()
-                for name, source in _renamed(names, _places(model), None).items()
-            }
-            try:
-                _unwrapped(model).load_state_dict(state)
-            except RuntimeError as e:
-                raise SwapError(f"{str(path)!r} does not fit the model: {e}") from e
+            _fill(_unwrapped(model), with_table_names(opened))
             return
     load_compressed(model, path)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load a dense checkpoint as load_state_dict does, large tensors block by block."""
+    places = _places(model)
+    aliases = {name: to for name, to in checkpoint.aliases.items() if name not in checkpoint.extras}
+    names = {name: name for name in checkpoint.entries if name not in checkpoint.extras} | aliases
+    entries = {name: checkpoint.entries[source] for name, source in _renamed(names, places, None).items()}
+    large = {
+        name: entry
+        for name, entry in entries.items()
+        if name in places and entry.nbytes > BLOCK_BYTES and tuple(places[name].tensor.shape) == tuple(entry.shape)
+    }
+    small = {name: entry.lazy.read() for name, entry in entries.items() if name not in large}
+    try:
+        found = model.load_state_dict(small, strict=False)
+    except RuntimeError as e:
+        raise SwapError(f"{str(checkpoint.path)!r} does not fit the model: {e}") from e
+    problems = _list("the model does not have these tensors of the file", found.unexpected_keys)
+    missing = [name for name in found.missing_keys if name not in large]
+    problems += _list("the file does not have these tensors of the model", missing)
+    if problems:
+        raise SwapError("\n  ".join([f"{str(checkpoint.path)!r} does not fit the model:", *problems]))
+    for name, entry in large.items():
+        for start, block in read_blocks(entry, BLOCK_BYTES):
+            places[name].tensor[start : start + len(block)] = block
 
 
 @contextlib.contextmanager

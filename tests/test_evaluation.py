@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import cqr_compress as cqr
 from cqr_compress.checkpoint import open_checkpoint
-from cqr_compress.errors import OutputExistsError, ShapeError, SpecError, TableNotFoundError
+from cqr_compress.errors import OutputExistsError, ShapeError, SpecError, SwapError, TableNotFoundError
 from cqr_compress.loading import load_checkpoint
 from cqr_compress.quantize.refit import improve
 from cqr_compress.rows import ScannedTable, in_basis, scan_table
@@ -212,3 +212,28 @@ def test_data_free_on_the_command_line(dense: Path, small: Path, cli: Cli, tmp_p
     assert "--teacher" in cli("finetune", small, "--data-free", code=2).stderr
     with pytest.raises(SpecError, match="rounds is 0"):
         cqr.refit(small, tmp_path / "x.safetensors", dense, rounds=0)
+
+
+def test_large_tensors_of_a_checkpoint_are_loaded_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("cqr_compress.loading.BLOCK_BYTES", 1000)
+
+    def made(rows: int = 100) -> nn.Module:
+        table, head, norm = nn.Embedding(rows, 8), nn.Linear(8, rows), nn.BatchNorm1d(8)
+        head.weight = table.weight
+        return nn.ModuleDict({"table": table, "norm": norm, "head": head})
+
+    source, model = made(), made()
+    torch.save({f"module.{name}": value for name, value in source.state_dict().items()}, tmp_path / "ckpt.pt")
+    load_checkpoint(model, tmp_path / "ckpt.pt")
+    assert all(value.equal(model.state_dict()[name]) for name, value in source.state_dict().items())
+    assert model.table.weight is model.head.weight
+    with pytest.raises(SwapError, match="size mismatch for table.weight"):
+        load_checkpoint(made(101), tmp_path / "ckpt.pt")
+    with pytest.raises(SwapError, match=r"the file does not have these tensors of the model: 'extra.weight'"):
+        load_checkpoint(nn.ModuleDict({**dict(made().items()), "extra": nn.Linear(2, 2)}), tmp_path / "ckpt.pt")
+    with pytest.raises(SwapError, match="the model does not have these tensors of the file: 'norm.weight'"):
+        load_checkpoint(
+            nn.ModuleDict({"table": nn.Embedding(100, 8), "head": nn.Linear(8, 100)}), tmp_path / "ckpt.pt"
+        )

@@ -525,6 +525,35 @@ def test_tables_that_the_loss_does_not_use_stay_as_they_are(dense: Path, small: 
         finetune(small, tmp_path / "n.safetensors", nothing, options(train="all"), teacher=dense)
 
 
+def test_dense_tables_are_built_only_where_the_model_looks_at_its_values(
+    dense: Path, small: Path, tmp_path: Path
+) -> None:
+    on_meta: list[bool] = []
+
+    class Watched(Ratings):
+        def __init__(self) -> None:
+            super().__init__()
+            on_meta.append(self.user_embedding.weight.is_meta)
+
+    class Looking(Watched):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = float(self.out.weight.abs().mean())
+
+    class Keeping(Watched):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start = self.out.weight.detach().clone()
+
+    for kind, expected in ((Watched, [True]), (Looking, [True, False]), (Keeping, [True, False])):
+        on_meta.clear()
+        report = finetune(small, tmp_path / "o.safetensors", task(model=kind), options(max_steps=3), force=True)
+        assert on_meta == expected and report.before["bce"] == pytest.approx(measured(small), abs=1e-6)
+    on_meta.clear()
+    found = cqr.evaluate([small], against=dense, task=task(model=Watched))
+    assert on_meta == [False, True] and found.dense is not None
+
+
 def test_what_does_not_fit_is_refused_before_the_work(dense: Path, small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     with pytest.raises(TaskError, match="metric is 'auc' and evaluate gave bce, half"):

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from cqr_compress import processes
 from cqr_compress.checkpoint import open_checkpoint
-from cqr_compress.checkpoint.compressed import CompressedCheckpoint, dump_header
+from cqr_compress.checkpoint.compressed import CompressedCheckpoint, dump_header, is_compressed
 from cqr_compress.checkpoint.writer import check_outputs
 from cqr_compress.errors import OutputExistsError, SpecError, TaskError
 from cqr_compress.frequencies import check_counts
-from cqr_compress.loading import load_checkpoint, load_compressed, model_tensors
+from cqr_compress.loading import load_checkpoint, load_compressed, model_tensors, parameters_on_meta
 from cqr_compress.nn import TableLayer
 from cqr_compress.progress import Progress, Silent
 from cqr_compress.quality import Quality, table_quality
@@ -91,14 +91,11 @@ def finetune(
     began = time.monotonic()
     with open_checkpoint(source) as checkpoint:
         opened = CompressedCheckpoint.of(checkpoint)
-        model = build_model(task, options.seed)
-        load_compressed(model, source, device=chosen)
+        model = load_model(task, source, options.seed, chosen)
         tuned = TunedModel.of(model, opened, options.train == "all")
         dense_model = None
         if teacher is not None and (evaluate_teacher or options.distill):
-            dense_model = build_model(task, options.seed)
-            load_checkpoint(dense_model, teacher)
-            dense_model.to(chosen).eval().requires_grad_(False)
+            dense_model = load_model(task, teacher, options.seed, chosen).eval().requires_grad_(False)
         dense = None
         if dense_model is not None and evaluate_teacher:
             dense = evaluate_task(task, dense_model, options.seed)
@@ -163,12 +160,36 @@ def own_device(asked: torch.device | str | None = None) -> torch.device:
     return torch.device("cuda", number)
 
 
-def build_model(task: Task, seed: int) -> nn.Module:
-    """Build the task's model, its random numbers drawn from a stream of their own.
+def load_model(task: Task, path: Path, seed: int, device: torch.device) -> nn.Module:
+    """Build the task's model and load a file into it, its random numbers drawn from a stream of their own.
+
+    For a compressed file, dense tables are never in memory, unless `model()` needs the values it starts from.
 
     Raises:
-        TaskError: it is not a module.
+        TaskError: `model()` does not give a module.
+        SwapError: the file does not fit it.
     """
+    with open_checkpoint(path) as checkpoint:
+        compressed = is_compressed(checkpoint)
+    if compressed:
+        try:
+            with parameters_on_meta():
+                model = _build(task, seed)
+            load_compressed(model, path, device=device)
+        except Exception:  # the same without, or an error that is told then
+            model = None
+        if model is not None and not any(_holds_meta(module) for module in model.modules()):
+            return model
+    model = _build(task, seed)
+    load_checkpoint(model, path)
+    return model.to(device)
+
+
+def _holds_meta(module: nn.Module) -> bool:
+    return any(isinstance(value, Tensor) and value.is_meta for value in vars(module).values())
+
+
+def _build(task: Task, seed: int) -> nn.Module:
     with RandomStream.seeded(seed, 0).active():
         model = task.model()
     if not isinstance(model, nn.Module):
