@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=32.0)
     parser.add_argument("--num-users", type=int, default=20_000)
     parser.add_argument("--num-items", type=int, default=10_000)
-    parser.add_argument("--num-events", type=int, default=1_000_000)
+    parser.add_argument("--num-events", type=int, default=2_000_000)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
