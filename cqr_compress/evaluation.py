@@ -241,8 +241,8 @@ def _band(name: str, mask: Tensor, errors: Tensor, energies: Tensor, cosines: Te
 def _complete(path: Path, report: EvaluationReport, mine: FileEvaluation) -> None:
     """Write what was found into the report beside the file."""
     with open_checkpoint(path) as compressed:
-        size = report_of(CompressedCheckpoint.of(compressed))
+        size, beside = report_of(CompressedCheckpoint.of(compressed)), report_path(compressed.path)
     values = {key: value for key, value in report.to_json().items() if key not in ("files", "kind")}
     completed: SizeReport = replace(size, evaluation={**values, **asdict(mine)})
-    with atomic_file(report_path(path)) as file:
+    with atomic_file(beside) as file:
         file.write((json.dumps(completed.to_json(), indent=2) + "\n").encode())

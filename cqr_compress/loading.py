@@ -120,11 +120,12 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     }
     small = {name: entry.lazy.read() for name, entry in entries.items() if name not in large}
     try:
-        found = model.load_state_dict(small, strict=False)
+        found = nn.Module.load_state_dict(model, small, strict=False)
     except RuntimeError as e:
         raise SwapError(f"{str(checkpoint.path)!r} does not fit the model: {e}") from e
     problems = _list("the model does not have these tensors of the file", found.unexpected_keys)
-    missing = [name for name in found.missing_keys if name not in large]
+    filled = {places[name].key for name in entries if name in places}  # tied names need not be in the file
+    missing = [name for name in found.missing_keys if name not in places or places[name].key not in filled]
     problems += _list("the file does not have these tensors of the model", missing)
     if problems:
         raise SwapError("\n  ".join([f"{str(checkpoint.path)!r} does not fit the model:", *problems]))
@@ -326,7 +327,8 @@ def _load_dense(
     """Fill all other tensors; those on the meta device get memory, one by one, and stay tied where they were."""
     on_meta = {name: place for name, place in places_of(model) if place.tensor.is_meta}
     held = {source: _read(opened, source) for name, source in dense.items() if name not in on_meta}
-    model.load_state_dict({name: held[dense[name]] for name in dense if name not in on_meta}, strict=False)
+    in_place = {name: held[dense[name]] for name in dense if name not in on_meta}
+    nn.Module.load_state_dict(model, in_place, strict=False)  # whatever a subclass makes of it
     filled: dict[int, Tensor] = {}
     for name, place in on_meta.items():
         old, key = place.tensor, place.key

@@ -14,8 +14,9 @@ SCHEMA_VERSION = 1
 
 
 def report_path(output: Path) -> Path:
-    """Where the JSON report goes: `small.safetensors` gives `small.report.json`."""
-    return output.with_name(f"{output.name.removesuffix('.safetensors')}.report.json")
+    """Where the JSON report goes: `small.safetensors` and its index, if it is split, give `small.report.json`."""
+    name = output.name.removesuffix(".index.json").removesuffix(".safetensors")
+    return output.with_name(f"{name}.report.json")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,8 @@ NAMES = {
     "ce": "compositional (CE)", "dhe": "deep hash (DHE)", "cqr-paper": "CQR, as in the paper", "cqr": "CQR, ours",
     "pq": "PQ of the full tables", "pq-tuned": "PQ, fine-tuned",
 }  # fmt: skip
+NOT_KEPT = ("folder", "methods", "codewords", "device")
+"""Arguments that may differ between runs that share their results."""
 MakeTable = Callable[[int, int, int], nn.Module]
 
 
@@ -361,6 +363,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
+    settings = {name: str(value) for name, value in vars(args).items() if name not in NOT_KEPT}
+    settings_file = args.folder / "settings.json"
+    if settings_file.exists() and json.loads(settings_file.read_text()) != settings:
+        parser.error(f"{args.folder} has results of other settings ({settings_file}): name another --folder")
+    settings_file.write_text(json.dumps(settings, indent=1))
     if args.data is None:
         args.data = args.folder / "train.txt"
         if not args.data.exists():
@@ -390,8 +397,12 @@ def main() -> None:
                 result = results[f"{name}@{codewords}"]
                 size = f"{codewords or '':>9} {result['parameters']:>11,}"
                 print(f"{NAMES[name]:24} {size}  {result['bce']:.4f}  {result['auc']:.4f}", flush=True)
-    draw(results, args.folder / "test_bce.png")
-    print(f"wrote {args.folder / 'test_bce.png'} and {kept}")
+    print(f"wrote {kept}")
+    try:
+        draw(results, args.folder / "test_bce.png")
+        print(f"wrote {args.folder / 'test_bce.png'}")
+    except ImportError:
+        print("no picture: matplotlib is not installed")
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def main() -> None:
     ckpt, small, tuned = (args.folder / name for name in names)
     torch.save(model.state_dict(), ckpt)
     cqr_compress("convert", ckpt, "-o", small, "--ratio", args.ratio, "--min-rows", args.min_rows, "--force")
-    data = ["--task", "sasrec", "--train-file", args.sequences, "--batch-size", 256]
+    data = ["--task", "sasrec", "--set", "norm_first=true", "--train-file", args.sequences, "--batch-size", 256]
     cqr_compress("finetune", small, "-o", tuned, "--teacher", ckpt, *data, "--force")
     cqr_compress("evaluate", small, tuned, "--against", ckpt, *data)
 

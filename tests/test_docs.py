@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cqr_compress.cli.app import app
 from cqr_compress.quantize import METHODS
+from cqr_compress.tasks import DataOptions, builtin_task
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -151,6 +153,18 @@ def test_the_sasrec_example_runs(tmp_path: Path) -> None:
     small = "--epochs 4 --dim 16 --length 8 --min-rows 50 --ratio 3".split()
     printed = run_example("sasrec_sequences.py", tmp_path, "s.txt", *small)
     assert re.search(r"tuned.safetensors\s+│\s+[\d,]+ │ +0(\.\d+)? ", printed) and "test_hr@10" in printed
+    spec = importlib.util.spec_from_file_location("example", ROOT / "examples" / "sasrec_sequences.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    model = example.SASRec(61, 16, 8)
+    model.load_state_dict(torch.load(tmp_path / "sasrec" / "ckpt.pt"))
+    data = DataOptions((tmp_path / "s.txt",), settings={"norm_first": "true"})
+    task = builtin_task("sasrec", tmp_path / "sasrec" / "small.safetensors", data)
+    same: Any = task.model()
+    same.load_state_dict(model.state_dict())
+    items = torch.tensor([[0, 0, 0, 1, 2, 3, 4, 5]])
+    assert torch.allclose(model.eval()(items), same.eval()(items), atol=1e-5)
 
 
 def test_the_criteo_example_draws_every_method_and_keeps_its_results(tmp_path: Path) -> None:
@@ -163,6 +177,8 @@ def test_the_criteo_example_draws_every_method_and_keeps_its_results(tmp_path: P
     assert (tmp_path / "criteo" / "test_bce.png").read_bytes().startswith(b"\x89PNG")
     again = run_example("dlrm_criteo.py", tmp_path, *small)
     assert again.split("codewords")[1] == printed.split("codewords")[1]
+    with pytest.raises(AssertionError, match="has results of other settings"):
+        run_example("dlrm_criteo.py", tmp_path, *small, "--seed", "1")
 
 
 def test_nothing_a_user_reads_names_a_path_of_one_machine() -> None:

@@ -237,3 +237,20 @@ def test_large_tensors_of_a_checkpoint_are_loaded_in_blocks(
         load_checkpoint(
             nn.ModuleDict({"table": nn.Embedding(100, 8), "head": nn.Linear(8, 100)}), tmp_path / "ckpt.pt"
         )
+
+
+def test_the_report_of_a_split_file_is_the_one_beside_it(dense: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "split"
+    folder.mkdir()
+    cqr.convert(dense, folder / "s.safetensors", cqr.Request(method="int8"), shard_bytes=30_000)
+    index = folder / "s.safetensors.index.json"
+    before = set(folder.iterdir())
+    for path in (index, folder):
+        report = folder / "s.report.json"
+        saved = json.loads(report.read_text())
+        report.write_text(json.dumps({**saved, "evaluation": None}))
+        cqr.evaluate([path], against=dense)
+        assert json.loads(report.read_text())["evaluation"]["tables"]
+        shown = cqr.inspect_file(path)
+        assert shown.evaluation is not None and set(folder.iterdir()) == before  # type: ignore[union-attr]
+    assert not list(tmp_path.glob("split.report.json"))

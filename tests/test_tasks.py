@@ -451,6 +451,15 @@ def test_layers_of_towers_stand_in_the_order_of_their_numbers(tmp_path: Path) ->
             builtin_task("two-tower", pair_file(tmp_path, **wrong), options(path)).model()
 
 
+def test_libfm_lines_have_an_id_for_each_table(tmp_path: Path) -> None:
+    state = {f"emb_l.{i}.weight": torch.randn(50, D) for i in range(2)}
+    state |= {"top_l.0.weight": torch.randn(1, 2 * D + 1), "top_l.0.bias": torch.randn(1)}
+    small = small_file(tmp_path, state, ["emb_l.0.weight", "emb_l.1.weight"])
+    path = write(tmp_path / "c.libfm", "1 2:1 3:1 4:1\n")
+    with pytest.raises(TaskError, match="has 3 ids in a line and no numbers, and the model has 2 tables"):
+        builtin_task("dlrm", small, options(path))
+
+
 # sasrec
 
 

@@ -162,6 +162,11 @@ def dlrm_task(shapes: Shapes, options: DataOptions) -> Task:
     bottom = shapes.get("bot_l.0.weight")
     num_dense = bottom[1] if bottom else 0
     num_fields = len(next(read_libfm(options.train[0], 1)).columns) - 1 if libfm else len(tables)
+    if libfm and (num_dense or len(tables) not in (1, num_fields)):
+        raise TaskError(
+            f"{str(options.train[0])!r} has {num_fields} ids in a line and no numbers, and the model has "
+            f"{len(tables)} tables and takes {num_dense} numbers"
+        )
     if libfm and len(tables) == 1:
         sizes, tables = sizes * num_fields, tables * num_fields
 

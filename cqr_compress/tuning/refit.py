@@ -105,6 +105,8 @@ class Refit:
         if whole and (spec.method in _ADDITIVE or rotated):
             self.progress.start(f"choosing a layout for {name}", 0, "trials")
             found = _replanned(moved, spec, self.method, rotated, budget, self.progress)
+        if found.rotation is None and found.num_columns != spec.num_columns:
+            found = spec  # the basis is that of the columns there were
         if found is spec and rotated and spec.rotation is None:  # no such layout fits
             basis = curvature.basis(spec.num_columns)
             moved = in_basis(scan, basis)

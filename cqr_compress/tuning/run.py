@@ -163,7 +163,8 @@ def own_device(asked: torch.device | str | None = None) -> torch.device:
 def load_model(task: Task, path: Path, seed: int, device: torch.device) -> nn.Module:
     """Build the task's model and load a file into it, its random numbers drawn from a stream of their own.
 
-    For a compressed file, dense tables are never in memory, unless `model()` needs the values it starts from.
+    For a compressed file, dense tables are never in memory, unless `model()` needs the values it starts from, or
+    draws random numbers for anything else.
 
     Raises:
         TaskError: `model()` does not give a module.
@@ -174,27 +175,39 @@ def load_model(task: Task, path: Path, seed: int, device: torch.device) -> nn.Mo
     if compressed:
         try:
             with parameters_on_meta():
-                model = _build(task, seed)
-            load_compressed(model, path, device=device)
+                model, drawn = _build(task, seed)
+            if not drawn:
+                load_compressed(model, path, device=device)
+                if not _holds_meta(model, set()):
+                    return model
         except Exception:  # the same without, or an error that is told then
-            model = None
-        if model is not None and not any(_holds_meta(module) for module in model.modules()):
-            return model
-    model = _build(task, seed)
+            pass
+    model, _ = _build(task, seed)
     load_checkpoint(model, path)
     return model.to(device)
 
 
-def _holds_meta(module: nn.Module) -> bool:
-    return any(isinstance(value, Tensor) and value.is_meta for value in vars(module).values())
+def _holds_meta(value: Any, seen: set[int]) -> bool:
+    """Whether a tensor on the meta device is in a module or a collection, however deep."""
+    if isinstance(value, Tensor):
+        return value.is_meta
+    if isinstance(value, nn.Module):
+        value = vars(value)
+    if not isinstance(value, dict | list | tuple | set) or id(value) in seen:
+        return False
+    seen.add(id(value))
+    return any(_holds_meta(each, seen) for each in (value.values() if isinstance(value, dict) else value))
 
 
-def _build(task: Task, seed: int) -> nn.Module:
+def _build(task: Task, seed: int) -> tuple[nn.Module, bool]:
+    """Build the model; also whether it drew from torch's generator."""
     with RandomStream.seeded(seed, 0).active():
+        before = torch.get_rng_state()
         model = task.model()
+        drawn = not torch.equal(before, torch.get_rng_state())
     if not isinstance(model, nn.Module):
         raise TaskError(f"model() gave a {type(model).__name__}: it returns a torch.nn.Module")
-    return model
+    return model, drawn
 
 
 def _distillation(

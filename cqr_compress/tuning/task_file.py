@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cqr_compress.errors import OutputExistsError, TaskError, UserCodeError
+from cqr_compress.checkpoint.writer import atomic_file, check_outputs
+from cqr_compress.errors import TaskError, UserCodeError
 from cqr_compress.tuning.task import Task
 
 _NEEDED = ("model", "train_batches", "loss", "evaluate")
@@ -63,11 +64,12 @@ def write_template(path: str | Path, force: bool = False) -> None:
 
     Raises:
         OutputExistsError: the file is there, and `force` is not given.
+        OutputError: it cannot be written.
     """
     path = Path(path)
-    if path.exists() and not force:
-        raise OutputExistsError(f"{str(path)!r} exists already. Pass --force to replace it.")
-    path.write_text(TEMPLATE, encoding="utf-8")
+    check_outputs([path], force)
+    with atomic_file(path) as file:
+        file.write(TEMPLATE.encode())
 
 
 def load_task_file(path: str | Path) -> Task:

@@ -145,15 +145,23 @@ class TunedModel:
                 tensor.data.copy_(kept["tensors"][short])
         others = self._others()
         for name, value in snapshot["others"].items():
-            others[name].data.copy_(value)
+            now = others.get(name)
+            if now is not None and now.shape == value.shape and 0 not in now.stride():
+                now.data.copy_(value)
+            elif now is not None:  # a buffer that a forward put into the place of another one
+                path, _, attribute = name.rpartition(".")
+                self.model.get_submodule(path)._buffers[attribute] = value.to(now.device, copy=True)
 
     def _others(self) -> dict[str, Tensor]:
-        """What can change outside of tables: buffers, which a forward in train mode may fill, and parameters."""
+        """What a file holds outside of tables and can change: parameters, and buffers that a forward may fill."""
         inside = {id(t) for layer in self.tables.values() for t in layer.table_tensors().values()}
-        found = dict(self.model.named_buffers())
-        if self.everything:
-            found |= dict(self.model.named_parameters())
-        return {name: tensor for name, tensor in found.items() if id(tensor) not in inside}
+        return {
+            name: tensor
+            for name, tensor in self.model.state_dict(keep_vars=True).items()
+            if isinstance(tensor, Tensor)
+            and id(tensor) not in inside
+            and (self.everything or not isinstance(tensor, nn.Parameter))
+        }
 
 
 def _widen(layer: TableLayer) -> None:
