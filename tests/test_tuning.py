@@ -726,6 +726,10 @@ def test_the_command_line_tunes_by_a_task_file(
     assert "fine-tuned on my_task.py: dense" in shown
     report = json.loads((tmp_path / "tuned.report.json").read_text())
     assert report["tuning"]["improved"] and report["tuning"]["after"]["bce"] < report["tuning"]["before"]["bce"]
+    printed = cli(
+        "finetune", small, "--task", task_file, "-o", "b.safetensors", "--max-steps", 2, "--eta", 0.2, "--json"
+    )
+    assert json.loads(printed.stdout)["options"]["clustering"]["eta"] == 0.2
     cli("finetune", small, "--task", task_file, "-o", "tuned.safetensors", code=1)
     again = cli("evaluate", small, "tuned.safetensors", "--against", dense, "--task", task_file)
     assert f"{report['tuning']['after']['bce']:.5g}" in again.stdout

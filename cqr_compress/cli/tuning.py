@@ -214,6 +214,10 @@ def finetune(
     max_moved: Annotated[
         float, typer.Option(help="Share of ids that one reassignment may move.", rich_help_panel=_CODES)
     ] = 0.3,
+    eta: Annotated[
+        float,
+        typer.Option(help="Part of a Newton step that codes follow; 0.1 for many tables.", rich_help_panel=_CODES),
+    ] = 0.3,
     pass_batches: Annotated[
         int | None,
         typer.Option(
@@ -256,6 +260,7 @@ def finetune(
                 raise typer.BadParameter("--data-free takes --teacher, and no --task")
             _refit(compressed, target, teacher, rounds, frequencies or (), force, as_json)
             return
+        from cqr_compress.clustering import ClusterOptions
         from cqr_compress.tuning import FinetuneOptions
 
         options = FinetuneOptions(
@@ -264,6 +269,7 @@ def finetune(
             patience=patience, codes=codes.value, informed=informed, until=until, max_moved=max_moved,
             pass_batches=pass_batches, refit=refit, distill=distill.value if distill else None,
             distill_weight=distill_weight, precision=precision.value, seed=seed, save_every=save_every,
+            clustering=ClusterOptions(eta=eta),
         )  # fmt: skip
         chosen = _task(task, compressed, train_file, eval_file, batch_size, settings)
         _tune(compressed, target, chosen, options, teacher, evaluate_teacher, device, resume, force, as_json)
