@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import cqr_compress as cqr
 from cqr_compress import ClusterOptions, ClusterSchedule, CQREmbedding, CQREmbeddingBag
+from cqr_compress.clustering.curvature import Curvature
 from cqr_compress.clustering.entropy import pointer_entropies
 from cqr_compress.clustering.gradients import Moments, Prior, RowGradients, backpropagate, observed
 from cqr_compress.clustering.one_layer import pointers
@@ -328,6 +329,38 @@ def test_gradients_and_curvature_are_those_of_single_occurrences(rotation: str |
     assert torch.allclose(sums.fisher, fisher, rtol=1e-4)
     assert sums.counts[[3, 5, 9]].tolist() == [2, 1, 1] and sums.counts.sum() == 4
     assert made.codebooks.grad is None and made.observer is None
+
+
+@pytest.mark.parametrize("rotation", [None, "opq"])
+def test_a_product_with_all_rows_counts_each_example_as_lookups_would(rotation: str | None) -> None:
+    """Logits of a softmax: gradients of single examples, as if each had looked up all rows."""
+    model = nn.ModuleList([nn.Embedding(N, D)])
+    cqr.compress_(model, cqr.Request(method="pq", num_columns=4, n_bits=4, rotation=rotation, min_rows=0))
+    made: Any = model[0]
+    h, label = torch.randn(3, 2, D), torch.randint(N, (6,))
+    ways: list[Any] = [
+        lambda: h @ made.weight.T,
+        lambda: F.linear(h, made.weight),
+        lambda: made.scores(h),
+        lambda: (h[:, :, None] * made(IDS.expand(3, 2, N))).sum(3),
+    ]
+    found = []
+    for way in ways:
+        sums, curvature = RowGradients.zeros(made, slice(4, 12)), Curvature.zeros(made)
+        for one in (sums, curvature):
+            with observed({made: one}):
+                F.cross_entropy(way().flatten(0, 1), label, reduction="sum").backward()
+        assert sums.blocks is not None
+        found.append((sums.gradient, sums.fisher, sums.blocks, curvature.matrix.float(), sums.counts))
+    for products in found[:3]:
+        for one, other in zip(products[:4], found[3][:4], strict=True):
+            assert float((one - other).norm() / other.norm()) < 1e-4
+        assert float(products[4][label].min()) >= 1 > float(products[4][~torch.isin(IDS, label)].max())
+    made.codebooks.grad = None
+    with observed({made: RowGradients.zeros(made, slice(4, 12))}):
+        (h @ made.weight.detach().T).sum()  # seen by nobody
+        made(IDS).sum().backward()
+    assert made.codebooks.grad is None
 
 
 def test_the_target_is_a_newton_step_to_the_maximum_of_a_quadratic_posterior() -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import cqr_compress as cqr
 from cqr_compress.errors import TaskError
-from cqr_compress.tasks import BUILTIN, DataOptions, builtin_task
+from cqr_compress.tasks import BUILTIN, DataOptions, builtin_task, sequences
 from cqr_compress.tasks import files as files_module
 from cqr_compress.tasks.files import ExampleFiles
 from cqr_compress.tasks.metrics import auc, click_figures, ranking_figures
@@ -501,6 +501,34 @@ def test_sasrec_trains_on_all_but_the_last_two_items_of_users(tmp_path: Path) ->
     losses = task.loss(model, (items, wanted))
     assert losses.shape == (8,) and bool((losses > 0).all())
     assert set(tuned(task, small)) == {"ndcg@10", "hr@10", "test_ndcg@10", "test_hr@10"}
+
+
+def test_sasrec_ranks_among_all_items_or_drawn_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, small = sasrec_task(tmp_path)
+    (batch,) = task.train_batches(0)
+    model: Any = task.model().eval()
+    model.load_state_dict(torch.load(tmp_path / "ckpt.pt"))
+    assert task.logits is not None
+    real = batch[1] > 0
+    scores = (model(batch[0]) @ model.item_emb.weight.T)[real]
+    scores[:, 0] = -torch.inf
+    wanted = -scores.log_softmax(1)[torch.arange(8), batch[1][real]]
+    assert torch.allclose(task.loss(model, batch), wanted, atol=1e-5)
+    assert torch.allclose(task.logits(model, batch), scores[:, 1:], atol=1e-5)
+    bce = builtin_task("sasrec", small, options(tmp_path / "seq.txt", loss="bce")).loss(model, batch)
+    assert bce.shape == (8,) and not torch.allclose(bce, wanted, atol=1e-2)
+
+    monkeypatch.setattr(sequences, "_CANDIDATES", 4)  # fewer than there are items
+    monkeypatch.setattr(sequences, "_LOGITS", 20)  # room for five of the eight positions
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    losses = task.loss(model, batch)
+    torch.set_rng_state(before)
+    logits = task.logits(model, batch)
+    assert losses.shape == (5,) and 5 <= logits.shape[1] <= 9
+    of_each = logits.logsumexp(1, keepdim=True) - logits  # the loss, were this candidate the wanted one
+    assert bool((losses[:, None] - of_each).abs().amin(1).lt(1e-5).all())
+    tuned(task, small)
 
 
 def test_sasrec_reads_pairs_and_gzipped_files(tmp_path: Path) -> None:

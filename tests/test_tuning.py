@@ -221,24 +221,63 @@ def test_a_fit_to_the_teacher_weighs_errors_by_the_loss(dense: Path, tmp_path: P
     assert all(e["what"] != "refit" for e in without.history)
 
 
-@pytest.mark.parametrize("distill", ["outputs", "rows"])
-def test_distillation_pulls_toward_the_teacher(distill: str, dense: Path, small: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def doubled(small: Path, tmp_path: Path) -> Path:
+    """A file whose items are far from the teacher's."""
     model = Ratings()
     cqr.load_compressed(model, small)
     with torch.no_grad():
         model.item_embedding.codebooks.mul_(2.0)  # type: ignore[operator, union-attr]
     cqr.save_compressed(model, tmp_path / "doubled.safetensors", small)
+    return tmp_path / "doubled.safetensors"
+
+
+@pytest.mark.parametrize("distill", ["outputs", "rows"])
+def test_distillation_pulls_toward_the_teacher(
+    distill: str, dense: Path, small: Path, doubled: Path, tmp_path: Path
+) -> None:
     silent = task(loss=lambda model, batch: loss(model, batch) * 0)
     chosen = options(distill=distill, codes="frozen", refit=False, epochs=6, learning_rate=2e-2)
-    report = finetune(tmp_path / "doubled.safetensors", tmp_path / "o.safetensors", silent, chosen, teacher=dense)
+    report = finetune(doubled, tmp_path / "o.safetensors", silent, chosen, teacher=dense)
     assert report.before["bce"] > 0.6 and measured(small) == pytest.approx(report.after["bce"], abs=0.02)
+
+
+def test_distillation_of_logits_compares_softmaxes(dense: Path, doubled: Path, tmp_path: Path) -> None:
+    drawn: list[Tensor] = []
+
+    def logits(model: Any, batch: Any) -> Tensor:
+        candidates = torch.randperm(len(model.item_embedding.weight))[:50]
+        drawn.append(candidates)
+        scores = model.user_embedding(batch[0]) @ model.item_embedding(candidates).T
+        return scores.index_fill(1, torch.tensor([3]), -torch.inf)  # a candidate that is left out
+
+    def apart(model: Any) -> dict[str, float]:
+        teacher = Ratings()
+        teacher.load_state_dict(torch.load(dense))
+        users, found = torch.arange(len(teacher.user_embedding.weight)), []
+        for each in (teacher, model):
+            table = each.item_embedding(torch.arange(len(each.item_embedding.weight)))
+            found.append((each.user_embedding(users) @ table.T).log_softmax(1))
+        return {"kl": float((found[0].exp() * (found[0] - found[1])).sum(1).mean())}
+
+    chosen = options(distill="outputs", codes="frozen", refit=False, epochs=3, learning_rate=2e-2)
+    silent = task(loss=lambda model, batch: loss(model, batch) * 0, logits=logits, evaluate=apart, metric="kl")
+    report = finetune(doubled, tmp_path / "out.safetensors", silent, chosen, teacher=dense)
+    assert report.dense is not None and report.dense["kl"] == pytest.approx(0, abs=1e-6)
+    assert 0 < report.after["kl"] < 0.5 * report.before["kl"]
+    assert all(a.equal(b) for a, b in zip(drawn[::2], drawn[1::2], strict=True))
+    assert len({tuple(t.tolist()) for t in drawn}) == len(drawn) // 2
+    for shape in ((5,), (5, 1)):
+        wrong = task(logits=lambda model, batch, shape=shape: torch.zeros(shape))
+        with pytest.raises(TaskError, match="logits gave .*: it returns scores of two or more candidates"):
+            finetune(doubled, tmp_path / "o.safetensors", wrong, chosen, teacher=dense)
 
 
 def test_distillation_needs_a_teacher_and_a_call_of_the_model(dense: Path, small: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="give the teacher"):
         finetune(small, tmp_path / "out.safetensors", task(), options(distill="rows"))
     inner = task(loss=lambda m, b: (m.user_embedding(b[0]) * m.item_embedding(b[1])).sum(1))
-    with pytest.raises(TaskError, match=r"never calls model\(...\): distill rows"):
+    with pytest.raises(TaskError, match=r"never calls model\(...\): define logits"):
         finetune(small, tmp_path / "o.safetensors", inner, options(distill="outputs", refit=False), teacher=dense)
     assert not (tmp_path / "o.safetensors").exists()
 

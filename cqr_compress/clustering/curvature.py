@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cqr_compress import processes
-from cqr_compress.clustering.gradients import Losses, backpropagate, observed
+from cqr_compress.clustering.gradients import Losses, backpropagate, observed, shares
 from cqr_compress.errors import NonFiniteError, SpecError
 from cqr_compress.nn import TableLayer
 from cqr_compress.progress import Progress, Silent
@@ -43,6 +43,12 @@ class Curvature:
         gradient = gradient.float()
         self.matrix += (gradient.T @ gradient).double()
         self.counts.index_add_(0, ids, torch.ones_like(gradient[:, 0]))
+
+    def add_products(self, queries: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
+        """Count in products of queries with all rows; see `RowGradients.add_products`."""
+        weighted = queries.float() * gradient.float().square().sum(1, keepdim=True).sqrt()
+        self.matrix += (weighted.T @ weighted).double()
+        self.counts += shares(gradient.float())
 
     def basis(self, num_blocks: int = 1) -> Tensor:
         """Find A such that ||x @ A - y @ A||**2 is what a difference of two rows costs.

@@ -24,10 +24,13 @@ Losses = Callable[[], Iterable[Tensor]]
 
 
 class Sums(Protocol):
-    """What is added up at the output of a layer's lookups."""
+    """What is added up at the output of a layer's lookups, and where all rows are multiplied with queries."""
 
     def add(self, ids: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
         """Count in lookups of rows `ids` (B,), whose gradient (B, D) is after the rotation (width, D)."""
+
+    def add_products(self, queries: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
+        """Count in products of queries (B, D) with all rows; gradient (B, N) is with respect to the products."""
 
 
 @dataclass
@@ -81,6 +84,29 @@ class RowGradients:
         self.gradient.index_add_(0, ids, here)
         if self.blocks is not None:
             parts = here.reshape(len(here), len(self.blocks), -1).transpose(0, 1)  # (columns, B, S)
+            self.blocks += parts.transpose(1, 2) @ parts
+
+    def add_products(self, queries: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
+        """Count in products of queries with all rows, such as the logits of a softmax.
+
+        The gradient with respect to row j in example i is gradient[i, j] * queries[i].
+
+        Args:
+            queries: (B, D), any floating dtype.
+            gradient: (B, N) with respect to the products.
+            rotation: as in `add`.
+        """
+        queries, gradient = queries.float(), gradient.float()
+        if rotation is not None:
+            queries = queries @ rotation.float().T
+        self.counts += shares(gradient)
+        here = queries[:, self.columns]
+        self.gradient.addmm_(gradient.T, here)
+        squares = gradient.square()
+        self.fisher.addmv_(squares.T, queries.square().mean(1))
+        if self.blocks is not None:
+            weighted = here * squares.sum(1, keepdim=True).sqrt()
+            parts = weighted.reshape(len(here), len(self.blocks), -1).transpose(0, 1)  # (columns, B, S)
             self.blocks += parts.transpose(1, 2) @ parts
 
     def directions(self, column: int) -> tuple[Tensor, Tensor]:
@@ -203,27 +229,54 @@ def observed(gradients: Mapping[TableLayer, Sums]) -> Iterator[None]:
             raise SpecError(f"{type(layer).__name__} is being observed by another pass")
     try:
         for layer, sums in gradients.items():
-            layer.observer = _observer(layer, sums)
+            rotation = layer.table_tensors().get("rotation")
+            layer.observer = _Summing(sums, None if rotation is None else rotation.detach())
         yield
     finally:
         for layer in gradients:
             layer.observer = None
 
 
-def _observer(layer: TableLayer, sums: Sums) -> Callable[[Tensor, Tensor], Tensor]:
-    rotation = layer.table_tensors().get("rotation")
-    rotation = None if rotation is None else rotation.detach()
+def shares(gradient: Tensor) -> Tensor:
+    """How often each row was used by products with all rows, in the measure of lookups.
 
-    def observe(ids: Tensor, rows: Tensor) -> Tensor:
+    In an example a row counts as its gradient beside the largest, which is about 1 for the wanted row of a softmax
+    and the probability of any other.
+
+    Args:
+        gradient: (B, N) with respect to the products.
+
+    Returns:
+        (N,).
+    """
+    size = gradient.abs()
+    return (size / size.amax(1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)).sum(0)
+
+
+@dataclass(frozen=True)
+class _Summing:
+    """An observer that cuts rows from the codebooks, and adds up gradients at the cut."""
+
+    sums: Sums
+    rotation: Tensor | None
+
+    def looked_up(self, ids: Tensor, rows: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return rows
         leaf = rows.detach().requires_grad_()
         leaf.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: sums.add(ids, gradient.detach(), rotation)
+            lambda gradient: self.sums.add(ids, gradient.detach(), self.rotation)
         )
         return leaf
 
-    return observe
+    def multiplied(self, h: Tensor, rows: Tensor) -> Tensor:
+        queries = h if h.requires_grad else h.detach().requires_grad_()
+        products = queries @ rows.detach().T
+        flat = h.detach().reshape(-1, h.shape[-1])
+        products.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: self.sums.add_products(flat, gradient.detach().reshape(len(flat), -1), self.rotation)
+        )
+        return products
 
 
 def backpropagate(model: nn.Module, losses: Losses, step: Callable[[], None] = lambda: None) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,16 @@ from cqr_compress.table import (
 _LIKE = "_like"
 _SEED = "hash_seed"
 """Buffer of a layer whose hashes were drawn anew since its table was made."""
+
+
+class Observer(Protocol):
+    """Sees each use of a layer's rows, and gives the model what it goes on with."""
+
+    def looked_up(self, ids: Tensor, rows: Tensor) -> Tensor:
+        """The rows (B, D) that are used for ids (B,), of what was looked up."""
+
+    def multiplied(self, h: Tensor, rows: Tensor) -> Tensor:
+        """The products (..., N) of queries (..., D) with all rows (N, D)."""
 
 
 class TableLayer(nn.Module):
@@ -60,8 +70,7 @@ class TableLayer(nn.Module):
     scale_grad_by_freq: bool
     _spec: AnySpec
     _owner: TableLayer | None
-    observer: Callable[[Tensor, Tensor], Tensor] | None = None
-    """Called with the ids (B,) and rows (B, D) of each lookup; returns the rows that are used."""
+    observer: Observer | None = None
     _names: tuple[str, ...]  # of the table's tensors, so that a lookup need not ask the spec
 
     def hold_table(
@@ -155,7 +164,7 @@ class TableLayer(nn.Module):
         """
         rows = self._decode_ids(ids)
         observer = self.owner.observer
-        return rows if observer is None else observer(ids, rows)
+        return rows if observer is None else observer.looked_up(ids, rows)
 
     def _decode_ids(self, ids: Tensor) -> Tensor:
         tensors = self.table_tensors()
@@ -251,6 +260,10 @@ class TableLayer(nn.Module):
         Returns:
             (..., N) in the dtype of `h`; equal to `h @ weight.T` to rounding. Differentiable.
         """
+        observer = self.owner.observer
+        if observer is not None and torch.is_grad_enabled():
+            ids = (torch.arange(a, b, device=self.device) for a, b in self._row_blocks())
+            return observer.multiplied(h, torch.cat([self._decode_ids(block) for block in ids]))
         return search_scores(self.spec, self.table_tensors(), h)
 
     def topk(self, h: Tensor, k: int) -> TopK:

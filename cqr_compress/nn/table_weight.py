@@ -244,10 +244,14 @@ def _bags(
 
 
 def _scores(weight: TableWeight, h: Tensor) -> Tensor | None:
-    """Products through the codebooks where no gradient is asked for; training decodes once instead."""
+    """Products through the codebooks where no gradient is asked for; training decodes once instead.
+
+    Where the layer is observed, its observer is told of a product.
+    """
     layer = weight.layer
     trains = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
-    if trains or h.dtype != layer.dtype or torch.is_autocast_enabled(h.device.type):
+    seen = trains and layer.owner.observer is not None and not weight.detached
+    if (trains and not seen) or h.dtype != layer.dtype or torch.is_autocast_enabled(h.device.type):
         return None
     return layer.scores(h)
 

@@ -22,6 +22,8 @@ from cqr_compress.tuning.task import Task
 
 _BLOCK_USERS = 16_384
 _RANKED_USERS = 256
+_CANDIDATES = 16_384
+_LOGITS = 2**25
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,15 @@ class SequenceSettings:
         num_heads: of attention; the state_dict does not tell.
         dropout: in training.
         norm_first: whether blocks normalize before attention, or after it; the state_dict does not tell.
-        loss: "bce" with one random negative for each item, as in the paper, or "ce" over all items.
+        loss: "ce", the cross entropy of a softmax over all items, or over those of the batch and 16,384 drawn ones
+            where there are more; or "bce" with one random negative for each item, as in the paper.
         metric: "ndcg@10" or "hr@10" on the last item but one of each user; "test_..." is on the last.
     """
 
     num_heads: int = 1
     dropout: float = 0.2
     norm_first: bool = False
-    loss: str = "bce"
+    loss: str = "ce"
     metric: str = "ndcg@10"
 
 
@@ -76,12 +79,32 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
 
     files = ExampleFiles(DataOptions(options.train, options.train, options.batch_size), read, 0.5)
 
-    def loss(model: SASRec, batch: Examples) -> Tensor:
+    def choices(model: SASRec, batch: Examples) -> tuple[Tensor, Tensor]:
+        """Scores of candidates at positions of a batch, (n, V), and which one is wanted, (n,)."""
         items, wanted = batch
-        hidden = model(items)
-        real = wanted > 0
+        at = wanted.flatten().nonzero().flatten()
+        limit = _LOGITS // min(num_items, _CANDIDATES)
+        if len(at) > limit:
+            at = at[torch.randperm(len(at))[:limit].to(at.device)]
+        label = wanted.flatten()[at]
+        drawn = None
+        if num_items > _CANDIDATES:
+            others = torch.randint(1, num_items, (_CANDIDATES,)).to(label.device)
+            drawn = torch.unique(torch.cat([label, others]))
+        hidden = model(items).flatten(0, 1)[at]
+        if drawn is None:  # 0 is padding
+            return (hidden @ model.item_emb.weight.T)[:, 1:], label - 1
+        return hidden @ model.item_emb(drawn).T, torch.searchsorted(drawn, label)
+
+    def logits(model: SASRec, batch: Examples) -> Tensor:
+        return choices(model, batch)[0]
+
+    def loss(model: SASRec, batch: Examples) -> Tensor:
         if settings.loss == "ce":
-            return F.cross_entropy(hidden[real] @ model.item_emb.weight.T, wanted[real], reduction="none")
+            scores, label = choices(model, batch)
+            return F.cross_entropy(scores, label, reduction="none")
+        items, wanted = batch
+        hidden, real = model(items), wanted > 0
         other = torch.randint(1, num_items, wanted.shape).to(wanted.device)
         again = ((other[:, :, None] == wanted[:, None]).any(2) & real).nonzero(as_tuple=True)
         other[again] = torch.randint(1, num_items, (len(again[0]),)).to(wanted.device)
@@ -114,7 +137,7 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
         return figures
 
     return Task(
-        name="sasrec", model=build, train_batches=files.train_batches, loss=loss, evaluate=evaluate,  # type: ignore[arg-type]
+        name="sasrec", model=build, train_batches=files.train_batches, loss=loss, logits=logits, evaluate=evaluate,  # type: ignore[arg-type]
         metric=settings.metric, identity=options.identity,
     )  # fmt: skip
 

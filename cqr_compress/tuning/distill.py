@@ -18,7 +18,10 @@ from cqr_compress.tuning.task import Task
 
 @dataclass
 class OutputDistillation:
-    """Pulls what the model's forward returns toward what the teacher's returns for the same batch.
+    """Pulls what the model answers toward what the teacher answers for the same batch.
+
+    Where the task has logits, these are the softmax of both (Hinton et al. 2015, arXiv:1503.02531), otherwise what
+    their forward returns.
 
     Attributes:
         task: its loss runs both models.
@@ -31,28 +34,41 @@ class OutputDistillation:
     student: nn.Module
 
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The task's losses, and the mean squared error of outputs / their mean square.
+        """The task's losses, and how far outputs are from the teacher's.
+
+        That is KL(teacher || student) in nats, the mean over examples, or the mean squared error of what forward
+        returns / its mean square.
 
         Raises:
-            TaskError: the loss does not call the model itself, or outputs differ in shape.
+            TaskError: logits are not (n, V), the loss does not call the model itself, or outputs differ in shape.
         """
         before = RandomState.current()
-        with _recorded(self.student) as mine:
+        if self.task.logits is not None:
+            losses = self.task.loss(self.student, batch)
+            after = RandomState.current()
+            before.set()  # so that both, and the loss, draw candidates and negatives alike
+            mine = self.task.logits(self.student, batch)
+            before.set()
+            with torch.no_grad():
+                wanted = self.task.logits(self.teacher, batch)
+            after.set()
+            return losses, _divergence(mine, wanted)
+        with _recorded(self.student) as outputs:
             losses = self.task.loss(self.student, batch)
         after = RandomState.current()
         before.set()  # so that negatives are drawn alike
-        with torch.no_grad(), _recorded(self.teacher) as wanted:
+        with torch.no_grad(), _recorded(self.teacher) as targets:
             self.task.loss(self.teacher, batch)
         after.set()
-        if not mine or [t.shape for t in mine] != [t.shape for t in wanted]:
+        if not outputs or [t.shape for t in outputs] != [t.shape for t in targets]:
             raise TaskError(
                 "distillation of outputs compares what model(...) returns, and the loss "
-                + ("got outputs of different shapes" if mine else "never calls model(...)")
-                + ": distill rows"
+                + ("got outputs of different shapes" if outputs else "never calls model(...)")
+                + ": define logits(model, batch) in the task, or distill rows"
             )
         errors = [
             (a.float() - b.float()).square().mean() / b.float().square().mean().clamp_min(1e-12)
-            for a, b in zip(mine, wanted, strict=True)
+            for a, b in zip(outputs, targets, strict=True)
         ]
         return losses, torch.stack(errors).mean()
 
@@ -77,7 +93,7 @@ class RowDistillation:
         self._errors.clear()
         try:
             for layer, wanted in self.rows.items():
-                layer.observer = self._observer(wanted)
+                layer.observer = _Comparing(wanted, self._errors)
             losses = self.task.loss(self.student, batch)
         finally:
             for layer in self.rows:
@@ -86,14 +102,38 @@ class RowDistillation:
             raise TaskError("distillation of rows found no lookup in the loss")
         return losses, torch.stack(self._errors).mean()
 
-    def _observer(self, wanted: Tensor) -> Any:
-        def observe(ids: Tensor, rows: Tensor) -> Tensor:
-            target = wanted[ids].to(rows)
-            error = (rows - target).float().square().sum()
-            self._errors.append(error / target.float().square().sum().clamp_min(1e-12))
-            return rows
 
-        return observe
+@dataclass(frozen=True)
+class _Comparing:
+    """An observer that notes how far rows are from the teacher's (N, D)."""
+
+    wanted: Tensor
+    errors: list[Tensor]
+
+    def looked_up(self, ids: Tensor, rows: Tensor) -> Tensor:
+        target = self.wanted[ids].to(rows)
+        error = (rows - target).float().square().sum()
+        self.errors.append(error / target.float().square().sum().clamp_min(1e-12))
+        return rows
+
+    def multiplied(self, h: Tensor, rows: Tensor) -> Tensor:
+        return h @ self.looked_up(torch.arange(len(rows), device=rows.device), rows).T
+
+
+def _divergence(mine: Tensor, wanted: Tensor) -> Tensor:
+    """KL(wanted || mine) of the softmax of logits (n, V), the mean over examples; -inf leaves a candidate out.
+
+    Raises:
+        TaskError: other shapes, or shapes that differ.
+    """
+    if mine.ndim != 2 or mine.shape[1] < 2 or mine.shape != wanted.shape:
+        raise TaskError(
+            f"logits gave {tuple(mine.shape)}, and {tuple(wanted.shape)} for the teacher: it returns scores of "
+            "two or more candidates for each example, (n, V)"
+        )
+    log_p, log_q = wanted.float().log_softmax(1), mine.float().log_softmax(1)
+    each = (log_p.exp() * (log_p - log_q)).masked_fill(log_p.isneginf(), 0.0)
+    return each.sum(1).mean()
 
 
 @contextmanager

@@ -28,6 +28,8 @@ class Task:
         evaluate: of a model in eval mode, without gradients: figures by name, on held-out data.
         metric: the figure that decides.
         mode: "max" if more of it is better, or "min".
+        logits: of a model and a batch: scores of candidates, (n, V), whose softmax distillation of outputs
+            compares; what `model(...)` returns is compared if None.
         frequencies: how often each id of a table is used, (N,), by the name of the tensor, or None.
         optimizer: makes the optimizer of some parameters; AdamW if None.
         identity: what tells it from other tasks of this name, as plain values: a run that goes on after a kill has
@@ -41,6 +43,7 @@ class Task:
     evaluate: Callable[[nn.Module], Mapping[str, float]]
     metric: str
     mode: str = "max"
+    logits: Callable[[nn.Module, Any], Tensor] | None = None
     frequencies: Callable[[str], Tensor | None] | None = None
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)

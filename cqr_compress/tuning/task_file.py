@@ -17,7 +17,7 @@ from cqr_compress.errors import TaskError, UserCodeError
 from cqr_compress.tuning.task import Task
 
 _NEEDED = ("model", "train_batches", "loss", "evaluate")
-_OPTIONAL = ("frequencies", "optimizer")
+_OPTIONAL = ("logits", "frequencies", "optimizer")
 
 TEMPLATE = '''"""My model and data, for `cqr-compress finetune SMALL.safetensors --task THIS_FILE -o TUNED`."""
 
@@ -48,6 +48,11 @@ def loss(model, batch):
 def evaluate(model):
     """Figures on held-out data; the model is in eval mode, and no gradients are recorded."""
     raise NotImplementedError('return {"auc": ..., "bce": ...}')
+
+
+# def logits(model, batch):
+#     """Scores of classes or items, (n, V): --distill outputs compares their softmax with the teacher's. Without
+#     this it compares what model(...) returns."""
 
 
 # def frequencies(table_name):
