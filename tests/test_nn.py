@@ -472,6 +472,7 @@ def test_scores_equal_products_with_the_decoded_rows(
     wanted = h @ table.decode().T
     with torch.no_grad():
         assert torch.allclose(layer.scores(h), wanted, atol=1e-4)
+        assert torch.allclose(layer.scores(h, torch.tensor([5, 0, 5])), wanted[..., [5, 0, 5]], atol=1e-4)
         values, indices = layer.topk(h, 10)
     best = wanted.topk(10, dim=-1)
     assert torch.allclose(values, best.values, atol=1e-4) and values.shape == (*shape, 10)

@@ -44,11 +44,11 @@ class Curvature:
         self.matrix += (gradient.T @ gradient).double()
         self.counts.index_add_(0, ids, torch.ones_like(gradient[:, 0]))
 
-    def add_products(self, queries: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
-        """Count in products of queries with all rows; see `RowGradients.add_products`."""
+    def add_products(self, ids: Tensor, queries: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
+        """Count products of queries and rows in; see `RowGradients.add_products`."""
         weighted = queries.float() * gradient.float().square().sum(1, keepdim=True).sqrt()
         self.matrix += (weighted.T @ weighted).double()
-        self.counts += shares(gradient.float())
+        self.counts.index_add_(0, ids, shares(gradient.float()))
 
     def basis(self, num_blocks: int = 1) -> Tensor:
         """Find A such that ||x @ A - y @ A||**2 is what a difference of two rows costs.

@@ -24,13 +24,13 @@ Losses = Callable[[], Iterable[Tensor]]
 
 
 class Sums(Protocol):
-    """What is added up at the output of a layer's lookups, and where all rows are multiplied with queries."""
+    """What is added up at the output of a layer's lookups, and of products of its rows with queries."""
 
     def add(self, ids: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
         """Count in lookups of rows `ids` (B,), whose gradient (B, D) is after the rotation (width, D)."""
 
-    def add_products(self, queries: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
-        """Count in products of queries (B, D) with all rows; gradient (B, N) is with respect to the products."""
+    def add_products(self, ids: Tensor, queries: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
+        """Count in products of rows `ids` (V,) with queries (B, D), whose gradient is (B, V)."""
 
 
 @dataclass
@@ -86,24 +86,25 @@ class RowGradients:
             parts = here.reshape(len(here), len(self.blocks), -1).transpose(0, 1)  # (columns, B, S)
             self.blocks += parts.transpose(1, 2) @ parts
 
-    def add_products(self, queries: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
-        """Count in products of queries with all rows, such as the logits of a softmax.
+    def add_products(self, ids: Tensor, queries: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
+        """Count products of queries and rows in, such as the logits of a softmax.
 
         The gradient with respect to row j in example i is gradient[i, j] * queries[i].
 
         Args:
+            ids: (V,) rows.
             queries: (B, D), any floating dtype.
-            gradient: (B, N) with respect to the products.
+            gradient: (B, V) with respect to the products.
             rotation: as in `add`.
         """
         queries, gradient = queries.float(), gradient.float()
         if rotation is not None:
             queries = queries @ rotation.float().T
-        self.counts += shares(gradient)
+        self.counts.index_add_(0, ids, shares(gradient))
         here = queries[:, self.columns]
-        self.gradient.addmm_(gradient.T, here)
+        self.gradient.index_add_(0, ids, gradient.T @ here)
         squares = gradient.square()
-        self.fisher.addmv_(squares.T, queries.square().mean(1))
+        self.fisher.index_add_(0, ids, squares.T @ queries.square().mean(1))
         if self.blocks is not None:
             weighted = here * squares.sum(1, keepdim=True).sqrt()
             parts = weighted.reshape(len(here), len(self.blocks), -1).transpose(0, 1)  # (columns, B, S)
@@ -238,16 +239,16 @@ def observed(gradients: Mapping[TableLayer, Sums]) -> Iterator[None]:
 
 
 def shares(gradient: Tensor) -> Tensor:
-    """How often each row was used by products with all rows, in the measure of lookups.
+    """How often each row was used by products, in the measure of lookups.
 
     In an example a row counts as its gradient beside the largest, which is about 1 for the wanted row of a softmax
     and the probability of any other.
 
     Args:
-        gradient: (B, N) with respect to the products.
+        gradient: (B, V) with respect to the products.
 
     Returns:
-        (N,).
+        (V,).
     """
     size = gradient.abs()
     return (size / size.amax(1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)).sum(0)
@@ -269,12 +270,14 @@ class _Summing:
         )
         return leaf
 
-    def multiplied(self, h: Tensor, rows: Tensor) -> Tensor:
+    def multiplied(self, h: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
         queries = h if h.requires_grad else h.detach().requires_grad_()
         products = queries @ rows.detach().T
         flat = h.detach().reshape(-1, h.shape[-1])
         products.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: self.sums.add_products(flat, gradient.detach().reshape(len(flat), -1), self.rotation)
+            lambda gradient: self.sums.add_products(
+                ids, flat, gradient.detach().reshape(len(flat), -1), self.rotation
+            )
         )
         return products
 

@@ -39,8 +39,8 @@ class Observer(Protocol):
     def looked_up(self, ids: Tensor, rows: Tensor) -> Tensor:
         """The rows (B, D) that are used for ids (B,), of what was looked up."""
 
-    def multiplied(self, h: Tensor, rows: Tensor) -> Tensor:
-        """The products (..., N) of queries (..., D) with all rows (N, D)."""
+    def multiplied(self, h: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+        """The products (..., V) of queries (..., D) with rows (V, D) of ids (V,)."""
 
 
 class TableLayer(nn.Module):
@@ -249,22 +249,28 @@ class TableLayer(nn.Module):
                 "Call cqr_compress.decompress_(model) first."
             )
 
-    def scores(self, h: Tensor) -> Tensor:
-        """Compute the inner products of queries with all rows, without decoding the table as a whole.
+    def scores(self, h: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Compute the inner products of queries with some rows, or all, without decoding the table as a whole.
 
         See `search.search_scores` for how, and for what memory it takes.
 
         Args:
             h: (..., D) floating-point queries.
+            ids: (V,) rows to multiply with, such as drawn negatives; all if None.
 
         Returns:
-            (..., N) in the dtype of `h`; equal to `h @ weight.T` to rounding. Differentiable.
+            (..., N) or (..., V) in the dtype of `h`; equal to `h @ weight.T` to rounding. Differentiable.
         """
-        observer = self.owner.observer
-        if observer is not None and torch.is_grad_enabled():
-            ids = (torch.arange(a, b, device=self.device) for a, b in self._row_blocks())
-            return observer.multiplied(h, torch.cat([self._decode_ids(block) for block in ids]))
-        return search_scores(self.spec, self.table_tensors(), h)
+        observer = self.owner.observer if torch.is_grad_enabled() else None
+        if ids is None and observer is None:
+            return search_scores(self.spec, self.table_tensors(), h)
+        if ids is None:
+            blocks = [torch.arange(a, b, device=self.device) for a, b in self._row_blocks()]
+            ids, rows = torch.cat(blocks), torch.cat([self._decode_ids(block) for block in blocks])
+        else:
+            rows = self._decode_ids(ids)
+        rows = rows.to(h.dtype)
+        return h @ rows.T if observer is None else observer.multiplied(h, ids, rows)
 
     def topk(self, h: Tensor, k: int) -> TopK:
         """Find the k rows with the largest inner product for each query, in bounded memory.

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from cqr_compress import processes
 from cqr_compress.errors import TaskError
+from cqr_compress.nn import TableLayer
 from cqr_compress.tasks.files import DataOptions, ExampleFiles, Examples, parse_settings
 from cqr_compress.tasks.metrics import gathered, ranking_figures
 from cqr_compress.tasks.models import SASRec
@@ -87,14 +88,15 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
         if len(at) > limit:
             at = at[torch.randperm(len(at))[:limit].to(at.device)]
         label = wanted.flatten()[at]
-        drawn = None
+        candidates = torch.arange(1, num_items, device=label.device)  # 0 is padding
         if num_items > _CANDIDATES:
-            others = torch.randint(1, num_items, (_CANDIDATES,)).to(label.device)
-            drawn = torch.unique(torch.cat([label, others]))
-        hidden = model(items).flatten(0, 1)[at]
-        if drawn is None:  # 0 is padding
-            return (hidden @ model.item_emb.weight.T)[:, 1:], label - 1
-        return hidden @ model.item_emb(drawn).T, torch.searchsorted(drawn, label)
+            drawn = torch.randint(1, num_items, (_CANDIDATES,)).to(label.device)
+            candidates = torch.unique(torch.cat([label, drawn]))
+        hidden, table = model(items).flatten(0, 1)[at], model.item_emb
+        scores = (
+            table.scores(hidden, candidates) if isinstance(table, TableLayer) else hidden @ table(candidates).T
+        )
+        return scores, torch.searchsorted(candidates, label)
 
     def logits(model: SASRec, batch: Examples) -> Tensor:
         return choices(model, batch)[0]

@@ -116,8 +116,8 @@ class _Comparing:
         self.errors.append(error / target.float().square().sum().clamp_min(1e-12))
         return rows
 
-    def multiplied(self, h: Tensor, rows: Tensor) -> Tensor:
-        return h @ self.looked_up(torch.arange(len(rows), device=rows.device), rows).T
+    def multiplied(self, h: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+        return h @ self.looked_up(ids, rows).T
 
 
 def _divergence(mine: Tensor, wanted: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
     python tests/benchmarks/finetune.py synthetic [--file s2k.npz]
     python tests/benchmarks/finetune.py frappe --file frappe.validation.libfm --test-file frappe.test.libfm
     python tests/benchmarks/finetune.py sasrec --file Beauty.txt
+    python tests/benchmarks/finetune.py sasrec-softmax --file Beauty.txt
     python tests/benchmarks/finetune.py criteo
 
 A dense model is trained, its epoch chosen on held-out data. Its checkpoint is converted at each ratio, the bytes of
@@ -14,7 +15,8 @@ trains CQR and the paper's CQR from scratch, at float16 codebooks with no more b
 
 Models: GMF (movielens, synthetic), SASRec, DLRM without dense features (frappe) as in `sketches.py`; criteo is
 `examples/dlrm_criteo.py` on data that it draws. SASRec's test item is the last of each user, ranked among all items
-that the user has not had, and the one before is for validation.
+that the user has not had, and the one before is for validation. The dense model is trained with one negative for each
+item, as in SASRec's paper, or, for sasrec-softmax, with a softmax over all items, which fine-tuning always takes.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,9 @@ class Bench:
         tables: to compress.
         full_table: makes a table of the dense model, with the values that it starts from.
         learning_rate: of the dense model, and of those from scratch.
+        tuning_losses: that fine-tuning takes; those of the task if None.
+        logits: that are distilled, or None.
+        everything: more options where everything is trained.
     """
 
     task: sketches.Task
@@ -64,6 +69,9 @@ class Bench:
     tables: list[str]
     full_table: sketches.MakeTable = sketches.full
     learning_rate: float = 1e-3
+    tuning_losses: Callable[[nn.Module, sketches.Batch], Tensor] | None = None
+    logits: Callable[[nn.Module, sketches.Batch], Tensor] | None = None
+    everything: Mapping[str, Any] = field(default_factory=dict)
 
     def is_better(self, a: float, b: float) -> bool:
         return a > b if self.mode == "max" else a < b
@@ -72,7 +80,8 @@ class Bench:
         return cqr.Task(
             name="benchmark", model=lambda: copy.deepcopy(arch),
             train_batches=lambda epoch: self.task.batches(self.task.batch_size, True),
-            loss=self.task.losses, evaluate=self.figures, metric=self.metric, mode=self.mode,
+            loss=self.tuning_losses or self.task.losses, logits=self.logits, evaluate=self.figures,
+            metric=self.metric, mode=self.mode,
         )  # fmt: skip
 
 
@@ -120,7 +129,7 @@ def frappe(train: Path, test: Path) -> Bench:
     return clicks(replace(task, train=fitted), chosen, task.held_out, ["tables.0.weight"])
 
 
-def sasrec(path: Path) -> Bench:
+def sasrec(path: Path, with_softmax: bool) -> Bench:
     task = replace(sketches.sasrec(path, held_out=2), epochs=40)
     lines, length = sketches.read_sequences(path), 20
 
@@ -130,7 +139,18 @@ def sasrec(path: Path) -> Bench:
             found[f"{name}ndcg@10"], found[f"{name}hr@10"] = sketches.rank_last(model, part, length)
         return found
 
-    return Bench(task, figures, "ndcg@10", "max", ["item.weight"])
+    def logits(model: nn.Module, batch: sketches.Batch) -> Tensor:
+        return model(batch[0])[batch[1] > 0] @ model.item.weight.T
+
+    def softmax(model: nn.Module, batch: sketches.Batch) -> Tensor:
+        return F.cross_entropy(logits(model, batch), batch[1][batch[1] > 0], reduction="none")
+
+    if with_softmax:
+        task = replace(task, losses=softmax, epochs=15)
+    return Bench(
+        task, figures, "ndcg@10", "max", ["item.weight"], tuning_losses=softmax, logits=logits,
+        everything={"learning_rate": 3e-3},
+    )  # fmt: skip
 
 
 def criteo(folder: Path) -> Bench:
@@ -229,12 +249,16 @@ def run(bench: Bench, args: argparse.Namespace, folder: Path) -> None:
         for ratio in args.ratios:
             for method in args.methods:
                 try:
-                    one_conversion(bench, model, ckpt, ratio, method, seed, rows)
+                    one_conversion(bench, model, ckpt, ratio, method, seed, args.ways, rows)
                 except cqr.CqrCompressError as e:
                     print(f"{ratio:5g} {method:9} cannot be: {e}", flush=True)
         if args.scratch:
             for ratio in args.ratios:
-                tuned = [found[-1][0] for (_, what, at), found in rows.items() if what == "tuned" and at == ratio]
+                tuned = [
+                    found[-1][0]
+                    for (_, what, at), found in rows.items()
+                    if what.startswith("tuned") and at == ratio
+                ]
                 budget = max(tuned, default=0)
                 for method in ("cqr", "cqr-paper"):
                     made = scratch(bench, method, budget, seed)
@@ -244,7 +268,7 @@ def run(bench: Bench, args: argparse.Namespace, folder: Path) -> None:
 
 
 def one_conversion(
-    bench: Bench, model: nn.Module, ckpt: Path, ratio: float, method: str, seed: int,
+    bench: Bench, model: nn.Module, ckpt: Path, ratio: float, method: str, seed: int, names: list[str],
     rows: dict[tuple[str, str, float], list[tuple[int, Figures]]],
 ) -> None:  # fmt: skip
     small = ckpt.with_suffix(f".{ratio:g}.{method}.safetensors")
@@ -253,15 +277,19 @@ def one_conversion(
     )
     report = cqr.convert(ckpt, small, request, tables=bench.tables, force=True)
     task = bench.tuning_task(model)
-    ways: Mapping[str, dict[str, Any]] = {"tuned": {}, "tuned, all": {"train": "all", "distill": "outputs"}}
-    for what, options in ways.items():
+    ways: Mapping[str, dict[str, Any]] = {
+        "tuned": {},
+        "tuned, all": {"train": "all", "distill": "outputs", **bench.everything},
+    }
+    for what in names:
+        options = ways[what]
         began = time.monotonic()
         tuned = cqr.finetune(
             small, small.with_suffix(".tuned"), task, cqr.FinetuneOptions(seed=seed, **options), teacher=ckpt,
             evaluate_teacher=False, force=True,
         )  # fmt: skip
         assert tuned.size is not None
-        if what == "tuned":
+        if what == names[0]:
             size = sum(table.bytes_after for table in report.tables)
             rows.setdefault((method, "converted", ratio), []).append((size, tuned.before))
         size = sum(table.bytes_after for table in tuned.size.tables)
@@ -294,13 +322,15 @@ def show_all(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["movielens", "synthetic", "frappe", "sasrec", "criteo"])
+    parser.add_argument("task", choices=["movielens", "synthetic", "frappe", "sasrec", "sasrec-softmax", "criteo"])
     parser.add_argument("--file", type=Path)
     parser.add_argument("--test-file", type=Path)
     parser.add_argument("--ratios", type=float, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--methods", nargs="+", default=["pq", "rq", "cqr"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--scratch", action="store_true")
+    ways = ["tuned", "tuned, all"]
+    parser.add_argument("--ways", nargs="+", default=ways, choices=ways)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -308,7 +338,8 @@ def main() -> None:
             "movielens": lambda: movielens(args.file),
             "synthetic": lambda: synthetic(args.file),
             "frappe": lambda: frappe(args.file, args.test_file),
-            "sasrec": lambda: sasrec(args.file),
+            "sasrec": lambda: sasrec(args.file, with_softmax=False),
+            "sasrec-softmax": lambda: sasrec(args.file, with_softmax=True),
             "criteo": lambda: criteo(folder),
         }[args.task]()
         run(bench, args, folder)
