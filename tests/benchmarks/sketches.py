@@ -100,11 +100,12 @@ class SASRec(nn.Module):
         layer = nn.TransformerEncoderLayer(dim, 2, dim, dropout=0.2, batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
         self.register_buffer("mask", torch.triu(torch.full((length, length), float("-inf")), 1), persistent=False)
+        self.dropout = nn.Dropout(0.2)
         self.length = length
 
     def forward(self, sequences: Tensor) -> Tensor:
         rows = self.item(sequences) * 8.0 + self.position.weight
-        return self.encoder(F.dropout(rows, 0.2, self.training), mask=self.mask, is_causal=True)
+        return self.encoder(self.dropout(rows), mask=self.mask, is_causal=True)
 
 
 # data
