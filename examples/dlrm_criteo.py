@@ -329,7 +329,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     styles = {"cqr": "o-", "cqr-paper": "o--", "pq-tuned": "s-", "pq": "s--"}
     for method, name in NAMES.items():
         points = sorted((r["parameters"], r["bce"]) for key, r in results.items() if key.split("@")[0] == method)
@@ -344,7 +344,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("test loss (binary cross entropy)")
     axes.set_title("DLRM: test loss against embedding parameters")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")  # points are not covered
     figure.savefig(path, dpi=120)
 
 
