@@ -332,12 +332,15 @@ def test_gradients_and_curvature_are_those_of_single_occurrences(rotation: str |
 
 
 @pytest.mark.parametrize("rotation", [None, "opq"])
-def test_a_product_with_all_rows_counts_each_example_as_lookups_would(rotation: str | None) -> None:
+def test_a_product_with_all_rows_counts_each_example_as_lookups_would(
+    rotation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Logits of a softmax: gradients of single examples, as if each had looked up all rows."""
     model = nn.ModuleList([nn.Embedding(N, D)])
     cqr.compress_(model, cqr.Request(method="pq", num_columns=4, n_bits=4, rotation=rotation, min_rows=0))
     made: Any = model[0]
     h, label = torch.randn(3, 2, D), torch.randint(N, (6,))
+    monkeypatch.setattr("cqr_compress.clustering.gradients._BLOCK_VALUES", 4 * N)  # of four examples
     ways: list[Any] = [
         lambda: h @ made.weight.T,
         lambda: F.linear(h, made.weight),

@@ -19,6 +19,7 @@ from cqr_compress.nn import TableLayer
 from cqr_compress.spec import CodebookSpec
 
 _EM_STEPS = 100
+_BLOCK_VALUES = 2**22
 Losses = Callable[[], Iterable[Tensor]]
 """Begins a pass over training data: for each batch the losses of its examples, not reduced."""
 
@@ -273,12 +274,14 @@ class _Summing:
     def multiplied(self, h: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
         queries = h if h.requires_grad else h.detach().requires_grad_()
         products = queries @ rows.detach().T
-        flat = h.detach().reshape(-1, h.shape[-1])
-        products.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: self.sums.add_products(
-                ids, flat, gradient.detach().reshape(len(flat), -1), self.rotation
-            )
-        )
+        flat, step = h.detach().reshape(-1, h.shape[-1]), max(1, _BLOCK_VALUES // max(1, len(ids)))
+
+        def count(gradient: Tensor) -> None:
+            gradient = gradient.detach().reshape(len(flat), -1)
+            for some, theirs in zip(torch.split(flat, step), torch.split(gradient, step), strict=True):
+                self.sums.add_products(ids, some, theirs, self.rotation)
+
+        products.register_hook(count)  # type: ignore[no-untyped-call]
         return products
 
 
