@@ -277,7 +277,9 @@ class _Summing:
         flat, step = h.detach().reshape(-1, h.shape[-1]), max(1, _BLOCK_VALUES // max(1, len(ids)))
 
         def count(gradient: Tensor) -> None:
-            gradient = gradient.detach().reshape(len(flat), -1)
+            if not gradient.numel():
+                return
+            gradient = gradient.detach().reshape(len(flat), len(ids))
             for some, theirs in zip(torch.split(flat, step), torch.split(gradient, step), strict=True):
                 self.sums.add_products(ids, some, theirs, self.rotation)
 
