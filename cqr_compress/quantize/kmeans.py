@@ -6,7 +6,6 @@ import faiss
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 POINTS_PER_CENTROID = 256
 """Points that one centroid is fitted to; more are subsampled at random."""
@@ -69,9 +68,7 @@ def nearest_centroids(points: Tensor, centroids: Tensor) -> Tensor:
     if points.is_cpu:
         index = faiss.IndexFlatL2(points.shape[1])
         index.add(np.ascontiguousarray(centroids.numpy()))
-        # faiss computes distances of fewer points in another way, which breaks ties differently
-        padded = F.pad(points, (0, 0, 0, max(0, faiss.cvar.distance_compute_blas_threshold - len(points))))
-        return torch.from_numpy(index.search(np.ascontiguousarray(padded.numpy()), 1)[1][: len(points), 0])
+        return torch.from_numpy(index.search(np.ascontiguousarray(points.numpy()), 1)[1][:, 0])
     norms = centroids.square().sum(1)
     step = max(1, _BLOCK_VALUES // len(centroids))
     parts = [
