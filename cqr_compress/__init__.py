@@ -8,67 +8,67 @@ cqr.load_compressed(model, "small.safetensors")
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from cqr_compress._version import __version__
 
 if TYPE_CHECKING:
-    from cqr_compress.clustering import ClusterOptions as ClusterOptions
-    from cqr_compress.clustering import ClusterSchedule as ClusterSchedule
-    from cqr_compress.clustering import CQREmbedding as CQREmbedding
-    from cqr_compress.clustering import CQREmbeddingBag as CQREmbeddingBag
-    from cqr_compress.clustering import cluster_ as cluster_
-    from cqr_compress.conversion import convert as convert
-    from cqr_compress.dense import export as export
-    from cqr_compress.dense import load_dense as load_dense
+    from cqr_compress.clustering.cluster import cluster_ as cluster_
+    from cqr_compress.clustering.layers import CQREmbedding as CQREmbedding
+    from cqr_compress.clustering.layers import CQREmbeddingBag as CQREmbeddingBag
+    from cqr_compress.clustering.options import ClusterOptions as ClusterOptions
+    from cqr_compress.clustering.schedule import ClusterSchedule as ClusterSchedule
+    from cqr_compress.commands.convert import convert as convert
+    from cqr_compress.commands.evaluate import evaluate as evaluate
+    from cqr_compress.commands.export import export as export
+    from cqr_compress.commands.export import load_dense as load_dense
+    from cqr_compress.commands.finetune import finetune as finetune
+    from cqr_compress.commands.inspect import inspect_file as inspect_file
+    from cqr_compress.commands.refit import refit as refit
     from cqr_compress.errors import CqrCompressError as CqrCompressError
-    from cqr_compress.evaluation import evaluate as evaluate
-    from cqr_compress.inspection import inspect_file as inspect_file
-    from cqr_compress.live import compress_ as compress_
-    from cqr_compress.loading import load_compressed as load_compressed
-    from cqr_compress.loading import parameters_on_meta as parameters_on_meta
-    from cqr_compress.nn import CompressedEmbedding as CompressedEmbedding
-    from cqr_compress.nn import CompressedEmbeddingBag as CompressedEmbeddingBag
+    from cqr_compress.finetuning.options import FinetuneOptions as FinetuneOptions
+    from cqr_compress.finetuning.report import TuningReport as TuningReport
+    from cqr_compress.finetuning.task import Task as Task
+    from cqr_compress.model.compress import compress_ as compress_
+    from cqr_compress.model.load import load_compressed as load_compressed
+    from cqr_compress.model.load import parameters_on_meta as parameters_on_meta
+    from cqr_compress.model.save import save_compressed as save_compressed
+    from cqr_compress.model.swap import decompress_ as decompress_
+    from cqr_compress.model.swap import swap_embeddings_ as swap_embeddings_
+    from cqr_compress.nn.embedding import CompressedEmbedding as CompressedEmbedding
+    from cqr_compress.nn.embedding import CompressedEmbeddingBag as CompressedEmbeddingBag
     from cqr_compress.progress import PrintProgress as PrintProgress
-    from cqr_compress.refitting import refit as refit
-    from cqr_compress.request import Request as Request
-    from cqr_compress.saving import save_compressed as save_compressed
-    from cqr_compress.sketches import sketch_table as sketch_table
-    from cqr_compress.swap import decompress_ as decompress_
-    from cqr_compress.swap import swap_embeddings_ as swap_embeddings_
-    from cqr_compress.table import CompressedTable as CompressedTable
-    from cqr_compress.tuning import FinetuneOptions as FinetuneOptions
-    from cqr_compress.tuning import Task as Task
-    from cqr_compress.tuning import TuningReport as TuningReport
-    from cqr_compress.tuning import finetune as finetune
+    from cqr_compress.quantize.options import Request as Request
+    from cqr_compress.table.random_tables import sketch_table as sketch_table
+    from cqr_compress.table.table import CompressedTable as CompressedTable
 
 _PUBLIC = {
-    "CQREmbedding": "clustering",
-    "CQREmbeddingBag": "clustering",
-    "ClusterOptions": "clustering",
-    "ClusterSchedule": "clustering",
-    "CompressedEmbedding": "nn",
-    "CompressedEmbeddingBag": "nn",
-    "CompressedTable": "table",
+    "CQREmbedding": "clustering.layers",
+    "CQREmbeddingBag": "clustering.layers",
+    "ClusterOptions": "clustering.options",
+    "ClusterSchedule": "clustering.schedule",
+    "CompressedEmbedding": "nn.embedding",
+    "CompressedEmbeddingBag": "nn.embedding",
+    "CompressedTable": "table.table",
     "CqrCompressError": "errors",
-    "FinetuneOptions": "tuning",
+    "FinetuneOptions": "finetuning.options",
     "PrintProgress": "progress",
-    "Request": "request",
-    "Task": "tuning",
-    "TuningReport": "tuning",
-    "cluster_": "clustering",
-    "compress_": "live",
-    "convert": "conversion",
-    "decompress_": "swap",
-    "evaluate": "evaluation",
-    "export": "dense",
-    "finetune": "tuning",
-    "inspect_file": "inspection",
-    "load_compressed": "loading",
-    "load_dense": "dense",
-    "parameters_on_meta": "loading",
-    "refit": "refitting",
-    "save_compressed": "saving",
-    "sketch_table": "sketches",
-    "swap_embeddings_": "swap",
+    "Request": "quantize.options",
+    "Task": "finetuning.task",
+    "TuningReport": "finetuning.report",
+    "cluster_": "clustering.cluster",
+    "compress_": "model.compress",
+    "convert": "commands.convert",
+    "decompress_": "model.swap",
+    "evaluate": "commands.evaluate",
+    "export": "commands.export",
+    "finetune": "commands.finetune",
+    "inspect_file": "commands.inspect",
+    "load_compressed": "model.load",
+    "load_dense": "commands.export",
+    "parameters_on_meta": "model.load",
+    "refit": "commands.refit",
+    "save_compressed": "model.save",
+    "sketch_table": "table.random_tables",
+    "swap_embeddings_": "model.swap",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
@@ -78,3 +78,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

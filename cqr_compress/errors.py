@@ -1,5 +1,7 @@
 """The errors a user can meet. Each inherits `CqrCompressError` and the builtin that fits it best."""
 
+from __future__ import annotations
+
 
 class CqrCompressError(Exception):
     """Base of every error that this package raises on purpose."""

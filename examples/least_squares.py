@@ -16,7 +16,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from cqr_compress.least_squares import Problem, cluster_rows, dense_iterates, sparse_iterates
+from cqr_compress.clustering.least_squares import Problem, cluster_rows, dense_iterates, sparse_iterates
 
 
 def refitted_kmeans(problem: Problem, num_clusters: int, seed: int) -> Tensor:

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cqr_compress.bitpack import pack_codes, packed_width, unpack_codes
 from cqr_compress.errors import ShapeError
+from cqr_compress.table.bitpack import pack_codes, packed_width, unpack_codes
 
 
 @given(n_bits=st.integers(1, 16), rows=st.integers(0, 9), num_codes=st.integers(1, 23), seed=st.integers(0, 99))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cqr_compress.checkpoint import open_checkpoint
+from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import CheckpointError
 
 State = dict[str, torch.Tensor]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cqr_compress.checkpoint import open_checkpoint
+from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import CheckpointError
 
 

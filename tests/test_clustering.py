@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 import cqr_compress as cqr
 from cqr_compress import ClusterOptions, ClusterSchedule, CQREmbedding, CQREmbeddingBag
-from cqr_compress.clustering.curvature import Curvature
+from cqr_compress.clustering.cluster_layer import pointers
 from cqr_compress.clustering.entropy import pointer_entropies
-from cqr_compress.clustering.gradients import Moments, Prior, RowGradients, backpropagate, observed
-from cqr_compress.clustering.one_layer import pointers
+from cqr_compress.clustering.gradients import Moments, Prior, RowGradients
+from cqr_compress.clustering.observe import backpropagate, observed
 from cqr_compress.errors import NonFiniteError, ShapeError, SpecError, TableNotFoundError
-from cqr_compress.sketches import SKETCHES, sketch_table
+from cqr_compress.finetuning.fisher import Curvature
+from cqr_compress.table.random_tables import SKETCHES, sketch_table
 
 N, D, K = 700, 16, 16
 IDS = torch.arange(N)
@@ -119,7 +120,7 @@ def test_a_layer_counts_the_parameters_and_bytes_of_the_paper() -> None:
 
 
 def test_the_row_of_an_id_is_pointer_plus_helper() -> None:
-    from cqr_compress.hashing import hash_ids
+    from cqr_compress.table.hashing import hash_ids
 
     made = layer(seed=5)
     helper = hash_ids(IDS, K, made.spec.seed, range(1, 8, 2))
@@ -340,7 +341,7 @@ def test_a_product_with_all_rows_counts_each_example_as_lookups_would(
     cqr.compress_(model, cqr.Request(method="pq", num_columns=4, n_bits=4, rotation=rotation, min_rows=0))
     made: Any = model[0]
     h, label = torch.randn(3, 2, D), torch.randint(N, (6,))
-    monkeypatch.setattr("cqr_compress.clustering.gradients._BLOCK_VALUES", 4 * N)  # of four examples
+    monkeypatch.setattr("cqr_compress.clustering.observe._BLOCK_VALUES", 4 * N)  # of four examples
     ways: list[Any] = [
         lambda: h @ made.weight.T,
         lambda: F.linear(h, made.weight),

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import cqr_compress as cqr
-from cqr_compress.checkpoint import open_checkpoint, writer
-from cqr_compress.checkpoint.compressed import CompressedCheckpoint
+from cqr_compress.checkpoint import streaming_writer as writer
+from cqr_compress.checkpoint.compressed_file import CompressedCheckpoint
+from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import (
     BudgetError,
     CheckpointError,
@@ -349,10 +350,9 @@ def test_a_large_table_is_fitted_on_a_sample_and_encoded_in_blocks(
     torch.save({"emb.weight": table}, tmp_path / "m.pt")
     request = cqr.Request(method="pq", num_columns=4, n_bits=4, max_sample=1000)
     cqr.convert(tmp_path / "m.pt", tmp_path / "a.safetensors", request)
-    for module in ("table", "rows", "conversion"):
-        monkeypatch.setattr(f"cqr_compress.{module}.BLOCK_BYTES", 10_000, raising=False)
+    monkeypatch.setattr("cqr_compress.commands.convert.BLOCK_BYTES", 10_000)
     monkeypatch.setattr(
-        "cqr_compress.rows.row_blocks", lambda n, d: ((a, min(a + 77, n)) for a in range(0, n, 77))
+        "cqr_compress.planning.scan.row_blocks", lambda n, d: ((a, min(a + 77, n)) for a in range(0, n, 77))
     )
     cqr.convert(tmp_path / "m.pt", tmp_path / "b.safetensors", request)
     a, b = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
@@ -458,9 +458,9 @@ def test_a_tensor_that_cannot_be_carried_over_is_named(
 def test_names_with_markup_and_brackets_are_shown_and_matched(
     tmp_path: Path, table: torch.Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from cqr_compress.checkpoint.size_report import SizeReport
     from cqr_compress.cli.render import print_dense_report, print_size_report
-    from cqr_compress.inspection import DenseReport
-    from cqr_compress.report import SizeReport
+    from cqr_compress.commands.inspect import DenseReport
 
     name = "embedding_dict.[/x][0].weight"
     torch.save({name: table}, tmp_path / "m.pt")

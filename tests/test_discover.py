@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cqr_compress.checkpoint import open_checkpoint
-from cqr_compress.discover import Candidate, find_tables, refuse_foreign, with_table_names
+from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import TableNotFoundError, TableRefusedError
+from cqr_compress.planning.find import Candidate, find_tables, refuse_foreign, with_table_names
 
 TABLES = """
 emb_l.0.weight emb_l.25.weight embedding_bags.t_cat_0.weight sparse_arch.embedding_bag_collection.embedding_bags.t.weight

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from cqr_compress.cli.app import app
-from cqr_compress.quantize import METHODS
-from cqr_compress.tasks import DataOptions, builtin_task
+from cqr_compress.quantize.registry import METHODS
+from cqr_compress.tasks.data.files import DataOptions
+from cqr_compress.tasks.registry import builtin_task
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import cqr_compress as cqr
-from cqr_compress.checkpoint import open_checkpoint
+from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import OutputExistsError, ShapeError, SpecError, SwapError, TableNotFoundError
-from cqr_compress.loading import load_checkpoint
-from cqr_compress.quantize.refit import improve
-from cqr_compress.rows import ScannedTable, in_basis, scan_table
+from cqr_compress.finetuning.fisher_fit import in_basis
+from cqr_compress.model.load import load_checkpoint
+from cqr_compress.planning.scan import ScannedTable, scan_table
+from cqr_compress.quantize.refine import improve
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -217,7 +218,7 @@ def test_data_free_on_the_command_line(dense: Path, small: Path, cli: Cli, tmp_p
 def test_large_tensors_of_a_checkpoint_are_loaded_in_blocks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("cqr_compress.loading.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("cqr_compress.model.load.BLOCK_BYTES", 1000)
 
     def made(rows: int = 100) -> nn.Module:
         table, head, norm = nn.Embedding(rows, 8), nn.Linear(8, rows), nn.BatchNorm1d(8)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import cqr_compress as cqr
 from cqr_compress.errors import CheckpointError, CqrCompressError, ShapeError, SpecError, TableNotFoundError
-from cqr_compress.frequencies import read_frequencies
+from cqr_compress.planning.frequencies import read_frequencies
 
 ROWS = {"a.weight": 4, "b.weight": 6}
 

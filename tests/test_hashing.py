@@ -1,6 +1,6 @@
 import torch
 
-from cqr_compress.hashing import hash_ids
+from cqr_compress.table.hashing import hash_ids
 
 
 def test_hashes_are_a_fixed_function_of_seed_and_stream() -> None:

@@ -6,8 +6,8 @@ from itertools import islice
 import pytest
 import torch
 
+from cqr_compress.clustering.least_squares import Problem, cluster_rows, dense_iterates, sparse_iterates
 from cqr_compress.errors import ShapeError
-from cqr_compress.least_squares import Problem, cluster_rows, dense_iterates, sparse_iterates
 
 
 def problem(n: int = 600, d1: int = 100, d2: int = 5, condition: float = 1.0, noise: float = 0.1) -> Problem:

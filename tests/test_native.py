@@ -12,12 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cqr_compress import CompressedEmbedding, CompressedTable, native
+from cqr_compress import CompressedEmbedding, CompressedTable
 from cqr_compress.errors import ShapeError
-from cqr_compress.spec import DIGIT, HASHED, QUOTIENT, REMAINDER, STORED, CodebookSpec, RowwiseSpec
-from cqr_compress.table import computed_codes
+from cqr_compress.kernel import ops
+from cqr_compress.kernel.build import native
+from cqr_compress.table.codes import computed_codes
+from cqr_compress.table.spec import DIGIT, HASHED, QUOTIENT, REMAINDER, STORED, CodebookSpec, RowwiseSpec
 
-needs_library = pytest.mark.skipif(not native.available(), reason=f"no compiled lookup: {native.native().reason}")
+needs_library = pytest.mark.skipif(not ops.available(), reason=f"no compiled lookup: {native().reason}")
 
 SMALL = CodebookSpec(
     method="test", num_embeddings=50, embedding_dim=8, num_columns=2, num_levels=1, codebook_size=256,
@@ -49,7 +51,7 @@ def rows_and_gradients(table: CompressedTable, ids: torch.Tensor) -> list[torch.
 def assert_same(table: CompressedTable, ids: torch.Tensor) -> None:
     """Compare the compiled lookup with torch's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "available", lambda: False)
+        patch.setattr(ops, "available", lambda: False)
         expected = rows_and_gradients(table, ids)
     found = rows_and_gradients(table, ids)
     assert len(found) == len(expected)
@@ -109,7 +111,7 @@ def test_hashes_of_large_ids_agree_with_torch() -> None:
         code_sources=(HASHED, HASHED), seed=3,
     )  # fmt: skip
     ids = torch.randint(2**45, (1000,))
-    found = native.all_codes(spec, ids, None)
+    found = ops.all_codes(spec, ids, None)
     assert found is not None and torch.equal(found.view(-1, 4, 2).long(), computed_codes(spec, ids))
 
 
@@ -200,12 +202,13 @@ def test_forked_workers_look_rows_up() -> None:
 
 SCRIPT = """
 import torch
-from cqr_compress import CompressedEmbedding, CompressedTable, native
+from cqr_compress import CompressedEmbedding, CompressedTable
+from cqr_compress.kernel.build import native
 from cqr_compress.spec import RowwiseSpec
 spec = RowwiseSpec(method="int8", num_embeddings=3, embedding_dim=2, n_bits=8)
 table = CompressedTable(spec, {"codes": torch.tensor([[1, 2], [3, 4], [5, 6]]).byte(),
                                "row_scale": torch.ones(3).half(), "row_offset": torch.zeros(3).half()})
-print(CompressedEmbedding(table)(torch.tensor([2, 0])).tolist(), native.native().reason)
+print(CompressedEmbedding(table)(torch.tensor([2, 0])).tolist(), native().reason)
 """
 
 

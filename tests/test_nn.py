@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import cqr_compress as cqr
 from cqr_compress import CompressedEmbedding, CompressedEmbeddingBag, CompressedTable
 from cqr_compress.errors import ShapeError, SpecError, WeightWriteError
-from cqr_compress.spec import HASHED, QUOTIENT, REMAINDER, STORED, AnySpec, CodebookSpec, RowwiseSpec
+from cqr_compress.table.spec import HASHED, QUOTIENT, REMAINDER, STORED, AnySpec, CodebookSpec, RowwiseSpec
 
 N, D = 300, 12
 
@@ -79,7 +79,7 @@ def pq() -> CompressedTable:
 def each_lookup(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test with the compiled lookup, where there is one, and with torch's."""
     if request.param == "torch":
-        monkeypatch.setattr("cqr_compress.native.available", lambda: False)
+        monkeypatch.setattr("cqr_compress.kernel.ops.available", lambda: False)
 
 
 def dense(table: CompressedTable, **arguments: Any) -> nn.Embedding:

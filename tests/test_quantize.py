@@ -9,14 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cqr_compress.bitpack import unpack_codes
 from cqr_compress.errors import SpecError
-from cqr_compress.quantize import Effort, Quantizer, fit
-from cqr_compress.quantize.additive import beam_search, encode_rows, solve_codebooks
+from cqr_compress.quantize.additive import Effort, beam_search, encode_rows, solve_codebooks
+from cqr_compress.quantize.base import Quantizer
 from cqr_compress.quantize.kmeans import fit_centroids
+from cqr_compress.quantize.registry import fit
 from cqr_compress.quantize.rotation import balanced_pca, procrustes
-from cqr_compress.spec import AnySpec, CodebookSpec, RowwiseSpec
-from cqr_compress.table import CompressedTable, computed_codes, decode_codes
+from cqr_compress.table.bitpack import unpack_codes
+from cqr_compress.table.codes import computed_codes
+from cqr_compress.table.decode import decode_codes
+from cqr_compress.table.spec import AnySpec, CodebookSpec, RowwiseSpec
+from cqr_compress.table.table import CompressedTable
 
 Tensor = torch.Tensor
 

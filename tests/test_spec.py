@@ -3,7 +3,7 @@ import json
 import pytest
 
 from cqr_compress.errors import SpecError
-from cqr_compress.spec import CodebookSpec, RowwiseSpec, spec_from_json
+from cqr_compress.table.spec import CodebookSpec, RowwiseSpec, spec_from_json
 
 PQ = CodebookSpec(
     method="pq", num_embeddings=1000, embedding_dim=16, num_columns=4, num_levels=1, codebook_size=16,

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import cqr_compress as cqr
 from cqr_compress import CompressedEmbedding, CompressedEmbeddingBag, CompressedTable, Request
-from cqr_compress.checkpoint import open_checkpoint
-from cqr_compress.checkpoint.compressed import CompressedCheckpoint
+from cqr_compress.checkpoint.compressed_file import CompressedCheckpoint
+from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import SwapError, TableNotFoundError, WeightWriteError
 
 

@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 import cqr_compress as cqr
 from cqr_compress.errors import TaskError
-from cqr_compress.tasks import BUILTIN, DataOptions, builtin_task, sequences
-from cqr_compress.tasks import files as files_module
-from cqr_compress.tasks.files import ExampleFiles
+from cqr_compress.finetuning.task import Task
+from cqr_compress.tasks import sasrec as sequences
+from cqr_compress.tasks.data import files as files_module
+from cqr_compress.tasks.data.files import DataOptions, ExampleFiles
+from cqr_compress.tasks.data.readers import heading, read_blocks, read_libfm
 from cqr_compress.tasks.metrics import auc, click_figures, ranking_figures
-from cqr_compress.tasks.readers import heading, read_blocks, read_libfm
-from cqr_compress.tuning.task import Task
+from cqr_compress.tasks.registry import BUILTIN, builtin_task
 
 USERS, ITEMS, D = 40, 60, 8
 

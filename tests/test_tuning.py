@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import cqr_compress as cqr
+from cqr_compress.commands.finetune import finetune
 from cqr_compress.errors import (
     OutputError,
     OutputExistsError,
@@ -27,13 +28,12 @@ from cqr_compress.errors import (
     TaskError,
     UserCodeError,
 )
-from cqr_compress.nn import CompressedEmbedding
-from cqr_compress.tuning.batches import Batches
-from cqr_compress.tuning.random_streams import RandomState, RandomStream
-from cqr_compress.tuning.run import finetune
-from cqr_compress.tuning.state import state_path
-from cqr_compress.tuning.task import Task
-from cqr_compress.tuning.task_file import TEMPLATE, load_task_file, write_template
+from cqr_compress.finetuning.batches import Batches
+from cqr_compress.finetuning.resume_state import state_path
+from cqr_compress.finetuning.rng import RandomState, RandomStream
+from cqr_compress.finetuning.task import Task
+from cqr_compress.finetuning.task_file import TEMPLATE, load_task_file, write_template
+from cqr_compress.nn.embedding import CompressedEmbedding
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 USERS, ITEMS, D = 300, 400, 16

@@ -129,3 +129,24 @@ def read_blocks(entry: TensorEntry, block_bytes: int) -> Iterator[tuple[int, Ten
     step = max(1, block_bytes * rows // entry.nbytes)
     for start in range(0, rows, step):
         yield start, entry.lazy.read_rows(start, min(start + step, rows))
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+}
+"""Dtype names of the format (safetensors documentation, "Format")."""

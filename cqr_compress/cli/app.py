@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 
-from cqr_compress import __version__
-from cqr_compress.cli.common import (
+from cqr_compress._version import __version__
+from cqr_compress.cli.finetune import evaluate, finetune
+from cqr_compress.cli.options import (
     CheckpointArgument,
     DebugOption,
     ExcludeOption,
@@ -23,7 +24,6 @@ from cqr_compress.cli.common import (
     print_json,
     run,
 )
-from cqr_compress.cli.tuning import evaluate, finetune
 
 app = typer.Typer(
     name="cqr-compress",
@@ -33,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
 _SELECTION, _METHOD, _BUDGET, _OUTPUT = "Selection", "Method", "Budget", "Output"
 
 
@@ -106,9 +108,9 @@ def inspect(
     """Show what is in a checkpoint."""
 
     def work() -> None:
+        from cqr_compress.checkpoint.size_report import SizeReport
         from cqr_compress.cli.render import TerminalProgress, print_dense_report, print_size_report
-        from cqr_compress.inspection import inspect_file
-        from cqr_compress.report import SizeReport
+        from cqr_compress.commands.inspect import inspect_file
 
         with TerminalProgress() as progress:
             report = inspect_file(
@@ -271,8 +273,8 @@ def convert(
 
     def work() -> None:
         from cqr_compress.cli.render import TerminalProgress, print_load_hint, print_size_report
-        from cqr_compress.conversion import convert as convert_file
-        from cqr_compress.request import Request
+        from cqr_compress.commands.convert import convert as convert_file
+        from cqr_compress.quantize.options import Request
 
         given = {"min_rows": min_rows, "max_sample": sample_rows}
         request = Request(
@@ -341,7 +343,7 @@ def export(
 
     def work() -> None:
         from cqr_compress.cli.render import TerminalProgress
-        from cqr_compress.dense import export as export_file
+        from cqr_compress.commands.export import export as export_file
 
         with TerminalProgress() as progress:
             size = export_file(
@@ -357,6 +359,8 @@ app.command(
     "COMPRESSED is what convert wrote. What is written is never worse than it on the task's metric.\n\n"
     "Example:\n\n    cqr-compress finetune small.safetensors --task my_task.py --teacher ckpt.pt"
 )(finetune)
+
+
 app.command(
     help="Say what compression cost, and what fine-tuning gave back.\n\n"
     "COMPRESSED are files that convert or finetune wrote; reports beside them are completed.\n\n"

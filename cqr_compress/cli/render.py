@@ -12,12 +12,14 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from cqr_compress.evaluation import EvaluationReport
-from cqr_compress.inspection import DenseReport
-from cqr_compress.report import SizeReport
-from cqr_compress.tuning.report import TuningReport
+from cqr_compress.checkpoint.size_report import SizeReport
+from cqr_compress.commands.evaluate import EvaluationReport
+from cqr_compress.commands.inspect import DenseReport
+from cqr_compress.finetuning.report import TuningReport
 
 _PLAIN_EVERY_S = 10.0
+
+
 _SHOWN_OTHERS = 4
 
 

@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from cqr_compress.clustering.gradients import Losses
-from cqr_compress.clustering.one_layer import LayerClustering
+from cqr_compress.clustering.cluster_layer import LayerClustering
+from cqr_compress.clustering.gradient_passes import work_columns
+from cqr_compress.clustering.observe import Losses
 from cqr_compress.clustering.options import Clustering, ClusterOptions
-from cqr_compress.clustering.passes import work_columns
 from cqr_compress.errors import ShapeError, SpecError, TableNotFoundError
-from cqr_compress.nn import TableLayer
+from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.progress import Progress, Silent
-from cqr_compress.spec import HASHED, STORED, CodebookSpec
+from cqr_compress.table.spec import HASHED, STORED, CodebookSpec
 
 
 def cluster_(

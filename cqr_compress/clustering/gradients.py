@@ -6,32 +6,18 @@ and tells for each id in which direction its own row would move. Nothing here de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cqr_compress.errors import SpecError
-from cqr_compress.nn import TableLayer
-from cqr_compress.spec import CodebookSpec
+from cqr_compress.clustering.observe import shares
+from cqr_compress.nn.table_layer import TableLayer
+from cqr_compress.table.spec import CodebookSpec
 
 _EM_STEPS = 100
-_BLOCK_VALUES = 2**22
-Losses = Callable[[], Iterable[Tensor]]
-"""Begins a pass over training data: for each batch the losses of its examples, not reduced."""
-
-
-class Sums(Protocol):
-    """What is added up at the output of a layer's lookups, and of products of its rows with queries."""
-
-    def add(self, ids: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
-        """Count in lookups of rows `ids` (B,), whose gradient (B, D) is after the rotation (width, D)."""
-
-    def add_products(self, ids: Tensor, queries: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
-        """Count in products of rows `ids` (V,) with queries (B, D), whose gradient is (B, V)."""
 
 
 @dataclass
@@ -215,111 +201,3 @@ class Moments:
             squares += float(rows.square().sum(dtype=torch.float64))
             count += len(rows)
         return cls((total / count).float(), squares / (count * len(total)))
-
-
-@contextmanager
-def observed(gradients: Mapping[TableLayer, Sums]) -> Iterator[None]:
-    """Let every backward in the context add to the sums of some layers; their codebooks get no gradient.
-
-    Rows are cut from the codebooks, so that the pass costs no more than the rest of the model.
-
-    Raises:
-        SpecError: a layer is observed already.
-    """
-    for layer in gradients:
-        if layer.observer is not None:
-            raise SpecError(f"{type(layer).__name__} is being observed by another pass")
-    try:
-        for layer, sums in gradients.items():
-            rotation = layer.table_tensors().get("rotation")
-            layer.observer = _Summing(sums, None if rotation is None else rotation.detach())
-        yield
-    finally:
-        for layer in gradients:
-            layer.observer = None
-
-
-def shares(gradient: Tensor) -> Tensor:
-    """How often each row was used by products, in the measure of lookups.
-
-    In an example a row counts as its gradient beside the largest, which is about 1 for the wanted row of a softmax
-    and the probability of any other.
-
-    Args:
-        gradient: (B, V) with respect to the products.
-
-    Returns:
-        (V,).
-    """
-    size = gradient.abs()
-    return (size / size.amax(1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)).sum(0)
-
-
-@dataclass(frozen=True)
-class _Summing:
-    """An observer that cuts rows from the codebooks, and adds up gradients at the cut."""
-
-    sums: Sums
-    rotation: Tensor | None
-
-    def looked_up(self, ids: Tensor, rows: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return rows
-        leaf = rows.detach().requires_grad_()
-        leaf.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: self.sums.add(ids, gradient.detach(), self.rotation)
-        )
-        return leaf
-
-    def multiplied(self, h: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
-        queries = h if h.requires_grad else h.detach().requires_grad_()
-        products = queries @ rows.detach().T
-        flat, step = h.detach().reshape(-1, h.shape[-1]), max(1, _BLOCK_VALUES // max(1, len(ids)))
-
-        def count(gradient: Tensor) -> None:
-            if not gradient.numel():
-                return
-            gradient = gradient.detach().reshape(len(flat), len(ids))
-            for some, theirs in zip(torch.split(flat, step), torch.split(gradient, step), strict=True):
-                self.sums.add_products(ids, some, theirs, self.rotation)
-
-        products.register_hook(count)  # type: ignore[no-untyped-call]
-        return products
-
-
-def backpropagate(model: nn.Module, losses: Losses, step: Callable[[], None] = lambda: None) -> None:
-    """Run the backward of each batch's losses, and leave the parameters' gradients as they were.
-
-    Args:
-        model: whose parameters may receive gradients on the way.
-        losses: begins a pass, and yields for each batch the losses of its examples, not reduced: the sum of all of
-            them is the objective. Gradients are enabled, whatever the caller's mode.
-        step: called after each batch.
-
-    Raises:
-        SpecError: a loss that was reduced to one number, whose scale is unknown; or no batch.
-    """
-    parameters = list(model.parameters())
-    held = [parameter.grad for parameter in parameters]
-    batches = 0
-    try:
-        for parameter in parameters:
-            parameter.grad = None
-        with torch.enable_grad():
-            for loss in losses():
-                if loss.ndim == 0:
-                    raise SpecError(
-                        "gradient-informed clustering takes the loss of each example, and got one number for a "
-                        "batch. Compute it with reduction='none'; a sum over the batch can be given as "
-                        "loss.reshape(1)."
-                    )
-                loss.sum().backward()  # type: ignore[no-untyped-call]
-                batches += 1
-                step()
-                for parameter in parameters:
-                    parameter.grad = None
-    finally:
-        for parameter, grad in zip(parameters, held, strict=True):
-            parameter.grad = grad
-    if not batches:
-        raise SpecError("gradient-informed clustering got no batch: the iterable of losses is empty")

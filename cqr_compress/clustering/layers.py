@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from cqr_compress.clustering.cluster import cluster_
+from cqr_compress.clustering.cluster_layer import pointers
 from cqr_compress.clustering.entropy import Entropies, pointer_entropies
-from cqr_compress.clustering.gradients import Losses
-from cqr_compress.clustering.one_layer import pointers
+from cqr_compress.clustering.observe import Losses
 from cqr_compress.clustering.options import Clustering, ClusterOptions
 from cqr_compress.errors import SpecError
-from cqr_compress.nn import CompressedEmbedding, CompressedEmbeddingBag, TableLayer
-from cqr_compress.sketches import sketch_table
-from cqr_compress.spec import CodebookSpec
-from cqr_compress.table import CompressedTable
+from cqr_compress.nn.embedding import CompressedEmbedding, CompressedEmbeddingBag
+from cqr_compress.nn.table_layer import TableLayer
+from cqr_compress.table.random_tables import sketch_table
+from cqr_compress.table.spec import CodebookSpec
+from cqr_compress.table.table import CompressedTable
 
 
 @dataclass(frozen=True)

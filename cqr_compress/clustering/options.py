@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cqr_compress.errors import SpecError
-from cqr_compress.table import BLOCK_BYTES
+from cqr_compress.table.blocks import BLOCK_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,21 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cqr_compress import processes
-from cqr_compress.bitpack import pack_codes, unpack_codes
+from cqr_compress import distributed
 from cqr_compress.clustering.cluster import codebook_layers, listed_layers
-from cqr_compress.clustering.gradients import Losses, RowGradients
+from cqr_compress.clustering.gradient_passes import work_columns
+from cqr_compress.clustering.gradients import RowGradients
+from cqr_compress.clustering.observe import Losses
 from cqr_compress.clustering.options import ClusterOptions
-from cqr_compress.clustering.passes import work_columns
 from cqr_compress.clustering.targets import Targets
 from cqr_compress.errors import SpecError, TableNotFoundError
-from cqr_compress.nn import TableLayer
+from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.progress import Progress, Silent
-from cqr_compress.quantize import Effort
-from cqr_compress.quantize.additive import encode_rows
-from cqr_compress.spec import STORED
+from cqr_compress.quantize.additive import Effort, encode_rows
+from cqr_compress.table.bitpack import pack_codes, unpack_codes
+from cqr_compress.table.spec import STORED
 
 _EFFORT = Effort(rounds=1, restarts=1)
+
+
 _FLOOR = 0.1  # no direction is free
 
 
@@ -148,9 +150,6 @@ class LayerReassignment:
         """Put the new codes into the layer, the same in all processes."""
         held = self.targets.layer.table_tensors()["codes"]
         held.copy_(self.codes)
-        processes.from_first(held)
+        distributed.from_first(held)
         shares: Any = float(self.moved.float().mean()), float(self.wanted.float().mean())
-        return Reassignment(self.targets.name, *processes.object_from_first(shares))
-
-
-__all__ = ["Reassignment", "reassign_", "reassignable_layers"]
+        return Reassignment(self.targets.name, *distributed.object_from_first(shares))

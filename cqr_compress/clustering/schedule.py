@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cqr_compress.clustering.cluster import cluster_
-from cqr_compress.clustering.gradients import Losses
+from cqr_compress.clustering.observe import Losses
 from cqr_compress.clustering.options import Clustering, ClusterOptions
 from cqr_compress.errors import SpecError
 from cqr_compress.progress import Progress

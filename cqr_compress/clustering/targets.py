@@ -11,9 +11,9 @@ from torch import Tensor
 from cqr_compress.clustering.gradients import Moments, Prior, RowGradients
 from cqr_compress.clustering.options import ClusterOptions
 from cqr_compress.errors import NonFiniteError, SpecError
-from cqr_compress.nn import TableLayer
-from cqr_compress.spec import CodebookSpec
-from cqr_compress.table import row_blocks
+from cqr_compress.nn.table_layer import TableLayer
+from cqr_compress.table.blocks import row_blocks
+from cqr_compress.table.spec import CodebookSpec
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cqr_compress.errors import SpecError
 from cqr_compress.nn.bags import reduce_bags
 from cqr_compress.nn.table_layer import TableLayer
-from cqr_compress.table import CompressedTable
+from cqr_compress.table.table import CompressedTable
 
 
 class CompressedEmbedding(TableLayer, nn.Embedding):

@@ -17,11 +17,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cqr_compress.errors import ShapeError
-from cqr_compress.spec import AnySpec, CodebookSpec
-from cqr_compress.table import at_least_float32, decode_rows, flat_codes, is_tracing, row_codes
+from cqr_compress.table.codes import flat_codes, row_codes
+from cqr_compress.table.decode import at_least_float32, decode_rows
+from cqr_compress.table.spec import AnySpec, CodebookSpec
+from cqr_compress.table.tracing import is_tracing
 
 BLOCK_ROWS = 16_384
+
+
 BLOCK_QUERIES = 64
+
+
 _ALIGNED = 8  # embedding_bag is vectorized over queries, and slow where they are fewer
 
 

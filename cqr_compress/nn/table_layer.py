@@ -11,24 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from cqr_compress.errors import RowIndexError, ShapeError, WeightWriteError
-from cqr_compress.nn.fast_rows import fast_rows
+from cqr_compress.nn.autograd import fast_rows
 from cqr_compress.nn.search import TopK, search_scores, search_topk
 from cqr_compress.nn.table_weight import TableWeight
-from cqr_compress.spec import HASHED, AnySpec, CodebookSpec, dtype_name
-from cqr_compress.table import (
-    PER_ROW,
-    CompressedTable,
-    decode_block,
-    decode_rows,
-    is_intercepted,
-    is_tracing,
-    rotated,
-    row_blocks,
-    with_kept_rows,
-    work_width,
-)
+from cqr_compress.table.blocks import row_blocks, work_width
+from cqr_compress.table.decode import PER_ROW, decode_block, decode_rows, rotated, with_kept_rows
+from cqr_compress.table.spec import HASHED, AnySpec, CodebookSpec, dtype_name
+from cqr_compress.table.table import CompressedTable
+from cqr_compress.table.tracing import is_intercepted, is_tracing
 
 _LIKE = "_like"
+
+
 _SEED = "hash_seed"
 """Buffer of a layer whose hashes were drawn anew since its table was made."""
 

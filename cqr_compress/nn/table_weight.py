@@ -34,15 +34,33 @@ _ABOUT = frozenset(
     }
 )
 """Questions about a tensor that need none of its values."""
+
+
 _WHERE = frozenset({*map(_getter, ("device", "is_cpu", "is_cuda", "is_meta")), Tensor.get_device})
 """Questions about the device, which the layer answers: the stand-in itself is on meta, where nothing reads it."""
+
+
 _TURNED = frozenset({Tensor.t, torch.t, _getter("T"), _getter("mT")})
+
+
 _TRANSPOSED = frozenset({Tensor.transpose, torch.transpose})
+
+
 _PRODUCTS = frozenset({Tensor.matmul, Tensor.__matmul__, torch.matmul, torch.mm, Tensor.mm})
+
+
 _DETACHED = frozenset({Tensor.detach, _getter("data")})
+
+
 _REQUIRES_GRAD, _IS_LEAF = _getter("requires_grad"), _getter("is_leaf")
+
+
 _GRAD, _GRAD_FN = _getter("grad"), _getter("grad_fn")
+
+
 _SET_GRAD, _SET_REQUIRES_GRAD = _setter("grad"), _setter("requires_grad")
+
+
 _SELECTED = frozenset({Tensor.index_select, torch.index_select})
 
 

@@ -17,14 +17,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cqr_compress.bitpack import pack_codes
 from cqr_compress.quantize.kmeans import fit_centroids, nearest_centroids
 from cqr_compress.quantize.rotation import balanced_pca, procrustes
-from cqr_compress.spec import FLOAT_DTYPES, CodebookSpec
-from cqr_compress.table import decode_codes
+from cqr_compress.table.bitpack import pack_codes
+from cqr_compress.table.decode import decode_codes
+from cqr_compress.table.spec import FLOAT_DTYPES, CodebookSpec
 
 _BLOCK_VALUES = 2**21
+
+
 _RIDGE = 1e-4
+
+
 _MAX_UNKNOWNS = 8192
 
 

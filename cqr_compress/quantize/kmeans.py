@@ -9,6 +9,8 @@ from torch import Tensor
 
 POINTS_PER_CENTROID = 256
 """Points that one centroid is fitted to; more are subsampled at random."""
+
+
 _BLOCK_VALUES = 2**24
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cqr_compress import processes
+from cqr_compress import distributed
 
 
 def gathered(values: list[Tensor]) -> Tensor:
     """Join the parts of all processes, on the CPU: (n,)."""
     mine = torch.cat([value.detach().float().cpu() for value in values]) if values else torch.empty(0)
-    return torch.cat(processes.of_all(mine))
+    return torch.cat(distributed.of_all(mine))
 
 
 def auc(scores: Tensor, labels: Tensor) -> float:

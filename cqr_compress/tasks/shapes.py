@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from cqr_compress.checkpoint import open_checkpoint
-from cqr_compress.checkpoint.compressed import CompressedCheckpoint
+from cqr_compress.checkpoint.compressed_file import CompressedCheckpoint
+from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import TaskError
 
 Shapes = Mapping[str, tuple[int, ...]]

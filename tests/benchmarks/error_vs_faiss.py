@@ -20,10 +20,10 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from cqr_compress.checkpoint import open_checkpoint
-from cqr_compress.conversion import convert
-from cqr_compress.discover import find_tables
-from cqr_compress.request import Request
+from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.commands.convert import convert
+from cqr_compress.planning.find import find_tables
+from cqr_compress.quantize.options import Request
 
 SEED = 1234  # faiss's own default
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from cqr_compress import CompressedEmbedding, CompressedTable
-from cqr_compress.native import native
-from cqr_compress.spec import STORED, AnySpec, CodebookSpec, RowwiseSpec
+from cqr_compress.kernel.build import native
+from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec, RowwiseSpec
 
 
 def specs(num_rows: int, dim: int) -> dict[str, AnySpec]:

@@ -1,0 +1,1 @@
+"""Formats of dense checkpoints; none of them runs code from a file."""

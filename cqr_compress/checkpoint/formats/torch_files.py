@@ -1,0 +1,146 @@
+"""torch.save files: zip archives (torch 1.6 and later) and the older stream of pickles."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from cqr_compress.checkpoint.base import Checkpoint
+from cqr_compress.checkpoint.formats.mapped_storage import LazyStorage, MappedFile
+from cqr_compress.checkpoint.formats.nesting import checkpoint_from_tree
+from cqr_compress.checkpoint.formats.safe_pickle import describe, load_structure
+from cqr_compress.errors import CheckpointError
+
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+_LEGACY_PROTOCOL = 1001
+
+
+_MAX_PICKLE_BYTES = 2**31
+
+
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # APPNOTE.TXT 4.3.7
+
+
+_RESAVE = "Open it once with torch.load in an environment you trust and save it again with torch.save."
+
+
+def open_torch_zip(path: Path) -> Checkpoint:
+    """Open a zip file of torch.save; tensors are mapped, not read.
+
+    Raises:
+        CheckpointError: not a torch zip file, or a damaged one.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as e:
+        raise CheckpointError(
+            f"{str(path)!r} starts like a zip file and cannot be opened as one ({e}): it is truncated or damaged"
+        ) from e
+    mapped = MappedFile(path)
+    with archive:
+        members = {info.filename: info for info in archive.infolist()}
+        pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise CheckpointError(
+                f"{str(path)!r} is a zip file with {len(pickles)} data.pkl members, not a torch checkpoint"
+            )
+        prefix = pickles[0].removesuffix("data.pkl")
+        if f"{prefix}constants.pkl" in members:
+            raise CheckpointError(
+                f"{str(path)!r} is a TorchScript archive. Save its state_dict: "
+                "torch.save(torch.jit.load(path).state_dict(), 'ckpt.pt')."
+            )
+        if f"{prefix}byteorder" in members and _read(archive, members[f"{prefix}byteorder"]) != b"little":
+            raise CheckpointError(f"{str(path)!r} was written big-endian. {_RESAVE}")
+        structure = _read(archive, members[pickles[0]])
+
+    def load_storage(pid: tuple[Any, ...]) -> LazyStorage:
+        info = members.get(f"{prefix}data/{pid[2]}")
+        if info is None:
+            raise CheckpointError(f"{str(path)!r} has no storage {pid[2]!r}: the file is damaged")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(f"storage {pid[2]!r} of {str(path)!r} is compressed inside the zip. {_RESAVE}")
+        return LazyStorage(str(pid[2]), pid[4], mapped, _data_offset(mapped, info), info.file_size)
+
+    try:
+        root = load_structure(io.BytesIO(structure), load_storage, str(path))
+        return checkpoint_from_tree(root, path, "torch-zip", mapped.close)
+    except BaseException:
+        mapped.close()
+        raise
+
+
+def open_torch_legacy(path: Path) -> Checkpoint:
+    """Open a file of torch.save before 1.6: pickles one after the other, then the storages' bytes.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    mapped = MappedFile(path)
+    storages: dict[str, LazyStorage] = {}
+
+    def load_storage(pid: tuple[Any, ...]) -> LazyStorage:
+        if len(pid) > 5 and pid[5] is not None:
+            raise CheckpointError(f"{str(path)!r} has storages that are views, from torch 0.3. {_RESAVE}")
+        key, num_elements = str(pid[2]), pid[4]
+        if not isinstance(num_elements, int) or num_elements < 0:
+            raise CheckpointError(f"storage {key!r} of {str(path)!r} claims {num_elements!r} elements")
+        if key not in storages:
+            nbytes = num_elements * pid[1].dtype.itemsize
+            storages[key] = LazyStorage(key, num_elements, mapped, -1, nbytes)
+        return storages[key]
+
+    def no_storage(pid: tuple[Any, ...]) -> LazyStorage:
+        raise CheckpointError(f"{str(path)!r} refers to a storage outside its objects")
+
+    try:
+        with path.open("rb") as file:
+            _magic, protocol, _system = (load_structure(file, no_storage, str(path)) for _ in range(3))
+            if protocol != _LEGACY_PROTOCOL:
+                raise CheckpointError(f"{str(path)!r} has protocol {describe(protocol)}, not {_LEGACY_PROTOCOL}")
+            root = load_structure(file, load_storage, str(path))
+            keys = load_structure(file, no_storage, str(path))
+            offset = file.tell()
+        if not isinstance(keys, list) or {str(key) for key in keys} != set(storages):
+            raise CheckpointError(f"{str(path)!r} does not list the storages that its tensors use")
+        for key in map(str, keys):  # each: int64 number of elements, then the values
+            storage = storages[key]
+            (found,) = struct.unpack("<q", bytes(mapped.copy(offset, 8).numpy()))
+            if found != storage.num_elements:
+                raise CheckpointError(
+                    f"storage {key!r} of {str(path)!r} has {found} elements, not {storage.num_elements}"
+                )
+            storage.offset = offset + 8
+            offset = storage.offset + storage.nbytes
+        if offset > path.stat().st_size:
+            raise CheckpointError(
+                f"{str(path)!r} is truncated: its tensors end at byte {offset} and the file has "
+                f"{path.stat().st_size}"
+            )
+        return checkpoint_from_tree(root, path, "torch-legacy", mapped.close)
+    except BaseException:
+        mapped.close()
+        raise
+
+
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    if info.file_size > _MAX_PICKLE_BYTES:
+        raise CheckpointError(f"{info.filename!r} of {archive.filename!r} claims {info.file_size} bytes")
+    try:
+        return archive.read(info)
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as e:
+        raise CheckpointError(f"{info.filename!r} of {archive.filename!r} cannot be read: {e}") from e
+
+
+def _data_offset(mapped: MappedFile, info: zipfile.ZipInfo) -> int:
+    """Find where a stored member's bytes start; the local header may be longer than the central one."""
+    header = bytes(mapped.copy(info.header_offset, _LOCAL_HEADER.size).numpy())
+    magic, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    if magic != b"PK\x03\x04":
+        raise CheckpointError(f"member {info.filename!r} of {str(mapped.path)!r} has no header: damaged zip")
+    return info.header_offset + _LOCAL_HEADER.size + int(name_length) + int(extra_length)

@@ -1,0 +1,186 @@
+"""The size report: one object for JSON, the terminal and the file's own metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cqr_compress.checkpoint.compressed_file import CompressedCheckpoint
+from cqr_compress.errors import FormatError
+
+SCHEMA_VERSION = 1
+
+
+def report_path(output: Path) -> Path:
+    """Where the JSON report goes: `small.safetensors` and its index, if it is split, give `small.report.json`."""
+    name = output.name.removesuffix(".index.json").removesuffix(".safetensors")
+    return output.with_name(f"{name}.report.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableReport:
+    """One compressed table. Bytes count every stored tensor of it; ratios are before / after.
+
+    Attributes:
+        name: of the source tensor.
+        shape: (N, D).
+        dtype: of the source.
+        method: that made the codes.
+        layout: columns x levels x bits.
+        bytes_before: of the source tensor.
+        bytes_after: of its stored tensors; predicted and measured are the same number.
+        ratio_bytes: bytes_before / bytes_after.
+        ratio_parameters: N * D / trainable scalars.
+        kept_rows: rows stored verbatim, all-zero rows included.
+        relative_mse: see `quality.Quality`; None in a plan.
+        mean_cosine: the same.
+        recall_at_10: the same.
+        weighted_relative_mse: the same; None without frequencies.
+        aliases: other names that read this table.
+        reason: why this layout.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    method: str
+    layout: str
+    bytes_before: int
+    bytes_after: int
+    ratio_bytes: float
+    ratio_parameters: float
+    kept_rows: int
+    relative_mse: float | None
+    mean_cosine: float | None
+    recall_at_10: float | None
+    aliases: tuple[str, ...]
+    reason: str
+    weighted_relative_mse: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeReport:
+    """What a conversion did, or would do.
+
+    Attributes:
+        file: the compressed file (or index).
+        source: the checkpoint it was made of.
+        measured: True when sizes were read from disk, False in a plan.
+        file_bytes_before: size of the source's files.
+        file_bytes_after: size of the compressed files.
+        tables_bytes_before: bytes of the compressed tables in the source.
+        tables_bytes_after: bytes of their stored tensors.
+        optimizer_bytes: bytes of optimizer state in the source, left behind.
+        placeholders: objects of the source that were not built: path and class_name.
+        left_dense: tables that were not compressed: name, shape, bytes, reason.
+        tables: the compressed ones.
+        version: of the program that wrote the file.
+        seed: of every random choice.
+        tuning: what fine-tuning did, see `finetune.TuningReport`; None if there was none.
+        evaluation: what `evaluate` found for this file; None if it was not asked.
+    """
+
+    file: str
+    source: str
+    measured: bool
+    file_bytes_before: int
+    file_bytes_after: int
+    tables_bytes_before: int
+    tables_bytes_after: int
+    optimizer_bytes: int
+    placeholders: list[dict[str, str]]
+    left_dense: list[dict[str, Any]]
+    tables: list[TableReport]
+    version: str
+    seed: int
+    tuning: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the schema's name and version."""
+        return {"kind": "size_report", "schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str) -> SizeReport:
+        """Read a report back.
+
+        Raises:
+            FormatError: not a size report, or one of a newer schema.
+        """
+        if values.get("kind") != "size_report" or not isinstance(values.get("schema_version"), int):
+            raise FormatError(f"{where!r} is JSON and not a size report")
+        if values["schema_version"] > SCHEMA_VERSION:
+            raise FormatError(f"{where!r} has report schema {values['schema_version']}: upgrade cqr-compress")
+        try:
+            fields = {k: v for k, v in values.items() if k not in ("kind", "schema_version")}
+            tables = [
+                TableReport(**{**table, "shape": tuple(table["shape"]), "aliases": tuple(table["aliases"])})
+                for table in fields.pop("tables")
+            ]
+            return cls(tables=tables, **fields)
+        except (TypeError, KeyError) as e:
+            raise FormatError(f"{where!r} is a damaged size report: {e}") from e
+
+
+def size_report(
+    opened_header: Mapping[str, Any], specs: Mapping[str, Any], file: str, file_bytes: int, measured: bool
+) -> SizeReport:
+    """Make the report of a compressed file from its metadata and size.
+
+    Args:
+        opened_header: the `cqr_compress` metadata object.
+        specs: spec of each table.
+        file: path of the compressed file.
+        file_bytes: its size.
+        measured: whether that size was read from disk.
+    """
+    aliases: Mapping[str, str] = opened_header["aliases"]
+    tables = []
+    for name, spec in specs.items():
+        entry = opened_header["tables"][name]
+        quality = entry["quality"] if measured else {}
+        tables.append(
+            TableReport(
+                name=name,
+                shape=(spec.num_embeddings, spec.embedding_dim),
+                dtype=spec.dtype,
+                method=spec.method,
+                layout=spec.layout,
+                bytes_before=spec.dense_nbytes,
+                bytes_after=spec.nbytes,
+                ratio_bytes=round(spec.dense_nbytes / spec.nbytes, 3),
+                ratio_parameters=round(spec.num_embeddings * spec.embedding_dim / spec.num_parameters, 3),
+                kept_rows=spec.num_kept_rows + spec.num_zero_rows,
+                relative_mse=quality.get("relative_mse"),
+                mean_cosine=quality.get("mean_cosine"),
+                recall_at_10=quality.get("recall_at_10"),
+                weighted_relative_mse=quality.get("weighted_relative_mse"),
+                aliases=tuple(alias for alias, target in aliases.items() if target == name),
+                reason=entry["reason"],
+            )
+        )
+    source = opened_header["source"]
+    return SizeReport(
+        file=file,
+        source=source["file"],
+        measured=measured,
+        file_bytes_before=source["bytes"],
+        file_bytes_after=file_bytes,
+        tables_bytes_before=sum(table.bytes_before for table in tables),
+        tables_bytes_after=sum(table.bytes_after for table in tables),
+        optimizer_bytes=source["optimizer_bytes"],
+        placeholders=source["placeholders"],
+        left_dense=opened_header["left_dense"],
+        tables=tables,
+        version=opened_header["version"],
+        seed=opened_header["seed"],
+        tuning=opened_header.get("tuning"),
+    )
+
+
+def report_of(opened: CompressedCheckpoint) -> SizeReport:
+    """The report of an opened compressed file, its size read from disk."""
+    checkpoint = opened.checkpoint
+    return size_report(opened.header, opened.specs, str(checkpoint.path), checkpoint.file_bytes, measured=True)

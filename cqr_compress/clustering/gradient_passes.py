@@ -1,0 +1,91 @@
+"""Work on the columns of several layers, with as many passes over the data as memory asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeVar
+
+from torch import nn
+
+from cqr_compress import distributed
+from cqr_compress.clustering.gradients import RowGradients
+from cqr_compress.clustering.observe import Losses, backpropagate, observed
+from cqr_compress.clustering.targets import Targets
+from cqr_compress.nn.table_layer import TableLayer
+from cqr_compress.progress import Progress
+
+
+class ColumnJob(Protocol):
+    """One layer on its way through a clustering or a reassignment; the layer stays as it is."""
+
+    @property
+    def targets(self) -> Targets:
+        """What the layer's rows aim at."""
+
+    def work_column(self, column: int, gradients: RowGradients | None) -> None:
+        """Find what becomes of one column."""
+
+
+Job = TypeVar("Job", bound=ColumnJob)
+
+
+def work_columns(
+    model: nn.Module,
+    jobs: Sequence[Job],
+    losses: Losses | None,
+    buffer_bytes: int,
+    label: str,
+    progress: Progress,
+) -> list[Job]:
+    """Do the work of every column, after a pass over the data that sums its gradients.
+
+    With several processes each passes over its own part of the data, the sums are added up, and only the first
+    process works on columns.
+
+    Returns:
+        The jobs whose work was done: all, but those of layers that no gradient reached, where that is allowed.
+    """
+    left: set[Job] = set()
+    for group in _groups(jobs, buffer_bytes if losses else None):
+        sums: dict[TableLayer, RowGradients] = {}
+        if losses is not None:
+            for job, c in group.items():
+                layer, S = job.targets.layer, job.targets.spec.sub_dim
+                sums[layer] = RowGradients.zeros(layer, slice(c.start * S, c.stop * S))
+            progress.start("summing gradients", 0, "batches")
+            with observed(sums):
+                backpropagate(model, losses, progress.advance)
+            for found in sums.values():
+                for tensor in (found.gradient, found.fisher, found.counts, found.blocks):
+                    if tensor is not None:
+                        distributed.add_up(tensor)
+        left |= {job for job in group if job.targets.may_be_left(sums.get(job.targets.layer))}
+        group = {job: columns for job, columns in group.items() if job not in left}
+        progress.start(label, sum(map(len, group.values())), "columns")
+        for job, columns in group.items():
+            gradients = sums.get(job.targets.layer)
+            if gradients is not None:
+                job.targets.take(gradients)
+            for column in columns if distributed.rank() == 0 else ():
+                job.work_column(column, gradients)
+                progress.advance()
+    for job in jobs:
+        if job in left:
+            progress.warn(f"no gradient reached {job.targets.name!r}, which stays as it is")
+    return [job for job in jobs if job not in left]
+
+
+def _groups(jobs: Sequence[Job], buffer_bytes: int | None) -> Iterator[dict[Job, range]]:
+    """Split the columns of all layers into groups whose gradients fit the buffer; at least one column each."""
+    group: dict[Job, range] = {}
+    free = buffer_bytes or 0
+    for job in jobs:
+        start, spec = 0, job.targets.spec
+        for column in range(spec.num_columns):
+            need = 4 * spec.num_embeddings * spec.sub_dim
+            if buffer_bytes is not None and need > free and group:
+                yield group
+                group, free, start = {}, buffer_bytes, column
+            free -= need
+            group[job] = range(start, column + 1)
+    yield group

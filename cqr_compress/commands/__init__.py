@@ -1,0 +1,1 @@
+"""The commands on files: `cqr-compress NAME` is `commands/NAME.py`."""

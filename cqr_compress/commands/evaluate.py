@@ -1,0 +1,247 @@
+"""What compression cost and what fine-tuning gave back: rows beside their source, models by a task's figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cqr_compress.checkpoint.base import Checkpoint
+from cqr_compress.checkpoint.compressed_file import CompressedCheckpoint
+from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.checkpoint.size_report import SizeReport, report_of, report_path
+from cqr_compress.checkpoint.streaming_writer import atomic_file
+from cqr_compress.errors import OutputError
+from cqr_compress.finetuning.task import Task
+from cqr_compress.finetuning.task_model import evaluate_task, load_model, own_device
+from cqr_compress.planning.frequencies import Frequencies, read_frequencies
+from cqr_compress.planning.scan import ScannedTable, source_rows
+from cqr_compress.progress import Progress, Silent
+from cqr_compress.table.quality import QualityMeter, recall
+from cqr_compress.table.table import CompressedTable
+
+_BANDS = (("half of all uses", 0.5), ("the next 40%", 0.9), ("the last 10%", 1.0))
+
+
+@dataclass(frozen=True)
+class Band:
+    """Rows of about equal frequency.
+
+    Attributes:
+        name: which uses they have.
+        num_ids: how many.
+        relative_mse: see `quality.Quality`; None where the band has no energy.
+        mean_cosine: the same.
+        recall_at_10: the same, of queries in the band.
+    """
+
+    name: str
+    num_ids: int
+    relative_mse: float | None
+    mean_cosine: float | None
+    recall_at_10: float | None
+
+
+@dataclass(frozen=True)
+class TableEvaluation:
+    """One table of a compressed file beside its source.
+
+    Attributes:
+        name: of the table.
+        quality: figures by name, see `quality.Quality`.
+        bands: the same by frequency, where that is known.
+    """
+
+    name: str
+    quality: dict[str, float]
+    bands: list[Band]
+
+
+@dataclass(frozen=True)
+class FileEvaluation:
+    """One compressed file.
+
+    Attributes:
+        file: its path.
+        file_bytes: its size.
+        tables: beside the dense checkpoint; empty without one.
+        figures: of the task, or None without one.
+    """
+
+    file: str
+    file_bytes: int
+    tables: list[TableEvaluation]
+    figures: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What `evaluate` found.
+
+    Attributes:
+        against: the dense checkpoint, or None.
+        dense_bytes: its size.
+        dense: its figures, or None without a task.
+        task: its name, or None.
+        metric: the figure that counts, or None.
+        files: the compressed files.
+    """
+
+    against: str | None
+    dense_bytes: int | None
+    dense: dict[str, float] | None
+    task: str | None
+    metric: str | None
+    files: list[FileEvaluation]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {"kind": "evaluation_report", "schema_version": 1, **asdict(self)}
+
+
+def evaluate(
+    files: Sequence[str | Path],
+    *,
+    against: str | Path | None = None,
+    task: Task | None = None,
+    frequencies: Frequencies = (),
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> EvaluationReport:
+    """Compare compressed files with their source, by their rows and by a task's figures, side by side.
+
+    The report beside each file is completed by what is found, and `inspect_file` shows it.
+
+    Args:
+        files: compressed files.
+        against: the dense checkpoint they stand for.
+        task: its figures are measured, of the dense model too.
+        frequencies: how often each id is used, see `read_frequencies`.
+        seed: of every random choice.
+        device: to run the task on; CUDA where there is one, if None.
+        progress: told of the work.
+
+    Raises:
+        CqrCompressError: see the subclasses in `errors`.
+    """
+    progress = progress or Silent()
+    chosen = own_device(device)
+    dense, dense_bytes = None, None
+    if against is not None:
+        with open_checkpoint(against) as checkpoint:
+            dense_bytes = checkpoint.file_bytes
+        if task is not None:
+            dense = _figures(task, Path(against), seed, chosen, progress)
+    found = []
+    for path in map(Path, files):
+        tables: list[TableEvaluation] = []
+        with open_checkpoint(path) as compressed:
+            opened = CompressedCheckpoint.of(compressed)
+            file_bytes = compressed.file_bytes
+            if against is not None:
+                with open_checkpoint(against) as checkpoint:
+                    tables = _tables(opened, checkpoint, frequencies, seed, progress)
+        figures = None if task is None else _figures(task, path, seed, chosen, progress)
+        found.append(FileEvaluation(str(path), file_bytes, tables, figures))
+    report = EvaluationReport(
+        against=None if against is None else str(against),
+        dense_bytes=dense_bytes,
+        dense=dense,
+        task=None if task is None else task.name,
+        metric=None if task is None else task.metric,
+        files=found,
+    )
+    for one in found:
+        try:
+            _complete(Path(one.file), report, one)
+        except OutputError as e:
+            progress.warn(f"the report beside {one.file!r} stays as it was: {e}")
+    return report
+
+
+def _figures(task: Task, path: Path, seed: int, device: torch.device, progress: Progress) -> dict[str, float]:
+    progress.start(f"evaluating {path.name}", 0, "runs")
+    return evaluate_task(task, load_model(task, path, seed, device), seed)
+
+
+def _tables(
+    opened: CompressedCheckpoint, dense: Checkpoint, frequencies: Frequencies, seed: int, progress: Progress
+) -> list[TableEvaluation]:
+    counts = read_frequencies(frequencies, {n: s.num_embeddings for n, s in opened.specs.items()})
+    found = []
+    for name in opened.specs:
+        table = opened.table(name)
+        scan = source_rows(dense, name, table, counts.get(name), progress)
+        progress.start(f"comparing {name}", table.spec.num_embeddings, "rows")
+        found.append(_table(name, table, scan, counts.get(name), seed, progress))
+    return found
+
+
+def _table(
+    name: str, table: CompressedTable, scan: ScannedTable, counts: Tensor | None, seed: int, progress: Progress
+) -> TableEvaluation:
+    N = table.spec.num_embeddings
+    meter = QualityMeter.for_table(N, seed, scan.weights)
+    errors, energies, cosines = torch.empty(N), torch.empty(N), torch.empty(N)
+    for start, rows in scan.blocks():
+        decoded = table.decode(start, start + len(rows))
+        meter.add(rows, decoded, start)
+        at, y = slice(start, start + len(rows)), decoded.float()
+        errors[at] = (rows - y).square().sum(1)
+        energies[at] = rows.square().sum(1)
+        norms = rows.norm(dim=1) * y.norm(dim=1)
+        cosines[at] = torch.where(norms > 0, (rows * y).sum(1) / norms, torch.nan)
+        progress.advance(len(rows))
+    bands = [] if counts is None else [
+        _band(band, chosen, errors, energies, cosines, meter) for band, chosen in _bands(counts)
+    ]  # fmt: skip
+    return TableEvaluation(name, meter.result().to_json(), bands)
+
+
+def _bands(counts: Tensor) -> list[tuple[str, Tensor]]:
+    """Masks (N,) of ids by how much of all uses is theirs, and of those that are never used."""
+    order = counts.argsort(descending=True, stable=True)
+    share = counts[order].double().cumsum(0) / counts.double().sum()
+    before = share - counts[order].double() / counts.double().sum()
+    bands, low = [], 0.0
+    for name, high in _BANDS:
+        mask = torch.zeros(len(counts), dtype=torch.bool)
+        mask[order[(before >= low) & (before < high) & (counts[order] > 0)]] = True
+        bands.append((name, mask))
+        low = high
+    bands.append(("never used", counts == 0))
+    return [(name, mask) for name, mask in bands if mask.any()]
+
+
+def _band(name: str, mask: Tensor, errors: Tensor, energies: Tensor, cosines: Tensor, meter: QualityMeter) -> Band:
+    energy = float(energies[mask].nansum())
+    known = cosines[mask & cosines.isfinite()]
+    queries = mask[meter.sample_ids].nonzero().flatten()
+    found = None
+    if len(queries):
+        source, decoded = torch.cat(meter.source).float(), torch.cat(meter.decoded).float()
+        if bool(source.isfinite().all()) and bool(decoded.isfinite().all()):
+            found = recall(source, decoded, queries=queries)
+    return Band(
+        name=name,
+        num_ids=int(mask.sum()),
+        relative_mse=float(errors[mask].nansum()) / energy if energy else None,
+        mean_cosine=float(known.mean()) if len(known) else None,
+        recall_at_10=found,
+    )
+
+
+def _complete(path: Path, report: EvaluationReport, mine: FileEvaluation) -> None:
+    """Write what was found into the report beside the file."""
+    with open_checkpoint(path) as compressed:
+        size, beside = report_of(CompressedCheckpoint.of(compressed)), report_path(compressed.path)
+    values = {key: value for key, value in report.to_json().items() if key not in ("files", "kind")}
+    completed: SizeReport = replace(size, evaluation={**values, **asdict(mine)})
+    with atomic_file(beside) as file:
+        file.write((json.dumps(completed.to_json(), indent=2) + "\n").encode())

@@ -1,0 +1,247 @@
+"""What is in a dense checkpoint: its tables, why they are tables, and what compressing them would cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cqr_compress.checkpoint.base import TensorEntry
+from cqr_compress.checkpoint.compressed_file import CompressedCheckpoint, is_compressed
+from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.checkpoint.size_report import SizeReport, report_of, report_path
+from cqr_compress.errors import BudgetError, CheckpointError, NonFiniteError, TableRefusedError
+from cqr_compress.planning.choose import estimate_ratio
+from cqr_compress.planning.find import Candidate, find_tables, refuse_foreign, with_table_names
+from cqr_compress.planning.scan import ScannedTable, scan_table
+from cqr_compress.progress import Progress, Silent
+from cqr_compress.quantize.options import Request
+from cqr_compress.table.blocks import row_blocks
+
+SCHEMA_VERSION = 1
+
+
+ESTIMATED_RATIOS = (8, 16, 32)
+
+
+_SAMPLE_ROWS = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseTable:
+    """An embedding table of a dense checkpoint.
+
+    Attributes:
+        name: of the tensor.
+        shape: (N, D).
+        dtype: of the tensor.
+        bytes: of the tensor.
+        share: of the file's bytes, 0 to 1.
+        confidence: that it is a table, 0 to 1.
+        reason: why.
+        aliases: other names of the same tensor.
+        zero_rows: rows that are all zero.
+        duplicate_rows: rows equal to an earlier row.
+        nonfinite_rows: rows with NaN or infinity.
+        effective_rank: exp of the entropy of the normalized singular values (Roy & Vetterli 2007), of a sample.
+        relative_mse_at_ratio: quick estimate of product quantization's error at ratios 8, 16 and 32, from trial
+            fits on a sample; None where no layout is that small. `convert` by default does better.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    bytes: int
+    share: float
+    confidence: float
+    reason: str
+    aliases: tuple[str, ...]
+    zero_rows: int | None = None
+    duplicate_rows: int | None = None
+    nonfinite_rows: int | None = None
+    effective_rank: float | None = None
+    relative_mse_at_ratio: dict[str, float | None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseReport:
+    """What a dense checkpoint holds.
+
+    Attributes:
+        file: that was opened.
+        format: of the file.
+        file_bytes: size of all its files.
+        num_tensors: names in it, aliases not counted.
+        optimizer_bytes: bytes of optimizer state, which is not carried over.
+        placeholders: objects that were not built: path and class_name.
+        tables: that `convert` would take.
+        others: 2-D tensors that it would not, each with name, shape, confidence and reason.
+        warnings: that would stop or change a conversion.
+    """
+
+    file: str
+    format: str
+    file_bytes: int
+    num_tensors: int
+    optimizer_bytes: int
+    placeholders: list[dict[str, str]]
+    tables: list[DenseTable]
+    others: list[dict[str, Any]]
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the schema's name and version."""
+        return {"kind": "checkpoint_report", "schema_version": SCHEMA_VERSION, **asdict(self)}
+
+
+def inspect_file(
+    path: str | Path,
+    *,
+    tables: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    quick: bool = False,
+    progress: Progress | None = None,
+) -> SizeReport | DenseReport:
+    """Describe a dense checkpoint, a compressed one, or a saved report.
+
+    Args:
+        path: any of the three.
+        tables: as for `convert`.
+        exclude: as for `convert`.
+        quick: names and shapes alone; the tables are not read.
+        progress: told of the work.
+
+    Raises:
+        CheckpointError: not a file that can be described.
+    """
+    path = Path(path)
+    if path.suffix == ".json" and not path.name.endswith(".index.json"):
+        return _saved_report(path)
+    with open_checkpoint(path) as checkpoint:
+        if is_compressed(checkpoint):
+            return _with_evaluation(report_of(CompressedCheckpoint.of(checkpoint)))
+        named = with_table_names(checkpoint, compare=not quick)
+        candidates = find_tables(named, tables, exclude)
+        warnings = []
+        try:
+            refuse_foreign(named)
+        except TableRefusedError as e:
+            warnings.append(str(e))
+        found = [c for c in candidates if c.selected]
+        return DenseReport(
+            file=str(path),
+            format=named.format,
+            file_bytes=named.file_bytes,
+            num_tensors=len(named.entries),
+            optimizer_bytes=named.optimizer_bytes,
+            placeholders=[{"path": m.path, "class_name": m.class_name} for m in named.placeholders],
+            tables=[
+                _describe(c, named.entries[c.name], named.file_bytes, quick, warnings, progress or Silent())
+                for c in found
+            ],
+            others=[
+                {"name": c.name, "shape": list(c.shape), "confidence": c.confidence, "reason": c.reason}
+                for c in candidates
+                if not c.selected
+            ],
+            warnings=warnings,
+        )
+
+
+def _with_evaluation(report: SizeReport) -> SizeReport:
+    """Add what `evaluate` wrote beside the file, if it is of this file."""
+    path = report_path(Path(report.file))
+    if not path.is_file():
+        return report
+    try:
+        saved = _saved_report(path)
+    except CheckpointError:
+        return report
+    same = saved.file_bytes_after == report.file_bytes_after and saved.tuning == report.tuning
+    return replace(report, evaluation=saved.evaluation) if same else report
+
+
+def _saved_report(path: Path) -> SizeReport:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{str(path)!r} cannot be read as a report: {e}") from e
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{str(path)!r} is JSON and not a size report")
+    return SizeReport.from_json(values, str(path))
+
+
+def _describe(
+    candidate: Candidate,
+    entry: TensorEntry,
+    file_bytes: int,
+    quick: bool,
+    warnings: list[str],
+    progress: Progress,
+) -> DenseTable:
+    share = round(candidate.nbytes / file_bytes, 4)
+    known: dict[str, Any] = {
+        "name": candidate.name,
+        "shape": candidate.shape,
+        "dtype": candidate.dtype,
+        "bytes": candidate.nbytes,
+        "share": share,
+        "confidence": candidate.confidence,
+        "reason": candidate.reason,
+        "aliases": candidate.aliases,
+    }
+    if quick:
+        return DenseTable(**known)
+    progress.start(f"reading {candidate.name}", 2 * candidate.shape[0], "rows")
+    try:
+        scan = scan_table(entry, max_sample=_SAMPLE_ROWS, step=progress.advance)
+    except NonFiniteError as e:
+        warnings.append(str(e))
+        scan = scan_table(entry, nonfinite="keep", max_sample=_SAMPLE_ROWS, step=progress.advance)
+    return DenseTable(
+        **known,
+        zero_rows=len(scan.zero_ids),
+        duplicate_rows=_count_duplicates(entry, progress),
+        nonfinite_rows=scan.nonfinite_rows,
+        effective_rank=round(effective_rank(scan.sample), 1),
+        relative_mse_at_ratio={str(ratio): _estimate(scan, ratio) for ratio in ESTIMATED_RATIOS},
+    )
+
+
+def effective_rank(rows: Tensor) -> float:
+    """Exponential of the entropy of the normalized singular values (Roy & Vetterli 2007, EUSIPCO).
+
+    Args:
+        rows: (n, D) float32.
+    """
+    rows = rows / rows.abs().max().clamp_min(1e-38)
+    singular = torch.linalg.eigvalsh((rows.T @ rows).double()).clamp_min(0).sqrt()
+    shares = singular / singular.sum().clamp_min(1e-300)
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def _count_duplicates(entry: TensorEntry, progress: Progress) -> int:
+    """Count rows whose bytes equal an earlier row's, by a 64-bit hash of each."""
+    N, D = entry.shape
+    width = D * entry.dtype.itemsize
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (width,), generator=generator) | 1
+    hashes = torch.empty(N, dtype=torch.int64)
+    for start, stop in row_blocks(N, 4 * width):
+        content = entry.lazy.read_rows(start, stop).view(torch.uint8).to(torch.int64)
+        hashes[start:stop] = (content * weights).sum(1)
+        progress.advance(stop - start)
+    return N - len(torch.unique(hashes))
+
+
+def _estimate(scan: ScannedTable, ratio: int) -> float | None:
+    try:
+        error = estimate_ratio(scan, Request(method="pq", ratio=ratio))
+    except (BudgetError, TableRefusedError):
+        return None
+    return float(f"{error:.4g}")

@@ -1,0 +1,1 @@
+"""Fine-tuning of compressed models, with early stopping on held-out data."""

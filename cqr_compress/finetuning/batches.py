@@ -1,0 +1,105 @@
+"""Batches of an epoch, dealt to processes and to steps of the optimizer, the same in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cqr_compress import distributed
+from cqr_compress.finetuning.rng import RandomStream
+from cqr_compress.finetuning.task import Task
+
+_DATA = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """The batches of one step of the optimizer.
+
+    Attributes:
+        batches: of this process.
+        count: of all processes together.
+    """
+
+    batches: list[Any]
+    count: int
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Deals a task's batches: a step takes `accumulate` of them for each process, in turns.
+
+    Random numbers of the data are drawn from a stream that the seed and the epoch determine, whatever the model
+    draws in between.
+    """
+
+    task: Task
+    accumulate: int
+    seed: int
+    device: torch.device
+
+    def steps(self, epoch: int, skip: int = 0) -> Iterator[Step]:
+        """Give the steps of an epoch, without the first `skip`."""
+        world, rank = distributed.world_size(), distributed.rank()
+        width = self.accumulate * world
+        group: list[Any] = []
+        count = 0
+        for index, batch in enumerate(self._all(epoch)):
+            if index < skip * width:
+                continue
+            count += 1
+            if index % world == rank:
+                group.append(to_device(batch, self.device))
+            if count == width:
+                yield Step(group, count)
+                group, count = [], 0
+        if count:
+            yield Step(group, count)
+
+    def mine(self, epoch: int, limit: int | None) -> Iterator[Any]:
+        """Give this process's batches of an epoch, for a pass over the data; at most `limit`."""
+        world, rank = distributed.world_size(), distributed.rank()
+        for index, batch in enumerate(self._all(epoch)):
+            if limit is not None and index >= limit * world:
+                return
+            if index % world == rank:
+                yield to_device(batch, self.device)
+
+    def steps_per_epoch(self, epoch: int) -> int | None:
+        """Number of steps, where the batches know how many they are."""
+        with RandomStream.seeded(self.seed, _DATA, epoch).active():
+            batches = self.task.train_batches(epoch)
+        try:
+            count = len(batches)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+        return -(-count // (self.accumulate * distributed.world_size()))
+
+    def _all(self, epoch: int) -> Iterator[Any]:
+        stream = RandomStream.seeded(self.seed, _DATA, epoch)
+        end = object()
+        with stream.active():
+            iterator = iter(self.task.train_batches(epoch))
+        while True:
+            with stream.active():
+                batch = next(iterator, end)
+            if batch is end:
+                return
+            yield batch
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch: in tuples, lists and dicts, however nested; anything else is left as it is."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(part, device) for part in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(part, device) for part in batch)
+    if isinstance(batch, dict):
+        return {key: to_device(part, device) for key, part in batch.items()}
+    return batch

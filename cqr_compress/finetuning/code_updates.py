@@ -1,0 +1,89 @@
+"""What fine-tuning does to codes between epochs: cluster, or reassign."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from cqr_compress.clustering.cluster import cluster_, clusterable_layers
+from cqr_compress.clustering.observe import Losses
+from cqr_compress.clustering.reassign import reassign_, reassignable_layers
+from cqr_compress.errors import TableNotFoundError, TaskError
+from cqr_compress.finetuning.options import FinetuneOptions
+from cqr_compress.nn.table_layer import TableLayer
+from cqr_compress.progress import Progress
+
+
+@dataclass(frozen=True)
+class CodeChanges:
+    """Changes the codes of a model's tables.
+
+    Attributes:
+        model: changed in place.
+        tables: its layers by the names of their tables.
+        options: when and how.
+        counts: how often ids are used, (N,) by table, where that is known.
+        progress: told of the work.
+    """
+
+    model: nn.Module
+    tables: Mapping[str, TableLayer]
+    options: FinetuneOptions
+    counts: Mapping[str, Tensor]
+    progress: Progress
+
+    def kind(self, per_example: bool) -> str:
+        """What is done to codes between epochs: "recluster", "reassign" or "frozen".
+
+        Args:
+            per_example: whether the losses of examples are known.
+
+        Raises:
+            TableNotFoundError: there is no table to which what was asked can be done.
+            TaskError: it needs the losses of examples.
+        """
+        asked = self.options.codes
+        needs_losses = self.options.informed or asked == "reassign"
+        if asked == "auto":
+            if per_example and reassignable_layers(self.model):
+                return "reassign"
+            can = clusterable_layers(self.model) and (per_example or not needs_losses)
+            return "recluster" if can else "frozen"
+        if asked != "frozen" and needs_losses and not per_example:
+            raise TaskError(
+                f"codes is {asked!r}, for which the losses of examples have to be known, and the task's loss is "
+                "one number for a batch: compute it with reduction='none'"
+            )
+        if asked == "recluster" and not clusterable_layers(self.model):
+            raise TableNotFoundError("codes is 'recluster', and no table has one level of stored codes: reassign")
+        if asked == "reassign" and not reassignable_layers(self.model):
+            raise TableNotFoundError("codes is 'reassign', and no table has all of its codes stored")
+        return asked
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether codes change after so many epochs; 0 is before the first."""
+        last = int(self.options.epochs * self.options.until + 1e-9)
+        return self.options.until > 0 and epoch <= last and epoch < self.options.epochs
+
+    def change(self, kind: str, losses: Losses, optimizer: torch.optim.Optimizer) -> str:
+        """Cluster or reassign; what was done, in a few words."""
+        clustering = replace(self.options.clustering, skip_unreached=True)
+        if kind == "recluster":
+            named = {id(layer): name for name, layer in self.tables.items()}
+            counts = {
+                path: self.counts[named[id(layer)]]
+                for path, layer in clusterable_layers(self.model).items()
+                if named.get(id(layer)) in self.counts
+            }
+            done = cluster_(
+                self.model, losses if self.options.informed else None, counts=counts, optimizer=optimizer,
+                options=clustering, progress=self.progress,
+            )  # fmt: skip
+            return "reclustered, " + ", ".join(f"{d.name} {d.moved:.0%} of ids moved" for d in done)
+        moved = reassign_(
+            self.model, losses, max_moved=self.options.max_moved, options=clustering, progress=self.progress
+        )
+        return "reassigned, " + ", ".join(f"{d.name} {d.moved:.0%} of {d.wanted:.0%} moved" for d in moved)

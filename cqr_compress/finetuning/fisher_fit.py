@@ -1,0 +1,215 @@
+"""Fit a teacher's rows anew, where an error of a row costs what the task's loss says, at the bytes there are."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cqr_compress import distributed
+from cqr_compress.checkpoint.base import LazyTensor, TensorEntry
+from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.errors import BudgetError
+from cqr_compress.finetuning.fisher import Curvature
+from cqr_compress.finetuning.tuned_model import TunedModel
+from cqr_compress.nn.table_layer import TableLayer
+from cqr_compress.planning.choose import plan_table
+from cqr_compress.planning.scan import ScannedTable, source_rows
+from cqr_compress.progress import Progress
+from cqr_compress.quantize.base import TableRows
+from cqr_compress.quantize.options import Request
+from cqr_compress.quantize.refine import _in_dtypes
+from cqr_compress.quantize.registry import effort_for, fit
+from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec
+
+_ADDITIVE = ("pq", "rq", "prq")
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Fits of a teacher's rows, to be tried one after another.
+
+    Attributes:
+        tuned: the model; its tables change.
+        teacher: the dense checkpoint.
+        curvature: what the task says about each table; others stay as they are.
+        counts: how often ids are used, by table.
+        method: that the conversion was asked for.
+        budgets: bytes that each table may have; its own if it is not named.
+        progress: told of the work.
+    """
+
+    tuned: TunedModel
+    teacher: Path
+    curvature: Mapping[str, Curvature]
+    counts: Mapping[str, Tensor]
+    method: str
+    budgets: Mapping[str, int]
+    progress: Progress
+
+    @staticmethod
+    def tables(tuned: TunedModel) -> dict[str, TableLayer]:
+        """The tables that can be fitted: those with stored codes."""
+        return {
+            name: layer
+            for name, layer in tuned.tables.items()
+            if isinstance(layer.spec, CodebookSpec) and layer.spec.num_stored_levels
+        }
+
+    @torch.no_grad()
+    def candidates(self) -> Iterator[str]:
+        """Put one fit after another into the model: with frequent ids weighing more, and alike for all ids.
+
+        Layouts stay, or are chosen anew among those of the same method within the bytes that the conversion had.
+
+        Yields:
+            What was done.
+
+        Raises:
+            TableNotFoundError: the teacher lacks a table.
+            ShapeError: it has another shape there.
+        """
+        given = {name: layer.spec for name, layer in self.tables(self.tuned).items() if name in self.curvature}
+        for weighted, rotated in itertools.product((False, True), self._ways(given)):
+            layouts = []
+            with open_checkpoint(self.teacher) as checkpoint:
+                for name, spec in given.items():
+                    assert isinstance(spec, CodebookSpec)
+                    layer, curvature = self.tuned.tables[name], self.curvature[name]
+                    counts = self.counts.get(name, curvature.counts.cpu()) if weighted else None
+                    scan = source_rows(checkpoint, name, layer.table(), counts, self.progress)
+                    made = self._fit(name, scan, curvature, spec, rotated) if distributed.rank() == 0 else None
+                    found, tensors = distributed.object_from_first(made) or (spec, {})
+                    kept = {s: t for s, t in layer.table_tensors().items() if s.startswith("kept_")}
+                    self.tuned.install(name, found, {**tensors, **kept})
+                    layouts.append(f"{name} {found.layout}")
+            more = ", and more at frequent ids" if weighted else ""
+            yield f"fitted {', '.join(layouts)} anew, errors costing what the loss says{more}"
+
+    def _ways(self, given: Mapping[str, AnySpec]) -> tuple[bool, ...]:
+        """Whether to try layouts with a rotation, without, or both."""
+        some = any(isinstance(spec, CodebookSpec) and _may_rotate(spec) for spec in given.values())
+        return (False, True) if some else (False,)
+
+    def _fit(
+        self, name: str, scan: ScannedTable, curvature: Curvature, spec: CodebookSpec, rotated: bool
+    ) -> tuple[CodebookSpec, dict[str, Tensor]]:
+        """Choose a layout and fit it."""
+        budget = max(spec.nbytes, self.budgets.get(name, 0))
+        rotated = spec.rotation is not None or (rotated and _may_rotate(spec))
+        whole = rotated or spec.num_columns == 1
+        basis = curvature.basis(1 if whole else spec.num_columns)
+        moved, found = in_basis(scan, basis), spec
+        if whole and (spec.method in _ADDITIVE or rotated):
+            self.progress.start(f"choosing a layout for {name}", 0, "trials")
+            found = _replanned(moved, spec, self.method, rotated, budget, self.progress)
+        if found.rotation is None and found.num_columns != spec.num_columns:
+            found = spec  # the basis is that of the columns there were
+        if found is spec and rotated and spec.rotation is None:  # no such layout fits
+            basis = curvature.basis(spec.num_columns)
+            moved = in_basis(scan, basis)
+        self.progress.start(f"fitting {name}", 0, "steps")
+        return found, fit_in_basis(moved, found, basis, self.progress.advance)
+
+
+def _may_rotate(spec: CodebookSpec) -> bool:
+    return spec.rotation is None and (spec.method in _ADDITIVE or spec.code_sources == (STORED,))
+
+
+def _replanned(
+    rows: ScannedTable, spec: CodebookSpec, method: str, rotated: bool, budget: int, progress: Progress
+) -> CodebookSpec:
+    """The layout of least error within a budget; the given one where there is none."""
+    additive = spec.method if spec.method in _ADDITIVE else "pq"
+    request = Request(
+        method="auto" if method == "auto" and rotated else additive,
+        ratio=max(1.0001, spec.dense_nbytes / (budget + 0.5)),
+        rotation="opq" if rotated else None,
+        rank="auto" if rotated else None,
+        codebook_dtype=spec.codebook_dtype,
+        min_rows=0,
+        seed=spec.seed,
+    )
+    try:
+        found = plan_table(rows, request, progress.advance).spec
+    except BudgetError:
+        return spec
+    if not isinstance(found, CodebookSpec) or found.nbytes > budget:
+        return spec
+    same = ["dtype", "num_kept_rows", "num_zero_rows", *(() if spec.method in _ADDITIVE else ["method"])]
+    return replace(found, **{name: getattr(spec, name) for name in same})
+
+
+def in_basis(scan: ScannedTable, basis: Tensor) -> ScannedTable:
+    """The same table with every row multiplied by a matrix, (D, D) float32, block by block as it is read."""
+    moved = _Multiplied(scan.entry.lazy, basis)
+    sample = scan.sample @ basis
+    return replace(
+        scan,
+        entry=TensorEntry(scan.entry.name, moved),
+        sample=sample,
+        largest=float(sample.abs().max()),
+        mean_square=float(sample.square().mean()),
+    )
+
+
+@dataclass(frozen=True)
+class _Multiplied:
+    """A `LazyTensor` of rows times a matrix; its values are float32, whatever dtype the source has."""
+
+    source: LazyTensor
+    basis: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def read(self) -> Tensor:
+        return self.source.read().float() @ self.basis
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        return self.source.read_rows(start, stop).float() @ self.basis
+
+
+def fit_in_basis(
+    rows: TableRows, spec: CodebookSpec, basis: Tensor, step: Callable[[], None] = lambda: None
+) -> dict[str, Tensor]:
+    """Fit a layout afresh to rows that were multiplied by a basis, and take the codebooks back out of it.
+
+    The error of a decoded row y of x is then ||(x - y) @ basis||, and takes no bytes: where the layout has a
+    rotation, or one column, the basis goes into the rotation or the codebooks as a whole; else it has to be zero
+    between columns.
+
+    Args:
+        rows: the table's source, times `basis`.
+        spec: the layout.
+        basis: (D, D) float32, invertible.
+        step: called after each unit of work.
+
+    Returns:
+        `codes`, `codebooks` and `rotation` where the spec has them, in its dtypes.
+    """
+    C, S = spec.num_columns, spec.sub_dim
+    back = torch.linalg.inv(basis.double()).float()
+    wide = replace(spec, codebook_dtype="float32", rotation="opq" if spec.rotation else None)
+    quantizer = fit(rows, wide, effort_for(wide), step)
+    made = dict(quantizer.shared_tensors())
+    parts: dict[str, list[Tensor]] = {}
+    for start, block in rows.blocks():
+        for short, tensor in quantizer.encode(block, start).items():
+            parts.setdefault(short, []).append(tensor)
+    if spec.rotation:
+        made["rotation"] = made["rotation"] @ back
+    else:
+        blocks = [back[c * S : (c + 1) * S, c * S : (c + 1) * S] for c in range(C)]
+        made["codebooks"] = torch.stack([made["codebooks"][c] @ blocks[c] for c in range(C)])
+    made |= {short: torch.cat(tensors) for short, tensors in parts.items()}
+    return _in_dtypes(made, spec.tensor_shapes())

@@ -1,0 +1,167 @@
+"""Tasks that users write: a Python file with a few functions, found by name."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from cqr_compress.checkpoint.streaming_writer import atomic_file, check_outputs
+from cqr_compress.errors import TaskError, UserCodeError
+from cqr_compress.finetuning.task import Task
+
+_NEEDED = ("model", "train_batches", "loss", "evaluate")
+
+
+_OPTIONAL = ("logits", "frequencies", "optimizer")
+
+
+TEMPLATE = '''"""My model and data, for `cqr-compress finetune SMALL.safetensors --task THIS_FILE -o TUNED`."""
+
+import torch
+from torch import nn
+
+metric = "auc"  # the figure of evaluate() that decides what is kept
+mode = "max"  # "max" if more of it is better, "min" if less is
+
+
+def model():
+    """Build the architecture that the checkpoint belongs to; its weights are loaded afterwards."""
+    raise NotImplementedError("from my_project import MyModel; return MyModel(...)")
+
+
+def train_batches(epoch):
+    """Give the batches of an epoch: a DataLoader, a generator, a list. Random numbers come from torch, numpy or
+    random, and are seeded for you, so that a run can be resumed."""
+    raise NotImplementedError("return DataLoader(my_training_set, batch_size=1024, shuffle=True)")
+
+
+def loss(model, batch):
+    """The loss of each example of a batch, not reduced, so that clusterings can weigh them; or their mean."""
+    features, labels = batch
+    return nn.functional.binary_cross_entropy_with_logits(model(features), labels, reduction="none")
+
+
+def evaluate(model):
+    """Figures on held-out data; the model is in eval mode, and no gradients are recorded."""
+    raise NotImplementedError('return {"auc": ..., "bce": ...}')
+
+
+# def logits(model, batch):
+#     """Scores of classes or items, (n, V): --distill outputs compares their softmax with the teacher's. Without
+#     this it compares what model(...) returns."""
+
+
+# def frequencies(table_name):
+#     """How often each id of a table is used, (N,), by its name in the checkpoint, or None."""
+
+
+# def optimizer(params):
+#     return torch.optim.AdamW(params, lr=1e-4)
+'''
+
+
+def write_template(path: str | Path, force: bool = False) -> None:
+    """Write a commented task file to start from.
+
+    Raises:
+        OutputExistsError: the file is there, and `force` is not given.
+        OutputError: it cannot be written.
+    """
+    path = Path(path)
+    check_outputs([path], force)
+    with atomic_file(path) as file:
+        file.write(TEMPLATE.encode())
+
+
+def load_task_file(path: str | Path) -> Task:
+    """Run a task file and find its functions.
+
+    Args:
+        path: a Python file; modules beside it can be imported by it.
+
+    Raises:
+        TaskError: no such file, or names that are missing or of another kind.
+        UserCodeError: an error of the file itself; so do the task's functions when they are called.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TaskError(f"there is no task file {str(path)!r}")
+    module = _run(path)
+    missing = [name for name in _NEEDED if not callable(getattr(module, name, None))]
+    missing += ["metric"] if not isinstance(getattr(module, "metric", None), str) else []
+    if missing:
+        raise TaskError(
+            f"task file {str(path)!r} does not define {', '.join(missing)}. "
+            "`cqr-compress finetune --init-task FILE` writes a commented one."
+        )
+    functions: dict[str, Any] = {name: _of_user(getattr(module, name), path) for name in _NEEDED}
+    for name in _OPTIONAL:
+        if callable(getattr(module, name, None)):
+            functions[name] = _of_user(getattr(module, name), path)
+    batches = functions["train_batches"]
+    functions["train_batches"] = lambda epoch: _iterate(batches(epoch), path)
+    mode = getattr(module, "mode", "max")
+    identity = {"task_file_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return Task(name=path.name, metric=module.metric, mode=mode, identity=identity, **functions)
+
+
+def _run(path: Path) -> ModuleType:
+    name = f"_cqr_compress_task_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"task file {str(path)!r} is not a Python file: its name ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # for classes that are pickled, as by workers of a DataLoader
+    sys.path.insert(0, str(path.parent.resolve()))
+    loader = spec.loader
+    _of_user(lambda: loader.exec_module(module), path)()
+    return module
+
+
+def _of_user(function: Callable[..., Any], path: Path) -> Callable[..., Any]:
+    """Let errors of a function be told as the user's own."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as e:
+            raise UserCodeError(_own_traceback(e, path)) from e
+
+    return call
+
+
+class _iterate:  # noqa: N801
+    """Batches whose errors are told as the user's own; their length too, where they have one."""
+
+    def __init__(self, batches: Any, path: Path) -> None:
+        self._batches, self._path = batches, path
+
+    def __len__(self) -> int:
+        return len(self._batches)  # a TypeError where they have none, as len() wants it
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = _of_user(lambda: iter(self._batches), self._path)()
+        end = object()
+        following = _of_user(lambda: next(iterator, end), self._path)
+        while (batch := following()) is not end:
+            yield batch
+
+
+def _own_traceback(error: BaseException, path: Path) -> str:
+    """Format an error from the first line of the user's file on, without this package's frames above it."""
+    if isinstance(error, UserCodeError):
+        return str(error)
+    first = error.__traceback__
+    while first is not None and Path(first.tb_frame.f_code.co_filename).resolve() != path.resolve():
+        first = first.tb_next
+    if first is None and not isinstance(error, SyntaxError):
+        first = error.__traceback__
+    return "".join(traceback.format_exception(type(error), error, first)).rstrip()

@@ -1,0 +1,98 @@
+"""Build a task's model, load a file into it, and evaluate it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cqr_compress import distributed
+from cqr_compress.checkpoint.compressed_file import is_compressed
+from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.errors import SpecError, TaskError
+from cqr_compress.finetuning.rng import RandomStream
+from cqr_compress.finetuning.task import Task
+from cqr_compress.model.load import load_checkpoint, load_compressed, parameters_on_meta
+
+
+def own_device(asked: torch.device | str | None = None) -> torch.device:
+    """The device of this process: what was asked, or CUDA where there is one; of several the one of its number.
+
+    Raises:
+        SpecError: there is no such device.
+    """
+    try:
+        device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as e:
+        raise SpecError(f"there is no device {str(asked)!r}: give cpu, cuda or cuda:1, for example") from e
+    if device.type != "cuda":
+        return device
+    number = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    if number >= torch.cuda.device_count():
+        raise SpecError(f"there is no device cuda:{number}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", number)
+
+
+def load_model(task: Task, path: Path, seed: int, device: torch.device) -> nn.Module:
+    """Build the task's model and load a file into it, its random numbers drawn from a stream of their own.
+
+    For a compressed file, dense tables are never in memory, unless `model()` needs the values it starts from, or
+    draws random numbers for anything else.
+
+    Raises:
+        TaskError: `model()` does not give a module.
+        SwapError: the file does not fit it.
+    """
+    with open_checkpoint(path) as checkpoint:
+        compressed = is_compressed(checkpoint)
+    if compressed:
+        try:
+            with parameters_on_meta():
+                model, drawn = _build(task, seed)
+            if not drawn:
+                load_compressed(model, path, device=device)
+                if not _holds_meta(model, set()):
+                    return model
+        except Exception:  # the same without, or an error that is told then
+            pass
+    model, _ = _build(task, seed)
+    load_checkpoint(model, path)
+    return model.to(device)
+
+
+def _holds_meta(value: Any, seen: set[int]) -> bool:
+    """Whether a tensor on the meta device is in a module or a collection, however deep."""
+    if isinstance(value, Tensor):
+        return value.is_meta
+    if isinstance(value, nn.Module):
+        value = vars(value)
+    if not isinstance(value, dict | list | tuple | set) or id(value) in seen:
+        return False
+    seen.add(id(value))
+    return any(_holds_meta(each, seen) for each in (value.values() if isinstance(value, dict) else value))
+
+
+def _build(task: Task, seed: int) -> tuple[nn.Module, bool]:
+    """Build the model; also whether it drew from torch's generator."""
+    with RandomStream.seeded(seed, 0).active():
+        before = torch.get_rng_state()
+        model = task.model()
+        drawn = not torch.equal(before, torch.get_rng_state())
+    if not isinstance(model, nn.Module):
+        raise TaskError(f"model() gave a {type(model).__name__}: it returns a torch.nn.Module")
+    return model, drawn
+
+
+_TRAINING, _EVALUATION, _PASS = 2, 3, 4
+
+
+def evaluate_task(task: Task, model: nn.Module, seed: int) -> dict[str, float]:
+    """Evaluate a model, random numbers drawn from a stream of their own; means over all processes."""
+    model.eval()
+    with torch.no_grad(), RandomStream.seeded(seed, _EVALUATION).active():
+        mine = task.figures(model)
+    every = distributed.of_all(mine)
+    return {name: sum(figures[name] for figures in every) / len(every) for name in mine}

@@ -1,0 +1,352 @@
+"""The training loop: evaluated from step 0, stopped early, resumed exactly, run by one process or more."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cqr_compress import distributed
+from cqr_compress.errors import TaskError
+from cqr_compress.finetuning.batches import Batches, Step
+from cqr_compress.finetuning.code_updates import CodeChanges
+from cqr_compress.finetuning.distill import OutputDistillation, RowDistillation
+from cqr_compress.finetuning.early_stopping import Guard
+from cqr_compress.finetuning.fisher import measure_curvature
+from cqr_compress.finetuning.fisher_fit import Refit
+from cqr_compress.finetuning.options import FinetuneOptions
+from cqr_compress.finetuning.resume_state import Position, load_state, save_state
+from cqr_compress.finetuning.rng import RandomStream
+from cqr_compress.finetuning.task import Task
+from cqr_compress.finetuning.task_model import _PASS, _TRAINING, evaluate_task
+from cqr_compress.finetuning.tuned_model import TunedModel
+from cqr_compress.progress import Progress
+
+_SAVE_EVERY_S = 300.0
+
+
+_TELL_EVERY = 10
+
+
+_LOWEST = 0.1
+
+
+_REFITS = 2
+
+
+@dataclass
+class Trainer:
+    """One run of fine-tuning.
+
+    Attributes:
+        task: what is trained on.
+        tuned: the model.
+        options: how.
+        changes: of codes.
+        device: where the model is.
+        distillation: adds a part to the loss, or None.
+        teacher: the dense checkpoint that rows are fitted to, or None.
+        method: that the conversion was asked for.
+        budgets: bytes that tables may have.
+        state_file: where the state goes.
+        identity: what a run that goes on has to have in common with this one.
+        progress: told of the work.
+    """
+
+    task: Task
+    tuned: TunedModel
+    options: FinetuneOptions
+    changes: CodeChanges
+    device: torch.device
+    distillation: OutputDistillation | RowDistillation | None
+    teacher: Path | None
+    method: str
+    budgets: Mapping[str, int]
+    state_file: Path
+    identity: dict[str, Any]
+    progress: Progress
+    guard: Guard = field(init=False)
+    position: Position = field(default_factory=Position)
+    log: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.task, self.options.patience)
+        self._batches = Batches(self.task, self.options.accumulate, self.options.seed, self.device)
+        self._precision = _precision(self.options.precision, self.device)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._precision is torch.float16)
+        self._saved = time.monotonic()
+        self._loss = math.nan
+        self._per_example = False
+
+    def run(self, resume: bool) -> str:
+        """Train; the model has the best weights afterwards.
+
+        Args:
+            resume: go on from the state file, where there is one.
+
+        Returns:
+            Why it ended.
+        """
+        RandomStream.seeded(self.options.seed, _TRAINING, distributed.rank()).state.set()
+        if resume and self.state_file.exists():
+            self._load()
+            self._say(f"going on from step {self.position.step}")
+        try:
+            reason = self._train()
+        except KeyboardInterrupt:
+            if not self.guard.history:
+                raise
+            reason = "interrupted"
+        assert self.guard.best is not None
+        self.tuned.restore(self.guard.best)
+        return reason
+
+    def _train(self) -> str:
+        options, position = self.options, self.position
+        self.tuned.model.eval()
+        with torch.no_grad():
+            first = next(self._losses(0)(), None)
+        if first is None:
+            raise TaskError("train_batches(0) gave no batch")
+        self._per_example = first.ndim == 1
+        self.changes.kind(self._per_example)  # complain before the work
+        if not self.guard.history:
+            self._evaluate("as given")
+            if self.teacher is not None and options.refit and self._per_example:
+                self._refit(self.teacher)
+            self._begin_optimizer()
+        if self.guard.exhausted:
+            return self._patience()
+        for epoch in range(position.epoch, options.epochs):
+            if self._steps_are_done:  # as the state says that was gone on from
+                return self._end_of_steps()
+            if not position.codes_changed:
+                self._change_codes(epoch)
+            if position.steps_per_epoch is None:
+                position.steps_per_epoch = self._batches.steps_per_epoch(epoch)
+            left = None if position.steps_per_epoch is None else position.steps_per_epoch - position.step_of_epoch
+            self.progress.start(f"epoch {epoch + 1} of {options.epochs}", left or 0, "steps")
+            self.tuned.train_mode()
+            for step in self._batches.steps(epoch, position.step_of_epoch):
+                if not self._step(step):
+                    return f"the loss is not finite after step {position.step}"
+                if options.eval_every is not None and position.step % options.eval_every == 0:
+                    self._evaluate("trained")
+                    if self.guard.exhausted:
+                        return self._patience()
+                    self._save()
+                elif self._save_is_due():
+                    self._save()
+                if self._steps_are_done:
+                    break
+            if not position.step_of_epoch:
+                raise TaskError(f"train_batches({epoch}) gave no batch")
+            if self._steps_are_done:
+                return self._end_of_steps()
+            position.steps_per_epoch = position.step_of_epoch
+            position.epoch, position.step_of_epoch, position.codes_changed = epoch + 1, 0, False
+            if options.eval_every is None or epoch + 1 == options.epochs:
+                self._evaluate_once()
+            if self.guard.exhausted:
+                return self._patience()
+            self._save()
+        return f"{options.epochs} epochs are done"
+
+    @property
+    def _steps_are_done(self) -> bool:
+        return self.options.max_steps is not None and self.position.step >= self.options.max_steps
+
+    def _end_of_steps(self) -> str:
+        self._evaluate_once()
+        return f"{self.options.max_steps} steps are done"
+
+    def _evaluate_once(self) -> None:
+        if self.guard.history[-1].step != self.position.step:
+            self._evaluate("trained")
+
+    def _step(self, step: Step) -> bool:
+        """Make one step of the optimizer; whether its loss was finite."""
+        position, parameters = self.position, self.tuned.parameters
+        for group, height in zip(self._optimizer.param_groups, self._heights, strict=True):
+            group["lr"] = height * self._rate()
+        self._optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for batch in step.batches:
+            loss = self._loss_of(batch)
+            self._scaler.scale(loss / step.count).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach() / step.count
+        _add_up_gradients(parameters)
+        distributed.add_up(total)
+        position.step += 1
+        position.step_of_epoch += 1
+        if position.step % _TELL_EVERY == 1 or self._scaler.is_enabled():
+            self._loss = total.item()
+            self.progress.tell(f"loss {self._loss:.4f}, {self._best_so_far()}")
+        self.progress.advance()
+        if not self._scaler.is_enabled() and not bool(total.isfinite()):
+            return False
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        return True
+
+    def _loss_of(self, batch: Any) -> Tensor:
+        """The mean loss of a batch, with what distillation adds."""
+        enabled = self._precision is not torch.float32
+        cast: Any = torch.autocast(self.device.type, self._precision) if enabled else nullcontext()
+        with cast:
+            if self.distillation is None:
+                return _losses(self.task, self.tuned.model, batch).mean()
+            losses, extra = self.distillation.loss(batch)
+            return losses.mean() + self.options.distill_weight * extra
+
+    def _rate(self) -> float:
+        """The learning rate beside its height: a linear rise, then a cosine to a tenth."""
+        position, options = self.position, self.options
+        rise = min(1.0, (position.step + 1) / max(1, options.warmup_steps))
+        per_epoch = position.steps_per_epoch
+        total = None if per_epoch is None else per_epoch * options.epochs
+        if options.max_steps is not None:
+            total = min(options.max_steps, total or options.max_steps)
+        part = 0.0 if total is None else min(1.0, position.step / total)
+        return rise * (_LOWEST + (1 - _LOWEST) * (1 + math.cos(math.pi * part)) / 2)
+
+    def _evaluate(self, what: str) -> bool:
+        """Look at held-out data, with weights as the file will hold them, and keep them if they are the best."""
+        self.tuned.model.eval()
+        with self.tuned.as_written():
+            figures = evaluate_task(self.task, self.tuned.model, self.options.seed)
+            better = self.guard.offer(self.position.step, self.position.epoch, what, figures)
+            if better:
+                self.guard.best = self.tuned.snapshot()
+        self.tuned.train_mode()
+        shown = ", ".join(f"{name} {value:.5g}" for name, value in figures.items())
+        given = len(self.guard.history) == 1
+        self._say(f"step {self.position.step}, {what}: {shown}{'' if given else ' (best)' if better else ''}")
+        return better
+
+    def _refit(self, teacher: Path) -> None:
+        """Try fits of the teacher's rows, and go on from whatever is best."""
+        tables = Refit.tables(self.tuned)
+        if not tables:
+            return
+        for _ in range(_REFITS):
+            self.tuned.model.eval()
+            curvature = measure_curvature(self.tuned.model, tables, self._losses(0), self.progress)
+            better = False
+            refit = Refit(
+                self.tuned, teacher, curvature, self.changes.counts, self.method, self.budgets, self.progress
+            )
+            for done in refit.candidates():
+                self._say(done)
+                better |= self._evaluate("refit")
+            assert self.guard.best is not None
+            self.tuned.restore(self.guard.best)
+            if not better:  # curvature at these weights has been measured
+                return
+
+    def _change_codes(self, epoch: int) -> None:
+        """Cluster or reassign where an epoch begins."""
+        kind = self.changes.kind(self._per_example)
+        if kind != "frozen" and self.changes.is_due(epoch):
+            self.tuned.model.eval()
+            self._say(self.changes.change(kind, self._losses(epoch), self._optimizer))
+        self.position.codes_changed = True
+
+    def _losses(self, epoch: int) -> Callable[[], Iterator[Tensor]]:
+        def losses() -> Iterator[Tensor]:
+            stream = RandomStream.seeded(self.options.seed, _PASS, epoch, distributed.rank())
+            for batch in self._batches.mine(epoch, self.options.pass_batches):
+                with stream.active():
+                    losses = _losses(self.task, self.tuned.model, batch)
+                yield losses
+
+        return losses
+
+    def _begin_optimizer(self) -> None:
+        self._optimizer = self._make_optimizer()
+        self._heights = [group["lr"] for group in self._optimizer.param_groups]
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        if self.task.optimizer is None:
+            options = self.options
+            return torch.optim.AdamW(
+                self.tuned.parameters, lr=options.learning_rate, weight_decay=options.weight_decay
+            )
+        optimizer = self.task.optimizer(self.tuned.parameters)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TaskError(f"optimizer gave a {type(optimizer).__name__}: it returns a torch.optim.Optimizer")
+        return optimizer
+
+    def _save_is_due(self) -> bool:
+        if self.options.save_every is not None:
+            return self.position.step % self.options.save_every == 0
+        return distributed.world_size() == 1 and time.monotonic() - self._saved > _SAVE_EVERY_S
+
+    def _save(self) -> None:
+        self._saved = time.monotonic()
+        parts = {
+            "guard": self.guard.to_plain(),
+            "tuned": self.tuned.snapshot(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "log": self.log,
+        }
+        save_state(self.state_file, self.identity, self.position, parts)
+
+    def _load(self) -> None:
+        self.position, state = load_state(self.state_file, self.identity)
+        self.guard.load_plain(state["guard"])
+        self.tuned.restore(state["tuned"])
+        self._begin_optimizer()
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.log = list(state["log"])
+
+    def _say(self, line: str) -> None:
+        if line:
+            self.log.append(line)
+            self.progress.say(line)
+
+    def _patience(self) -> str:
+        return f"nothing was better in {self.options.patience} evaluations"
+
+    def _best_so_far(self) -> str:
+        return f"best {self.task.metric} {self.guard.best_evaluation.figures[self.task.metric]:.5g}"
+
+
+def _losses(task: Task, model: nn.Module, batch: Any) -> Tensor:
+    losses = task.loss(model, batch)
+    if not isinstance(losses, Tensor) or losses.ndim > 1 or losses.numel() == 0:
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise TaskError(f"loss gave {shape}: it returns the losses of a batch's examples (B,), or their mean")
+    return losses
+
+
+def _add_up_gradients(parameters: list[nn.Parameter]) -> None:
+    """Sum gradients over all processes, in one piece for each dtype; processes without a batch add zeros."""
+    if distributed.world_size() == 1:
+        return
+    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        by_dtype.setdefault(parameter.grad.dtype, []).append(parameter)
+    for same in by_dtype.values():
+        flat = torch.cat([parameter.grad.reshape(-1) for parameter in same if parameter.grad is not None])
+        distributed.add_up(flat)
+        for parameter, part in zip(same, torch.split(flat, [p.numel() for p in same]), strict=True):
+            assert parameter.grad is not None
+            parameter.grad.copy_(part.view_as(parameter))
+
+
+def _precision(asked: str, device: torch.device) -> torch.dtype:
+    if asked == "auto":
+        asked = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[asked]

@@ -1,0 +1,118 @@
+"""Build `lookup.c` with the system's C compiler when it is first needed, and load it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SOURCE = Path(__file__).with_name("lookup.c")
+
+
+_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-ffp-contract=off")
+
+
+@dataclass(frozen=True)
+class Native:
+    """Whether the compiled lookups are in use.
+
+    Attributes:
+        library: the loaded library, or None.
+        reason: where it is, or why there is none.
+    """
+
+    library: ctypes.CDLL | None
+    reason: str
+
+
+@functools.cache
+def native() -> Native:
+    """Load the library, after building it where it was not built before; never raises."""
+    if os.environ.get("CQR_COMPRESS_NATIVE", "1") == "0":
+        return Native(None, "turned off by CQR_COMPRESS_NATIVE=0")
+    named = os.environ.get("CC", "cc")
+    compiler = shutil.which(named) or shutil.which("gcc") or shutil.which("clang")
+    if os.name != "posix" or compiler is None:
+        return Native(None, f"no C compiler: neither {named!r}, gcc nor clang is there")
+    try:
+        path = _build(compiler, ("-fopenmp",))
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:  # torch was built with another OpenMP library than this compiler's
+            path = _build(compiler, ())
+            library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as e:
+        detail = getattr(e, "stderr", b"") or b""
+        return Native(None, f"{compiler} failed: {e} {detail.decode(errors='replace')[-500:]}")
+    _declare(library)
+    return Native(library, str(path))
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer: Any = ctypes.c_void_p
+    integer: Any = ctypes.c_int
+    long: Any = ctypes.c_int64
+    library.codebook_rows.restype = library.rowwise_rows.restype = library.all_codes.restype = long
+    library.codebook_gradient.restype = None
+    batch = [pointer, integer, long]  # ids, is_int64, B
+    library.codebook_rows.argtypes = [pointer, *batch, long, pointer, long, pointer, *[integer] * 7]
+    library.codebook_gradient.argtypes = [pointer, pointer, *batch, pointer, long, *[integer] * 6]
+    library.all_codes.argtypes = [
+        pointer, *batch, long, pointer, long, integer, pointer, integer, long, integer
+    ]  # fmt: skip
+    library.rowwise_rows.argtypes = [pointer, *batch, long, pointer, long, pointer, pointer, *[integer] * 4]
+
+
+def _build(compiler: str, more_flags: tuple[str, ...]) -> Path:
+    """Compile the library, unless that was done before.
+
+    It is linked without an OpenMP library of its own: it finds the one that torch has loaded, so that both
+    share one pool of threads.
+    """
+    source = _SOURCE.read_bytes()
+    flags = (*_FLAGS, *more_flags)
+    key = hashlib.sha256(b"\0".join([source, compiler.encode(), " ".join(flags).encode(), _processor()]))
+    folder = _cache_folder()
+    path = folder / f"lookup-{key.hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        compiled, linked = Path(work, "lookup.o"), Path(work, "lookup.so")
+        for command in (
+            [compiler, *flags, "-c", str(_SOURCE), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), "-o", str(linked)],
+        ):
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+        linked.replace(path)  # whole or not at all, also when several processes build
+    return path
+
+
+def _cache_folder() -> Path:
+    """A folder that no one else can write to; one for this process alone where the cache is not like that."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "cqr-compress"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+        if about.st_uid == os.getuid() and not about.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="cqr-compress-"))
+
+
+def _processor() -> bytes:
+    """What the processor can do, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "".join(line for line in lines if line.startswith(("flags", "Features")))[:8192].encode()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".encode()

@@ -1,0 +1,182 @@
+"""Compiled lookups for the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cqr_compress.errors import ShapeError
+from cqr_compress.kernel.build import native
+from cqr_compress.table.hashing import hash_coefficients
+from cqr_compress.table.spec import HASHED, CodebookSpec
+
+_FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults of torch are
+
+
+_ROWS_PER_THREAD = 256
+"""Rows that are worth waking a thread for."""
+
+
+def codebook_rows(ids: Tensor, codes: Tensor, codebooks: Tensor, num_rows: int, n_bits: int) -> Tensor | None:
+    """Look rows up; the codebook formula for stored codes.
+
+    Args:
+        ids: (B,) int32 or int64, contiguous, on the CPU.
+        codes: (N, width) uint8, contiguous.
+        codebooks: (C, L, K, S) floating point, contiguous.
+        num_rows: N.
+        n_bits: of a code, log2 K; or 32 for codes that are int32 below K, seen as bytes.
+
+    Returns:
+        (B, C * S) float32; None if an id is outside [0, N).
+
+    Raises:
+        ShapeError: the tensors do not make a table of N rows; nothing is read beyond them.
+    """
+    C, L, K, S = codebooks.shape
+    B, (N, width) = ids.shape[0], codes.shape
+    in_range = n_bits == 32 or 1 << n_bits == K
+    if num_rows > N or 8 * width < C * L * n_bits or not in_range or codes.dtype != torch.uint8:
+        raise ShapeError(
+            f"codes {tuple(codes.shape)} {codes.dtype} and codebooks {tuple(codebooks.shape)} do not make a table "
+            f"of {num_rows} rows with codes of {n_bits} bits"
+        )
+    values, is_half = _readable(codebooks)
+    out = torch.empty(B, C * S, **_FLOAT)
+    bad = _library().codebook_rows(
+        out.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B, num_rows,
+        codes.data_ptr(), codes.shape[1], values.data_ptr(), is_half, C, L, K, S, n_bits, _threads(B),
+    )  # fmt: skip
+    return out if bad < 0 else None
+
+
+def codebook_gradient(
+    grad_rows: Tensor, ids: Tensor, codes: Tensor, shape: tuple[int, int, int, int], n_bits: int
+) -> Tensor:
+    """Sum the gradients of looked-up rows into their codewords.
+
+    Args:
+        grad_rows: (B, D) float32, contiguous.
+        ids: (B,) as `codebook_rows` took them.
+        codes: (N, width) uint8.
+        shape: (C, L, K, S).
+        n_bits: of a code.
+
+    Returns:
+        (C, L, K, S) float32; independent of the number of threads.
+    """
+    C, L, K, S = shape
+    B = ids.shape[0]
+    grad = torch.zeros(shape, **_FLOAT)
+    _library().codebook_gradient(
+        grad.data_ptr(), grad_rows.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B,
+        codes.data_ptr(), codes.shape[1], C, L, K, S, n_bits, min(_threads(B), C * L),
+    )  # fmt: skip
+    return grad
+
+
+def all_codes(spec: CodebookSpec, ids: Tensor, codes: Tensor | None) -> Tensor | None:
+    """Compute `table.row_codes` in one pass, for stored and hashed levels.
+
+    Args:
+        spec: whose code sources are STORED or HASHED.
+        ids: (B,) int32 or int64, contiguous, on the CPU.
+        codes: (N, codes_width) uint8, contiguous; None where no level is stored.
+
+    Returns:
+        (B, C * L) int32; None if an id is outside [0, N).
+
+    Raises:
+        ShapeError: the codes are not those of the spec.
+    """
+    B, N, n = ids.shape[0], spec.num_embeddings, spec.num_columns * spec.num_levels
+    if codes is not None and (codes.shape != (N, spec.codes_width) or codes.dtype != torch.uint8):
+        raise ShapeError(
+            f"codes {tuple(codes.shape)} {codes.dtype} are not of {N} rows of {spec.codes_width} bytes"
+        )
+    all_ = torch.empty(B, n, dtype=torch.int32, device="cpu")
+    coefficients = _coefficients(spec.seed, spec.num_columns, spec.code_sources)
+    bad = _library().all_codes(
+        all_.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B, N,
+        0 if codes is None else codes.data_ptr(), spec.codes_width, spec.n_bits,
+        coefficients.data_ptr(), n, spec.codebook_size, _threads(B),
+    )  # fmt: skip
+    return all_ if bad < 0 else None
+
+
+@functools.lru_cache(1024)
+def _coefficients(seed: int, num_columns: int, sources: tuple[str, ...]) -> Tensor:
+    """Coefficients of the hash of each column and level, zeros where codes are stored: (C * L, 3) int64."""
+    all_ = torch.tensor(
+        hash_coefficients(seed, range(num_columns * len(sources))), dtype=torch.int64, device="cpu"
+    )
+    is_hashed = torch.tensor([source == HASHED for source in sources], device="cpu").repeat(num_columns)
+    return all_ * is_hashed[:, None]
+
+
+def rowwise_rows(
+    ids: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, num_rows: int, dim: int, n_bits: int
+) -> Tensor | None:
+    """Look up rows of integers with a scale and an offset for each.
+
+    Args:
+        ids: (B,) int32 or int64, contiguous, on the CPU.
+        codes: (N, width) uint8, contiguous.
+        scale: (N,) float16 or float32, contiguous.
+        offset: (N,) of the same dtype.
+        num_rows: N.
+        dim: D.
+        n_bits: 8 or 4.
+
+    Returns:
+        (B, D) float32; None if an id is outside [0, N).
+
+    Raises:
+        ShapeError: the tensors do not make a table of N rows.
+    """
+    B, (N, width) = ids.shape[0], codes.shape
+    if min(N, len(scale), len(offset)) < num_rows or 8 * width < dim * n_bits or codes.dtype != torch.uint8:
+        raise ShapeError(
+            f"codes {tuple(codes.shape)} {codes.dtype}, scale {tuple(scale.shape)} and offset "
+            f"{tuple(offset.shape)} do not make a table of {num_rows} x {dim}"
+        )
+    out = torch.empty(B, dim, **_FLOAT)
+    bad = _library().rowwise_rows(
+        out.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B, num_rows,
+        codes.data_ptr(), codes.shape[1], scale.data_ptr(), offset.data_ptr(), scale.dtype == torch.float16,
+        dim, n_bits, _threads(B),
+    )  # fmt: skip
+    return out if bad < 0 else None
+
+
+@functools.cache
+def available() -> bool:
+    """Whether there is a library."""
+    return native().library is not None
+
+
+@functools.cache
+def has_half() -> bool:
+    """Whether the library reads float16 itself."""
+    return bool(ctypes.c_int.in_dll(_library(), "has_half").value)
+
+
+def _readable(codebooks: Tensor) -> tuple[Tensor, bool]:
+    """The codebooks in a dtype that the library reads, and whether that is float16."""
+    is_half = codebooks.dtype == torch.float16 and has_half()
+    return (codebooks, True) if is_half else (codebooks.float(), False)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = native().library
+    assert library is not None, "asked before looking whether there is one"
+    return library
+
+
+def _threads(rows: int) -> int:
+    return 1 if rows < 2 * _ROWS_PER_THREAD else min(torch.get_num_threads(), rows // _ROWS_PER_THREAD)

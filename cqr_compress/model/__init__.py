@@ -1,0 +1,1 @@
+"""Live models: compressed tables are put into them, loaded and saved."""

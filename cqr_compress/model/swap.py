@@ -1,0 +1,293 @@
+"""Put compressed tables into the layers of a live model, and dense ones back.
+
+A layer is changed in place: the object stays, with its hooks, its attributes and every reference to it, and gets
+a class that computes rows from codes. So tied layers stay one object, and a subclass of nn.Embedding keeps its own
+`forward`, whose `super().forward(ids)` now reads the compressed table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from cqr_compress.errors import SwapError
+from cqr_compress.model.surgery import (
+    DENSE_LAYERS,
+    become_dense,
+    become_layer,
+    compute,
+    computed,
+    drop,
+    hidden_name,
+    stop_computing,
+)
+from cqr_compress.nn.embedding import CompressedEmbedding
+from cqr_compress.nn.table_layer import TableLayer
+from cqr_compress.table.table import CompressedTable
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor stands in a model.
+
+    Attributes:
+        path: dotted path of the module, "" for the model itself.
+        module: the module.
+        attribute: name of the tensor in it.
+    """
+
+    path: str
+    module: nn.Module
+    attribute: str
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in the state_dict."""
+        return f"{self.path}.{self.attribute}" if self.path else self.attribute
+
+    @property
+    def tensor(self) -> Tensor:
+        """The parameter or buffer."""
+        return cast(Tensor, getattr(self.module, self.attribute))
+
+    @property
+    def key(self) -> int:
+        """Equal for places that read one tensor or one compressed table, and different for others."""
+        layer = computed(self.module).get(self.attribute)
+        return id(self.tensor) if layer is None else id(layer.owner)
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether the tensor is the weight of an embedding layer, and not a bare parameter."""
+        return self.attribute == "weight" and isinstance(self.module, tuple(dense for dense, _ in DENSE_LAYERS))
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One table and the places that will read it: the first holds it, the others are tied to it."""
+
+    table: CompressedTable
+    places: tuple[Place, ...]
+
+
+def swap_embeddings_(model: nn.Module, tables: Mapping[str, CompressedTable]) -> list[str]:
+    """Replace the weights of embedding layers by compressed tables, in place.
+
+    nn.Embedding becomes `CompressedEmbedding`, nn.EmbeddingBag `CompressedEmbeddingBag`; a subclass of one of them
+    keeps its own methods. Any other module whose parameter a table names gets a compressed layer in the place of
+    the parameter, and reading the attribute decodes it. Other places of the same parameter (a tied output head)
+    read the same table. Layers keep the device, the dtype and requires_grad of their weight; an optimizer that
+    was made before still holds the old weights and has to be made again.
+
+    Args:
+        model: changed in place.
+        tables: by the name of the tensor in the model's state_dict, such as "item_emb.weight". Their tensors are
+            moved to the weight's device, and not copied where they are there.
+
+    Returns:
+        Names of all tensors that are computed from now on, tied ones included.
+
+    Raises:
+        SwapError: layers that are missing, of another shape, or that cannot be swapped; all are listed, and the
+            model is as it was.
+    """
+    refuse_wrapper(model)
+    swaps, problems = plan_swaps(model, tables)
+    if problems:
+        layers = ", ".join(place.name for place in embedding_places(model)) or "none"
+        listed = "\n  ".join(problems)
+        raise SwapError(
+            f"cannot put compressed tables into the model:\n  {listed}\nIts embedding layers: {layers}."
+        )
+    for swap in swaps:
+        apply_swap(swap)
+    return [place.name for swap in swaps for place in swap.places]
+
+
+def refuse_wrapper(model: nn.Module) -> None:
+    """Refuse a wrapper that holds on to parameters and would go on training the old ones.
+
+    Raises:
+        SwapError: names the wrapper.
+    """
+    if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        raise SwapError(f"load before wrapping the model: {type(model).__name__} holds on to its parameters")
+
+
+def plan_swaps(
+    model: nn.Module, tables: Mapping[str, CompressedTable], apart: Collection[str] = ()
+) -> tuple[list[Swap], list[str]]:
+    """Find the places of every table and check them; nothing is changed.
+
+    Args:
+        model: where to look.
+        tables: by the name of the tensor in the state_dict.
+        apart: names of places that will not read a table although the model ties them to it.
+
+    Returns:
+        The swaps, and what stands against them: a line for each problem.
+    """
+    problems: list[str] = []
+    swaps: list[Swap] = []
+    taken: dict[int, str] = {}
+    for name, table in tables.items():
+        place = find_place(model, name)
+        if place is None:
+            problems.append(f"{name!r}: the model has no such tensor")
+            continue
+        if place.key in taken:
+            problems.append(f"{name!r}: the model ties it to {taken[place.key]!r}, another table")
+            continue
+        taken[place.key] = name
+        places = tuple(each for each in _all_places(model, place) if each.name not in apart)
+        problems += [problem for each in places if (problem := _problem(each, table))]
+        swaps.append(Swap(table, places))
+    return swaps, problems
+
+
+def find_place(model: nn.Module, name: str) -> Place | None:
+    """Find a parameter, buffer or compressed weight by its name in the state_dict."""
+    path, _, attribute = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    if attribute in module._parameters or attribute in module._buffers:
+        return Place(path, module, attribute) if isinstance(getattr(module, attribute), Tensor) else None
+    if attribute in computed(module):
+        return Place(path, module, attribute)
+    return None
+
+
+def embedding_places(model: nn.Module) -> Iterator[Place]:
+    """Weights of all embedding layers, dense and compressed; layers at several paths stand once."""
+    for path, module in model.named_modules():
+        place = Place(path, module, "weight")
+        if place.is_layer:
+            yield place
+
+
+def apply_swap(swap: Swap, device: torch.device | str | None = None) -> None:
+    """Change the layers of one checked swap; the table goes to `device`, or where the weight was."""
+    first, *others = swap.places
+    old = first.tensor
+    device, dtype, requires_grad = device or old.device, old.dtype, old.requires_grad
+    holder = _holder(first)
+    if holder is None:
+        holder = CompressedEmbedding(swap.table, device=device, dtype=dtype).requires_grad_(requires_grad)
+        compute(first.module, first.attribute, holder)
+        first.module.add_module(hidden_name(first.attribute), holder)
+    else:
+        holder.hold_table(swap.table, device, dtype, requires_grad)
+    for place in others:
+        if place.is_layer:
+            become_layer(place.module).tie_to(holder)
+        else:
+            compute(place.module, place.attribute, holder)
+
+
+def decompress_(model: nn.Module) -> list[str]:
+    """Turn all compressed layers of a model back into dense ones, in place.
+
+    Layers get their old classes back, and weights decoded on their device in their dtype; tied layers share one
+    Parameter again.
+
+    Returns:
+        Names of the dense weights.
+    """
+    found = [(place, computed(place.module)[place.attribute]) for place in compressed_places(model)]
+    weights: dict[int, nn.Parameter] = {}
+    for _, layer in found:
+        owner = layer.owner
+        if id(owner) not in weights:
+            trains = any(t.requires_grad for t in owner.table_tensors().values())
+            with torch.no_grad():
+                weights[id(owner)] = nn.Parameter(owner.decode(), trains)
+    new = [(place, weights[id(layer.owner)]) for place, layer in found]
+    for place, weight in sorted(new, key=lambda pair: pair[0].attribute == "weight"):  # the class goes last
+        if isinstance(place.module, TableLayer) and place.attribute == "weight":
+            become_dense(place.module)
+        else:
+            stop_computing(place.module, place.attribute)
+        others = dict(place.module._parameters)
+        place.module._parameters.clear()
+        place.module._parameters.update({place.attribute: weight, **others})
+    return [place.name for place, _ in found]
+
+
+def places_of(model: nn.Module) -> Iterator[tuple[str, Place]]:
+    """All parameters and buffers of a model that are held and not computed, by all their names."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        computed_from = (
+            {*module._names, "_like"} if isinstance(module, TableLayer) and module.owner is module else ()
+        )
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and attribute not in computed_from:
+                place = Place(path, module, attribute)
+                yield place.name, place
+
+
+def _all_places(model: nn.Module, found: Place) -> tuple[Place, ...]:
+    """The places of one tensor: an embedding layer first, as it can hold a table, and the others."""
+    if isinstance(found.module, TableLayer) or found.attribute in computed(found.module):
+        return (found,)
+    target = found.tensor
+    places: dict[tuple[int, str], Place] = {}
+    for _, each in places_of(model):
+        if each.tensor is target:
+            places.setdefault((id(each.module), each.attribute), each)
+    return tuple(sorted(places.values(), key=lambda place: (not place.is_layer, place.name != found.name)))
+
+
+def _problem(place: Place, table: CompressedTable) -> str | None:
+    spec, tensor = table.spec, place.tensor
+    if tuple(tensor.shape) != (spec.num_embeddings, spec.embedding_dim):
+        have = " x ".join(str(n) for n in tensor.shape)
+        return f"{place.name!r}: the table is {spec.num_embeddings} x {spec.embedding_dim}, the model's is {have}"
+    cls = type(place.module)
+    if place.is_layer and not isinstance(place.module, TableLayer):
+        dense = next(dense for dense, _ in DENSE_LAYERS if isinstance(place.module, dense))
+        between = cls.__mro__[: cls.__mro__.index(dense)]
+        if any("weight" in vars(c) for c in between):
+            return f"{place.name!r}: {cls.__name__} defines its own `weight`, so it cannot read a compressed one"
+        if type(cls) is not type:
+            return f"{place.name!r}: {cls.__name__} has the metaclass {type(cls).__name__}, and cannot be extended"
+    hidden = hidden_name(place.attribute)
+    if not place.is_layer and place.attribute not in computed(place.module) and hasattr(place.module, hidden):
+        return f"{place.name!r}: {cls.__name__} has an attribute {hidden!r} already"
+    return None
+
+
+def _holder(place: Place) -> TableLayer | None:
+    """The layer at a place, emptied for another table; None at a bare parameter."""
+    module, attribute = place.module, place.attribute
+    layer = computed(module).get(attribute)
+    if layer is not None:
+        layer = layer.owner
+        for short in layer.spec.tensor_shapes():
+            drop(layer, short)
+        return layer
+    return become_layer(module) if place.is_layer else None
+
+
+def compressed_places(model: nn.Module, every_path: bool = False) -> Iterator[Place]:
+    """All tensors of a model that are computed; the layer beside a bare parameter is not one itself.
+
+    Args:
+        model: where to look.
+        every_path: give a module that stands at several paths once for each.
+    """
+    hidden = {
+        id(layer)
+        for module in model.modules()
+        for name, layer in computed(module).items()
+        if module._modules.get(hidden_name(name)) is layer
+    }
+    for path, module in model.named_modules(remove_duplicate=not every_path):
+        if id(module) not in hidden:
+            for attribute in computed(module):
+                yield Place(path, module, attribute)

@@ -1,0 +1,138 @@
+"""Choose between the compiled lookup and torch's, and give the compiled one its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from cqr_compress.kernel import ops
+from cqr_compress.table.codes import row_codes
+from cqr_compress.table.spec import HASHED, STORED, AnySpec, CodebookSpec
+from cqr_compress.table.tracing import is_intercepted, is_tracing
+
+_FLOATS = (torch.float16, torch.float32)
+
+
+def fast_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
+    """Compute rows in one pass over their codes, where that is possible.
+
+    It is on the CPU in eager mode, for codebooks up to float32.
+
+    Args:
+        spec: the table's spec.
+        tensors: `spec.body_shapes()` by name, whole.
+        ids: (B,) row numbers.
+
+    Returns:
+        (B, width) float32, before rotation and kept rows and differentiable; None where torch has to do it, also
+        for an id outside the table, so that torch says so.
+    """
+    if not _is_plain(ids) or is_tracing() or is_intercepted():
+        return None
+    codes, N, ids = tensors.get("codes"), spec.num_embeddings, ids.contiguous()
+    trains = torch.is_grad_enabled()
+    if isinstance(spec, CodebookSpec):
+        codebooks = tensors["codebooks"]
+        if not _usable(codes, codebooks):
+            return None
+        n_bits = spec.n_bits
+        if codes is None or spec.num_stored_levels != spec.num_levels:
+            codes, N, n_bits = _computed(spec, codes, ids), len(ids), 32
+            if codes is None:
+                return None
+            ids = torch.arange(N, device="cpu")
+        if trains and codebooks.requires_grad:
+            rows: Tensor | None = _CodebookRows.apply(codebooks, codes, ids, N, n_bits)  # type: ignore
+            return rows
+        return ops.codebook_rows(ids, codes, codebooks, N, n_bits)
+    assert codes is not None, "integers are stored"
+    scale, offset = tensors["row_scale"], tensors["row_offset"]
+    if trains and (scale.requires_grad or offset.requires_grad):
+        return None
+    if not _usable(codes, scale) or scale.dtype != offset.dtype or not offset.is_contiguous():
+        return None
+    if scale.dtype == torch.float16 and not ops.has_half():
+        return None
+    return ops.rowwise_rows(ids, codes, scale, offset, N, spec.embedding_dim, spec.n_bits)
+
+
+def _computed(spec: CodebookSpec, codes: Tensor | None, ids: Tensor) -> Tensor | None:
+    """All codes of some ids, computed ones included, as int32 in bytes; None where an id is outside the table.
+
+    Args:
+        spec: the table's spec.
+        codes: (N, codes_width) uint8, the stored levels; None where there are none.
+        ids: (B,) contiguous.
+
+    Returns:
+        (B, 4 * C * L) uint8.
+    """
+    N = spec.num_embeddings
+    if set(spec.code_sources) <= {STORED, HASHED} and spec.codebook_size < 2**31:
+        found = ops.all_codes(spec, ids, codes)
+        return None if found is None else found.view(torch.uint8)
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= N):
+        return None
+    packed = None if codes is None else codes.index_select(0, ids)
+    width = spec.num_columns * spec.num_levels
+    return row_codes(spec, packed, ids).to(torch.int32).view(len(ids), width).view(torch.uint8)
+
+
+class _CodebookRows(torch.autograd.Function):
+    """The codebook formula for stored codes; the codebooks' gradient is summed in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, codebooks: Tensor, codes: Tensor, ids: Tensor, num_rows: int, n_bits: int
+    ) -> Tensor | None:
+        """Look up rows (B, D)."""
+        ctx.save_for_backward(codes, ids)
+        ctx.shape, ctx.dtype, ctx.sizes = tuple(codebooks.shape), codebooks.dtype, (num_rows, n_bits)
+        return ops.codebook_rows(ids, codes, codebooks, num_rows, n_bits)
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """Give each codeword the sum of its rows' gradients."""
+        codes, ids = ctx.saved_tensors
+        grad: Tensor = _CodewordSums.apply(grad_rows, codes, ids, ctx.shape, *ctx.sizes)  # type: ignore
+        return grad.to(ctx.dtype), None, None, None, None
+
+
+class _CodewordSums(torch.autograd.Function):
+    """The transpose of the lookup: sum rows (B, D) into the codewords that they are made of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, codes: Tensor, ids: Tensor, shape: tuple[int, int, int, int], N: int, n_bits: int
+    ) -> Tensor:
+        """Sum into (C, L, K, S) float32."""
+        ctx.save_for_backward(codes, ids)
+        ctx.dtype, ctx.sizes = rows.dtype, (N, n_bits)
+        return ops.codebook_gradient(rows.float().contiguous(), ids, codes, shape, n_bits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+        """Look the gradients of the codewords up: the lookup is linear."""
+        codes, ids = ctx.saved_tensors
+        rows: Tensor = _CodebookRows.apply(grad.contiguous(), codes, ids, *ctx.sizes)  # type: ignore
+        return rows.to(ctx.dtype), None, None, None, None, None
+
+
+def _is_plain(ids: Tensor) -> bool:
+    return type(ids) is Tensor and ids.is_cpu and ids.dtype in (torch.int32, torch.int64)
+
+
+def _usable(codes: Tensor | None, values: Tensor) -> bool:
+    """Whether the compiled lookup takes these tensors, and is there."""
+    return (
+        ops.available()
+        and type(values) in (Tensor, Parameter)
+        and (codes is None or (codes.is_cpu and codes.is_contiguous()))
+        and values.is_cpu
+        and values.dtype in _FLOATS
+        and values.is_contiguous()
+    )

@@ -1,0 +1,1 @@
+"""From a checkpoint to plans: which tensors are tables, and how each is compressed."""

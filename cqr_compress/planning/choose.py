@@ -1,0 +1,231 @@
+"""Choose a spec for each table: from what the user asked, and by measuring on a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from cqr_compress.errors import BudgetError, TableRefusedError
+from cqr_compress.planning.layouts import budget_bytes, impossible, layouts
+from cqr_compress.planning.scan import ScannedTable
+from cqr_compress.quantize.additive import Effort
+from cqr_compress.quantize.options import Request
+from cqr_compress.quantize.registry import effort_for, fit
+from cqr_compress.table.decode import decode_rows
+from cqr_compress.table.spec import AnySpec, CodebookSpec
+
+_SMALLEST_VALUE, _LARGEST_VALUE = 1e-15, 1e15
+
+
+_FIRST_TRIAL_ROWS = 4096
+
+
+_SECOND_TRIAL_ROWS = 16384
+
+
+_FINALISTS = 4
+
+
+_BRIEF = Effort(kmeans_iterations=4, rounds=0, beam=1)
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """What will be done with one table.
+
+    Attributes:
+        name: of the source tensor.
+        spec: how it is compressed, or None if it stays dense.
+        reason: why this layout, or why it stays dense.
+        effort: work for the final fit.
+    """
+
+    name: str
+    spec: AnySpec | None
+    reason: str
+    effort: Effort = field(default_factory=Effort)
+
+
+def plan_table(table: ScannedTable, request: Request, step: Callable[[], None] = lambda: None) -> TablePlan:
+    """Choose the spec of one table, by trial fits on its sample where several layouts are possible.
+
+    Args:
+        table: from `scan_table`.
+        request: what the user asked.
+        step: called after each trial.
+
+    Raises:
+        BudgetError: no layout of the method fits; the message says what does.
+        SpecError: an explicit layout that the table's shape cannot have.
+        TableRefusedError: values whose squares float32 cannot hold.
+    """
+    N, _ = table.shape
+    name = table.entry.name
+    if request.min_rows > N:
+        return TablePlan(name, None, f"{N} rows are fewer than min_rows = {request.min_rows}")
+    _check_magnitude(table)
+    budget = budget_bytes(table, request)
+    specs = list(layouts(request, table))
+    smallest = min(specs, key=lambda spec: spec.nbytes, default=None)
+    if smallest is not None and smallest.nbytes >= smallest.dense_nbytes:
+        return TablePlan(name, None, f"the smallest layout takes {smallest.nbytes} bytes, no fewer than it has")
+    limit = table.entry.nbytes - 1 if budget is None else min(budget, table.entry.nbytes - 1)
+    fitting = [spec for spec in specs if spec.nbytes <= limit]
+    if not fitting:
+        message = impossible(table, request, limit, smallest)
+        if request.has_budget or smallest is None:
+            raise BudgetError(message)
+        return TablePlan(name, None, message)
+    largest = _largest_of_each(fitting)
+    if len(largest) == 1:
+        spec, reason = largest[0], "the one layout that was asked for"
+    else:
+        spec, reason = _choose(table, largest, request, step)
+    effort = effort_for(spec, request.rounds) if isinstance(spec, CodebookSpec) else Effort()
+    if request.method == "auto" and request.rounds is None:
+        effort = replace(effort, rounds=max(effort.rounds, 8))
+    return TablePlan(name, spec, reason, effort)
+
+
+def _check_magnitude(table: ScannedTable) -> None:
+    name = table.entry.name
+    if table.largest and not _SMALLEST_VALUE < table.largest < _LARGEST_VALUE:
+        raise TableRefusedError(
+            f"the largest magnitude in {name!r} is {table.largest:.3g}: squared distances leave the "
+            f"range of float32. Pass --exclude {name!r}."
+        )
+
+
+def _largest_of_each(specs: list[AnySpec]) -> list[AnySpec]:
+    """Of layouts that differ in their levels alone, keep the one with most levels; drop small ones.
+
+    A layout that uses less than 80% of the bytes of the largest is not worth a trial.
+    """
+    best: dict[tuple[object, ...], AnySpec] = {}
+    for spec in specs:
+        key: tuple[object, ...] = (spec.method,)
+        if isinstance(spec, CodebookSpec):
+            sources = spec.code_sources if spec.method == "cqr" else ()
+            key = (spec.num_columns, spec.codebook_size, spec.rotation, spec.rank, sources)
+        if key not in best or spec.nbytes > best[key].nbytes:
+            best[key] = spec
+    most = max(spec.nbytes for spec in best.values())
+    return [spec for spec in best.values() if spec.nbytes >= 0.8 * most]
+
+
+def _choose(
+    table: ScannedTable, specs: list[AnySpec], request: Request, step: Callable[[], None]
+) -> tuple[AnySpec, str]:
+    """Try all layouts briefly, the best again with more rows and work (successive halving)."""
+    errors: list[tuple[float, AnySpec]] = []
+    lost = _lost_energy(table) if any(_left_out(spec) for spec in specs) else None
+    for spec in sorted(specs, key=_left_out):
+        if lost is not None and errors and float(lost[_left_out(spec)]) > min(error for error, _ in errors):
+            continue
+        pca = replace(spec, rotation="pca") if isinstance(spec, CodebookSpec) and spec.rotation else spec
+        errors.append((estimate_error(table, pca, _BRIEF, _FIRST_TRIAL_ROWS), spec))
+        step()
+    errors.sort(key=lambda pair: pair[0])
+    finalists = [spec for _, spec in errors[:_FINALISTS]]
+    longer = []
+    for spec in finalists:
+        rounds = 4 if isinstance(spec, CodebookSpec) and spec.rotation == "opq" else 1
+        effort = Effort(
+            kmeans_iterations=10, rounds=rounds if request.rounds is None else request.rounds, restarts=1
+        )
+        longer.append((estimate_error(table, spec, effort, _SECOND_TRIAL_ROWS), spec))
+        step()
+    error, best = min(longer, key=lambda pair: pair[0])
+    return best, f"least error on a sample ({error:.4f} relative) of {len(specs)} layouts that fit"
+
+
+def _left_out(spec: AnySpec) -> int:
+    """Dimensions that a rotation leaves out of a row; 0 where there are none."""
+    return 0 if not isinstance(spec, CodebookSpec) else spec.embedding_dim - spec.width
+
+
+def _lost_energy(table: ScannedTable) -> Tensor:
+    """Relative squared error of the best projection that leaves out 0, 1, 2, ... dimensions."""
+    rows = table.sample
+    if table.weights is not None:
+        rows = rows * table.weights[table.sample_ids].sqrt()[:, None]
+    energies = torch.linalg.eigvalsh((rows.T @ rows).double()).clamp_min(0)
+    return torch.cat([energies.new_zeros(1), energies.cumsum(0) / energies.sum().clamp_min(1e-300)])
+
+
+def estimate_error(table: ScannedTable, spec: AnySpec, effort: Effort, num_rows: int) -> float:
+    """Estimate the relative squared error of a layout fitted to the whole table.
+
+    With fewer rows than the table's the error on the fitted rows is too good and that on other rows too bad,
+    by about the same amount, which shrinks as 1 / rows: the estimate is interpolated to the table's N.
+
+    Args:
+        table: the scanned table.
+        spec: the layout.
+        effort: of the trial fit.
+        num_rows: rows to fit on, at most.
+    """
+    N, _ = table.shape
+    generator = torch.Generator().manual_seed(spec.num_embeddings)
+    order = torch.randperm(len(table.sample), generator=generator)
+    fitted = table.sample[order[:num_rows]]
+    other = table.sample[order[num_rows : num_rows + num_rows // 2]]
+    weights = None if table.weights is None else table.weights[table.sample_ids][order]
+    rows = _SampleRows(fitted, None if weights is None else weights[:num_rows])
+    small = replace(spec, num_embeddings=max(len(fitted), 1), num_kept_rows=0, num_zero_rows=0)
+    quantizer = fit(rows, small, effort)
+
+    def error(part: Tensor, cost: Tensor | None) -> float:
+        body = {**quantizer.shared_tensors(), **quantizer.encode(part, 0)}
+        decoded = decode_rows(small, body, torch.arange(len(part)))
+        lost, energy = (decoded - part).square().sum(1), part.square().sum(1)
+        if cost is not None:
+            lost, energy = lost * cost, energy * cost
+        return float(lost.sum() / energy.sum().clamp_min(1e-30))
+
+    inside = error(fitted, rows.weights)
+    if len(other) == 0:
+        return inside
+    outside = error(other, None if weights is None else weights[num_rows : num_rows + num_rows // 2])
+    return (inside + outside) / 2 - (outside - inside) / 2 * min(1.0, len(fitted) / N)
+
+
+def estimate_ratio(table: ScannedTable, request: Request) -> float:
+    """Estimate quickly what a request would cost: one brief fit of its likeliest layout.
+
+    Returns:
+        Relative squared error.
+
+    Raises:
+        BudgetError: no layout fits.
+    """
+    _check_magnitude(table)
+    budget = budget_bytes(table, request)
+    specs = list(layouts(request, table))
+    fitting = [spec for spec in specs if budget is None or spec.nbytes <= budget]
+    if not fitting:
+        raise BudgetError(
+            impossible(table, request, budget or 0, min(specs, key=lambda s: s.nbytes, default=None))
+        )
+    likely = max(_largest_of_each(fitting), key=lambda spec: spec.tensor_shapes()["codes"].nbytes)
+    return estimate_error(table, likely, _BRIEF, _FIRST_TRIAL_ROWS)
+
+
+@dataclass(frozen=True)
+class _SampleRows:
+    sample: Tensor
+    weights: Tensor | None
+
+    @property
+    def sample_ids(self) -> Tensor:
+        return torch.arange(len(self.sample))
+
+    @property
+    def skipped_ids(self) -> Tensor:
+        return torch.empty(0, dtype=torch.int64)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        yield 0, self.sample

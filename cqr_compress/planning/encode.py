@@ -1,0 +1,69 @@
+"""Fit a planned table and encode all its rows, block by block, into whatever takes the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cqr_compress.errors import VerificationError
+from cqr_compress.planning.choose import TablePlan
+from cqr_compress.planning.scan import ScannedTable
+from cqr_compress.progress import Progress
+from cqr_compress.quantize.registry import fit, num_fit_steps
+from cqr_compress.table.decode import decode_block
+from cqr_compress.table.quality import QualityMeter
+
+
+def encode_table(
+    scan: ScannedTable, plan: TablePlan, seed: int, put: Callable[[str, Tensor], None], progress: Progress
+) -> QualityMeter:
+    """Fit one table and hand over its tensors.
+
+    Args:
+        scan: the table's rows, with their sample.
+        plan: a plan with a spec.
+        seed: draws the rows on which recall is measured.
+        put: called with a short name (`codes`, `codebooks`, ...) and a tensor; those of PER_ROW come in row
+            blocks, in order.
+        progress: told of the work.
+
+    Returns:
+        What the decoded rows are like beside the source's.
+
+    Raises:
+        VerificationError: a decoded row is not finite.
+    """
+    spec, name = plan.spec, plan.name
+    assert spec is not None, "only a table with a spec is encoded"
+    progress.start(f"fitting {name}", num_fit_steps(spec, plan.effort), "steps")
+    quantizer = fit(scan, spec, plan.effort, progress.advance)
+    shared = dict(quantizer.shared_tensors())
+    if spec.num_kept_rows + spec.num_zero_rows:
+        shared["kept_ids"] = scan.skipped_ids.to(spec.tensor_shapes()["kept_ids"].dtype)
+        shared["kept_rows"] = kept_rows(scan)
+    for short, tensor in shared.items():
+        put(short, tensor)
+    meter = QualityMeter.for_table(spec.num_embeddings, seed, scan.weights)
+    progress.start(f"encoding {name}", spec.num_embeddings, "rows")
+    for start, rows in scan.blocks():
+        encoded = quantizer.encode(rows, start)
+        for short, tensor in encoded.items():
+            put(short, tensor)
+        ids = torch.arange(start, start + len(rows))
+        decoded = decode_block(spec, {**shared, **encoded}, ids)
+        lost = ids[~decoded.isfinite().all(1)]
+        if not torch.isin(lost, scan.kept_ids).all():
+            raise VerificationError(
+                f"row {int(lost[0])} of {name!r} leaves the range of its dtype. Pass --codebook-dtype float32."
+            )
+        meter.add(rows, decoded, start)
+        progress.advance(len(rows))
+    return meter
+
+
+def kept_rows(scan: ScannedTable) -> Tensor:
+    """Read the rows that are stored verbatim."""
+    rows = [scan.entry.lazy.read_rows(int(i), int(i) + 1) for i in scan.kept_ids]
+    return torch.cat([torch.empty(0, scan.shape[1], dtype=scan.entry.dtype), *rows])

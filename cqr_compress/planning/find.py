@@ -1,0 +1,233 @@
+"""Find the embedding tables of a checkpoint, each with a reason and a confidence."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from cqr_compress.checkpoint.base import Checkpoint, TensorEntry, read_blocks
+from cqr_compress.errors import TableNotFoundError, TableRefusedError
+from cqr_compress.planning.name_patterns import FOREIGN, NOT_TABLES, REFUSED, TABLES, TIED_PAIRS, stripped
+from cqr_compress.table.blocks import BLOCK_BYTES
+from cqr_compress.table.spec import FLOAT_DTYPES, dtype_name
+
+THRESHOLD = 0.5
+"""Confidence from which a tensor is taken for an embedding table."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One 2-D floating-point tensor and the verdict on it.
+
+    Attributes:
+        name: its name in the checkpoint.
+        shape: (rows, columns).
+        dtype: "float32" and so on.
+        nbytes: bytes of the tensor.
+        confidence: that it is an embedding table, 0 to 1.
+        reason: why, in words.
+        selected: whether `convert` takes it.
+        aliases: other names of the same tensor.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    nbytes: int
+    confidence: float
+    reason: str
+    selected: bool
+    aliases: tuple[str, ...] = ()
+
+
+def find_tables(
+    checkpoint: Checkpoint, tables: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[Candidate]:
+    """Judge every 2-D floating-point tensor of a checkpoint.
+
+    Args:
+        checkpoint: what `with_table_names` gives.
+        tables: globs (or "re:" and a regular expression) of names to take instead of the found ones.
+        exclude: the same, for names to leave.
+
+    Returns:
+        One candidate for each tensor, in file order.
+
+    Raises:
+        TableNotFoundError: a pattern matches no 2-D tensor.
+        TableRefusedError: an explicitly named table is already compressed by another trick.
+    """
+    candidates = [_judge(checkpoint, entry) for entry in _matrices(checkpoint)]
+    names = {name: c for c in candidates for name in (c.name, *c.aliases)}
+    wanted = {names[n].name for n in _matching(tables, list(names), checkpoint)}
+    unwanted = {names[n].name for n in _matching(exclude, list(names), checkpoint)}
+    chosen = []
+    for candidate in candidates:
+        name = candidate.name
+        if name in wanted and (refusal := _refusal(name)):
+            raise TableRefusedError(f"{name!r} of {str(checkpoint.path)!r} cannot be compressed: {refusal}")
+        if name in unwanted:
+            candidate = replace(candidate, selected=False, reason=f"excluded; {candidate.reason}")
+        elif tables:
+            reason = "named by --tables" if name in wanted else f"not among --tables; {candidate.reason}"
+            candidate = replace(candidate, selected=name in wanted, reason=reason)
+        chosen.append(candidate)
+    return chosen
+
+
+def refuse_foreign(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose tables another tool has quantized.
+
+    Linear layers quantized elsewhere are no obstacle: they are carried over bit for bit.
+
+    Raises:
+        TableRefusedError: names the tensors and the tool.
+    """
+    found = []
+    has_table = any(_judge(checkpoint, entry).selected for entry in _matrices(checkpoint))
+    for name in checkpoint.entries:
+        for pattern in FOREIGN:
+            match = pattern.regex.search(stripped(name))
+            if match is None:
+                continue
+            stem = match["stem"]
+            if not stem or not has_table or any(p.regex.search(stem) for p in TABLES):
+                found.append(f"{name!r} ({pattern.reason})")
+            break
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise TableRefusedError(
+            f"{str(checkpoint.path)!r} is already quantized by another tool: {', '.join(found[:3])}{more}. "
+            "Start from the checkpoint it was made of."
+        )
+
+
+def with_table_names(checkpoint: Checkpoint, compare: bool = True) -> Checkpoint:
+    """Let a shared tensor stand under the name that says table, and find tables saved twice.
+
+    Args:
+        checkpoint: as opened.
+        compare: also read pairs such as `lm_head.weight` and `embed_tokens.weight` and tie them if equal.
+
+    Returns:
+        The checkpoint with other `entries` and `aliases`.
+    """
+    entries, aliases = dict(checkpoint.entries), dict(checkpoint.aliases)
+    for canonical in list(entries):
+        group = [canonical, *checkpoint.aliases_of(canonical)]
+        best = max(group, key=lambda name: (_by_name(name)[0], -group.index(name)))
+        if best != canonical:
+            entries = {
+                (best if name == canonical else name): (TensorEntry(best, e.lazy) if name == canonical else e)
+                for name, e in entries.items()
+            }
+            aliases = {name: (best if to == canonical else to) for name, to in aliases.items() if name != best}
+            aliases[canonical] = best
+    for head_pattern, table_pattern in TIED_PAIRS if compare else ():
+        heads = [name for name in entries if re.search(head_pattern, name)]
+        tables = [name for name in entries if re.search(table_pattern, name)]
+        for head in heads:
+            for table in tables:
+                if (
+                    head in entries
+                    and table in entries
+                    and head != table
+                    and _equal(entries[head], entries[table])
+                ):
+                    aliases = {name: (table if to == head else to) for name, to in aliases.items()}
+                    aliases[head] = table
+                    del entries[head]
+    return replace(checkpoint, entries=entries, aliases=aliases)
+
+
+def _equal(a: TensorEntry, b: TensorEntry) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if len(a.shape) != 2:
+        return False
+    blocks = zip(read_blocks(a, BLOCK_BYTES), read_blocks(b, BLOCK_BYTES), strict=True)
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for (_, x), (_, y) in blocks)
+
+
+def _matrices(checkpoint: Checkpoint) -> list[TensorEntry]:
+    return [
+        entry
+        for entry in checkpoint.entries.values()
+        if len(entry.shape) == 2 and entry.dtype in FLOAT_DTYPES.values() and 0 not in entry.shape
+    ]
+
+
+def _judge(checkpoint: Checkpoint, entry: TensorEntry) -> Candidate:
+    aliases = tuple(checkpoint.aliases_of(entry.name))
+    confidence, reason = _by_name(entry.name)
+    rows, columns = entry.shape
+    bias = entry.name.removesuffix("weight") + "bias"
+    if refusal := _refusal(entry.name):
+        confidence, reason = 0.0, refusal
+    elif columns == 1:
+        confidence, reason = 0.0, "1 column: a linear term for each id, with nothing to compress"
+    elif entry.name.endswith("weight") and bias in checkpoint.entries:
+        confidence, reason = min(confidence, 0.05), f"a linear layer or norm: it has {bias!r}"
+    elif confidence < THRESHOLD and reason == "" and rows >= 10_000 and rows >= 50 * columns:
+        confidence, reason = 0.4, "tall as a table, but its name does not say so; pass --tables to take it"
+    elif reason == "":
+        reason = "nothing about it says embedding table"
+    return Candidate(
+        name=entry.name,
+        shape=(rows, columns),
+        dtype=dtype_name(entry.dtype),
+        nbytes=entry.nbytes,
+        confidence=confidence,
+        reason=reason,
+        selected=confidence >= THRESHOLD,
+        aliases=aliases,
+    )
+
+
+def _by_name(name: str) -> tuple[float, str]:
+    short = stripped(name)
+    for pattern in NOT_TABLES:
+        if pattern.regex.search(short):
+            return 0.02, pattern.reason
+    for pattern in TABLES:
+        if pattern.regex.search(short):
+            return pattern.confidence, pattern.reason
+    return 0.1, ""
+
+
+def _refusal(name: str) -> str | None:
+    return next((p.reason for p in REFUSED if p.regex.search(stripped(name))), None)
+
+
+def _matching(patterns: Sequence[str], names: list[str], checkpoint: Checkpoint) -> set[str]:
+    matched: set[str] = set()
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                regex = re.compile(pattern[3:])
+            except re.error as e:
+                raise TableNotFoundError(f"{pattern!r} is not a regular expression: {e}") from e
+            hits = {name for name in names if regex.search(name)}
+        else:
+            hits = {n for n in names if n == pattern or fnmatch.fnmatchcase(n, pattern) or _stem_match(n, pattern)}
+        if not hits:
+            raise TableNotFoundError(_no_match(pattern, names, checkpoint))
+        matched |= hits
+    return matched
+
+
+def _stem_match(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern)
+
+
+def _no_match(pattern: str, names: list[str], checkpoint: Checkpoint) -> str:
+    where = str(checkpoint.path)
+    if not names:
+        return f"{pattern!r} matches nothing: {where!r} has no 2-D floating-point tensor"
+    near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.2) or sorted(names)[:5]
+    return f"{pattern!r} matches no 2-D floating-point tensor of {where!r}. Nearest: {', '.join(near)}"

@@ -1,0 +1,146 @@
+"""How often each id is used: read from a file, checked against the tables of a checkpoint."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.errors import CheckpointError, ShapeError, SpecError, TableNotFoundError
+
+Frequencies = Mapping[str, Tensor] | str | Path | Sequence[str | Path]
+
+
+def read_frequencies(given: Frequencies, num_rows: Mapping[str, int]) -> dict[str, Tensor]:
+    """Read counts of ids for tables.
+
+    Args:
+        given: counts (N,) by table; or files, each a path, or a table's name, "=" and a path:
+
+            - `.npy`: (N,) numbers, for the one table of N rows where no name is given;
+            - `.safetensors`: (N,) tensors under the names of tables;
+            - `.csv`: columns `id,count`, or `table,id,count`; ids that are not listed have count 0.
+        num_rows: N of each table that counts may be for.
+
+    Returns:
+        (N,) float32 counts, at least 0 and not all 0, by table.
+
+    Raises:
+        TableNotFoundError: a table that is not there, or counts that could be of several tables.
+        ShapeError: counts that do not fit their table.
+        CheckpointError: a file that cannot be read.
+        SpecError: a table that gets counts twice, or a file of an unknown kind.
+    """
+    if isinstance(given, Mapping):
+        return {
+            name: check_counts(name, c, _rows_of(name, num_rows, "the counts given")) for name, c in given.items()
+        }
+    files = [given] if isinstance(given, (str, Path)) else list(given)
+    found: dict[str, Tensor] = {}
+    for file in files:
+        name, path = _split(str(file))
+        for table, counts in _read(path, name, num_rows).items():
+            if table in found:
+                raise SpecError(f"table {table!r} gets frequencies twice, the second time from {str(path)!r}")
+            where = repr(str(path))
+            found[table] = check_counts(table, counts, _rows_of(table, num_rows, where), where)
+    return found
+
+
+def _split(text: str) -> tuple[str | None, Path]:
+    name, _, rest = text.partition("=")
+    return (name, Path(rest)) if rest and not Path(text).exists() else (None, Path(text))
+
+
+def _read(path: Path, name: str | None, num_rows: Mapping[str, int]) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {str(path)!r} with frequencies")
+    if path.suffix == ".npy":
+        try:
+            counts = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float64))
+        except (ValueError, OSError, TypeError, EOFError) as e:
+            raise CheckpointError(f"cannot read numbers from {str(path)!r}: {e}") from e
+        return {name or _only_table(path, num_rows, len(counts) if counts.ndim == 1 else None): counts}
+    if path.suffix == ".safetensors":
+        with open_checkpoint(path) as opened:
+            read = {key: entry.lazy.read() for key, entry in opened.entries.items()}
+        if name is None:
+            return read
+        if len(read) != 1:
+            raise TableNotFoundError(f"{str(path)!r} has {len(read)} tensors: leave out {name}=, they have names")
+        return {name: next(iter(read.values()))}
+    if path.suffix == ".csv":
+        return _read_csv(path, name, num_rows)
+    raise SpecError(f"frequencies come from .npy, .safetensors or .csv, and not from {str(path)!r}")
+
+
+def _only_table(path: Path, num_rows: Mapping[str, int], count: int | None) -> str:
+    names = [name for name, N in num_rows.items() if count in (None, N)]
+    if len(names) == 1:
+        return names[0]
+    tables = ", ".join(f"{name} ({N} rows)" for name, N in num_rows.items())
+    what = "it fits none of the tables" if not names else f"it could be for {', '.join(names)}"
+    number = "" if count is None else f" of {count} numbers"
+    raise TableNotFoundError(f"{str(path)!r}{number}: {what}. Say TABLE={path}. The tables are {tables}")
+
+
+def _read_csv(path: Path, name: str | None, num_rows: Mapping[str, int]) -> dict[str, Tensor]:
+    ids: dict[str, list[int]] = {}
+    counts: dict[str, list[float]] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            heading = [cell.strip() for cell in next(reader, [])]
+            if heading not in (["id", "count"], ["table", "id", "count"]):
+                raise CheckpointError(
+                    f"{str(path)!r} begins with {','.join(heading)!r}: its first line is id,count or "
+                    "table,id,count"
+                )
+            only = "" if len(heading) == 3 else name or _only_table(path, num_rows, None)
+            for row in reader:
+                if row:
+                    *names, id_, count = row
+                    to = names[0].strip() if names else only
+                    ids.setdefault(to, []).append(int(id_))
+                    counts.setdefault(to, []).append(float(count))
+    except (ValueError, csv.Error, OSError) as e:
+        raise e if isinstance(e, CheckpointError) else CheckpointError(f"cannot read {str(path)!r}: {e}") from e
+    found = {}
+    for table in ids:
+        N = _rows_of(table, num_rows, repr(str(path)))
+        at = torch.tensor(ids[table])
+        if int(at.min()) < 0 or int(at.max()) >= N:
+            raise ShapeError(
+                f"{str(path)!r} has ids from {int(at.min())} to {int(at.max())}, and {table!r} has {N} rows"
+            )
+        found[table] = torch.zeros(N, dtype=torch.float64).index_add_(
+            0, at, torch.tensor(counts[table], dtype=torch.float64)
+        )
+    if not found:
+        raise CheckpointError(f"{str(path)!r} has no counts")
+    return found
+
+
+def _rows_of(table: str, num_rows: Mapping[str, int], where: str) -> int:
+    if table not in num_rows:
+        raise TableNotFoundError(f"{where} is for {table!r}, and the tables to compress are {', '.join(num_rows)}")
+    return num_rows[table]
+
+
+def check_counts(table: str, counts: Tensor, N: int, where: str = "the counts given") -> Tensor:
+    """Check how often each of N ids is used: (N,) float32.
+
+    Raises:
+        ShapeError: another shape, or numbers that are no counts.
+    """
+    if counts.shape != (N,):
+        raise ShapeError(f"frequencies of {table!r} in {where} are {tuple(counts.shape)}: the table has {N} rows")
+    counts = counts.double()
+    if not bool(counts.isfinite().all()) or bool((counts < 0).any()) or not bool((counts > 0).any()):
+        raise ShapeError(f"frequencies of {table!r} in {where} are not finite numbers of at least 0, some above")
+    return counts.float()

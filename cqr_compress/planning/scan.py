@@ -1,0 +1,175 @@
+"""One table's rows on their way to a quantizer: scanned once, sampled, and read again in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cqr_compress.checkpoint.base import Checkpoint, TensorEntry
+from cqr_compress.errors import NonFiniteError, ShapeError, SpecError, TableNotFoundError
+from cqr_compress.planning.find import with_table_names
+from cqr_compress.progress import Progress
+from cqr_compress.quantize.kmeans import row_weights
+from cqr_compress.quantize.options import MAX_SAMPLE_ROWS
+from cqr_compress.table.blocks import row_blocks
+from cqr_compress.table.table import CompressedTable
+
+MAX_SAMPLE_BYTES = 512 * 2**20
+"""A fit sees all rows of a table up to these bounds, else a uniform sample without replacement."""
+
+
+@dataclass(frozen=True)
+class ScannedTable:
+    """A table after one pass over its rows.
+
+    Attributes:
+        entry: where the rows are.
+        sample: (n, D) float32, the rows that fits are made on.
+        sample_ids: (n,) int64, which rows they are, ascending.
+        kept_ids: (r,) int64 ascending, rows stored verbatim: asked for, not finite, or of zeros with signs.
+        zero_ids: (z,) int64 ascending, all-zero rows among the others.
+        nonfinite_rows: number of rows with NaN or infinity.
+        largest: largest magnitude of the finite values.
+        mean_square: mean of the squared finite values.
+        weights: (N,) float32, what an error at each row costs, mean about 1; None where all are alike.
+    """
+
+    entry: TensorEntry
+    sample: Tensor
+    sample_ids: Tensor
+    kept_ids: Tensor
+    zero_ids: Tensor
+    nonfinite_rows: int
+    largest: float
+    mean_square: float
+    weights: Tensor | None = None
+
+    @property
+    def skipped_ids(self) -> Tensor:
+        """Rows that need not be fitted, because they are stored apart."""
+        return torch.cat([self.kept_ids, self.zero_ids])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D)."""
+        N, D = self.entry.shape
+        return N, D
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Pass over all rows in float32; rows that are not finite come as zeros."""
+        N, D = self.shape
+        for start, stop in row_blocks(N, D):
+            rows = self.entry.lazy.read_rows(start, stop).float()
+            if self.nonfinite_rows:
+                rows[~rows.isfinite().all(1)] = 0.0
+            yield start, rows
+
+
+def scan_table(
+    entry: TensorEntry,
+    keep_rows: Sequence[int] = (),
+    nonfinite: str = "error",
+    seed: int = 0,
+    max_sample: int = MAX_SAMPLE_ROWS,
+    step: Callable[[int], None] = lambda rows: None,
+) -> ScannedTable:
+    """Read a table once in row blocks and learn what planning needs.
+
+    Args:
+        entry: a 2-D floating-point tensor.
+        keep_rows: ids of rows to store verbatim; negative ids count from the end.
+        nonfinite: "error", or "keep" to store rows with NaN or infinity verbatim.
+        seed: draws the sample.
+        max_sample: rows of the sample, at most.
+        step: called with the number of rows of each block.
+
+    Raises:
+        NonFiniteError: NaN or infinity (also a float64 value beyond float32) and `nonfinite` is "error".
+        SpecError: an id of `keep_rows` outside the table.
+    """
+    N, D = entry.shape
+    asked = _check_ids(keep_rows, N, entry.name)
+    limit = max(1, min(max_sample, MAX_SAMPLE_BYTES // (4 * D)))
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.arange(N) if limit >= N else torch.randperm(N, generator=generator)[:limit].sort().values
+    sample = torch.empty(len(ids), D)
+    usable = torch.ones(len(ids), dtype=torch.bool)
+    bad: list[Tensor] = []
+    zero: list[Tensor] = []
+    signed: list[Tensor] = []  # rows of zeros with a minus sign somewhere, kept verbatim
+    largest, total = 0.0, 0.0
+    for start, stop in row_blocks(N, D):
+        source = entry.lazy.read_rows(start, stop)
+        rows = source.float()
+        finite = rows.isfinite().all(1)
+        is_zero = (source == 0).all(1)
+        zero.append((is_zero & ~rows.signbit().any(1)).nonzero().flatten() + start)
+        signed.append((is_zero & rows.signbit().any(1)).nonzero().flatten() + start)
+        if not finite.all():
+            bad.append((~finite).nonzero().flatten() + start)
+            rows = torch.where(finite[:, None], rows, 0.0)
+        largest = max(largest, float(rows.abs().max()))
+        total += float(rows.square().sum(dtype=torch.float64))
+        a, b = (int(i) for i in torch.searchsorted(ids, torch.tensor([start, stop])))
+        sample[a:b] = rows[ids[a:b] - start]
+        usable[a:b] = finite[ids[a:b] - start]
+        step(stop - start)
+    bad_ids = torch.cat(bad) if bad else torch.empty(0, dtype=torch.int64)
+    if len(bad_ids) and nonfinite != "keep":
+        first = ", ".join(str(int(i)) for i in bad_ids[:5])
+        raise NonFiniteError(
+            f"{entry.name!r} ({N} x {D}) has NaN or infinity in {len(bad_ids)} rows, first {first}. "
+            "Pass --nonfinite keep to store those rows as they are."
+        )
+    kept = torch.unique(torch.cat([asked, bad_ids, *signed]))
+    zero_ids = torch.cat(zero)
+    zero_ids = zero_ids[~torch.isin(zero_ids, kept)]
+    usable &= ~torch.isin(ids, kept) & ~torch.isin(ids, zero_ids)
+    if not usable.any():
+        usable[:] = True
+    if not usable.all():
+        sample, ids = sample[usable], ids[usable]
+    return ScannedTable(
+        entry=entry,
+        sample=sample,
+        sample_ids=ids,
+        kept_ids=kept,
+        zero_ids=zero_ids,
+        nonfinite_rows=len(bad_ids),
+        largest=largest,
+        mean_square=total / (N * D),
+    )
+
+
+def _check_ids(keep_rows: Sequence[int], N: int, name: str) -> Tensor:
+    outside = [row for row in keep_rows if not -N <= row < N]
+    if outside:
+        raise SpecError(f"cannot keep row {outside[0]} of {name!r}: it has rows 0 to {N - 1}")
+    return torch.tensor([row % N for row in keep_rows], dtype=torch.int64)
+
+
+def source_rows(
+    checkpoint: Checkpoint, name: str, table: CompressedTable, counts: Tensor | None, progress: Progress
+) -> ScannedTable:
+    """Read the dense rows that a table stands for.
+
+    Raises:
+        TableNotFoundError: they are not there.
+        ShapeError: they have another shape.
+    """
+    spec, entry = table.spec, with_table_names(checkpoint).entries.get(name)
+    if entry is None:
+        raise TableNotFoundError(
+            f"{str(checkpoint.path)!r} has no {name!r}: give the dense checkpoint that was converted"
+        )
+    if entry.shape != (spec.num_embeddings, spec.embedding_dim):
+        here = spec.num_embeddings, spec.embedding_dim
+        raise ShapeError(f"{name!r} is {entry.shape} in {str(checkpoint.path)!r}, and {here} in compressed")
+    kept = table.tensors.get("kept_ids")
+    keep = [] if kept is None else kept[: spec.num_kept_rows].tolist()
+    progress.start(f"reading {name}", spec.num_embeddings, "rows")
+    scan = scan_table(entry, keep, "keep", getattr(spec, "seed", 0), step=progress.advance)
+    return scan if counts is None else replace(scan, weights=row_weights(counts))

@@ -1,0 +1,135 @@
+"""Hashed codes: the hashing trick and quotient-remainder embeddings, fitted to a trained table.
+
+The codes are computed from the ids, so a table costs its codebooks alone. The codebooks are the least squares
+solution min ||H M - T||: H holds a one for each level's code of each id, T is the table.
+
+hash: Weinberger et al. 2009, doi:10.1145/1553374.1553516. qr: Shi et al. 2020, doi:10.1145/3394486.3403059.
+Unlike the paper, the quotient is i // ceil(N / K) instead of i // K, so that both codebooks have K rows in use
+at every K; the pair still names each id when N <= K * K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cqr_compress.table.blocks import row_blocks
+from cqr_compress.table.codes import computed_codes
+from cqr_compress.table.decode import decode_codes
+from cqr_compress.table.spec import FLOAT_DTYPES, CodebookSpec
+
+_CG_ITERATIONS = 30
+
+
+_CG_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class SketchQuantizer:
+    """Fitted codebooks whose codes are computed, so that rows encode to nothing."""
+
+    spec: CodebookSpec
+    codebooks: Tensor
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """The codebooks (C, L, K, S)."""
+        return {"codebooks": self.codebooks}
+
+    def encode(self, rows: Tensor, first_row: int) -> dict[str, Tensor]:
+        """Nothing is stored for a row."""
+        return {}
+
+
+def fit_sketch(
+    blocks: Callable[[], Iterator[tuple[int, Tensor]]],
+    skipped_ids: Tensor,
+    spec: CodebookSpec,
+    step: Callable[[], None],
+    weights: Tensor | None = None,
+) -> SketchQuantizer:
+    """Fit the codebooks to a whole table, read once in row blocks.
+
+    The right-hand side H^T T takes one pass over the rows; the normal equations are then solved by conjugate
+    gradients (Hestenes & Stiefel 1952), which needs only the ids.
+
+    Args:
+        blocks: starts a pass over the table: (first row, (B, D) float32) pairs.
+        skipped_ids: (r,) int64, rows that do not count.
+        spec: a spec whose codes are all computed.
+        step: called after the pass and after each iteration.
+        weights: (N,) float32, positive: what an error at a row costs; 1 for each if None.
+
+    Returns:
+        The quantizer, its codebooks rounded to `spec.codebook_dtype`.
+    """
+    shape = (spec.num_columns, spec.num_levels, spec.codebook_size, spec.sub_dim)
+    target, counts = torch.zeros(shape), torch.zeros(shape[:3])
+    for first, rows in blocks():
+        ids = torch.arange(first, first + len(rows))
+        wanted = ~torch.isin(ids, skipped_ids)
+        ids, rows = ids[wanted], rows[wanted]
+        codes = computed_codes(spec, ids)
+        cost = torch.ones(len(rows)) if weights is None else weights[ids]
+        _add_rows(target, codes, rows * cost[:, None])
+        for c in range(shape[0]):
+            for level in range(shape[1]):
+                counts[c, level].index_add_(0, codes[:, c, level], cost)
+    step()
+    inverse = 1.0 / counts.clamp_min(1e-6)[..., None]  # Jacobi preconditioner; exact for one level
+    solution = target * inverse
+    if spec.num_levels > 1:
+        solution = _conjugate_gradients(
+            lambda x: _normal_product(spec, skipped_ids, x, weights), target, solution * 0, inverse, step
+        )
+    return SketchQuantizer(spec, solution.to(FLOAT_DTYPES[spec.codebook_dtype]))
+
+
+def num_sketch_steps(spec: CodebookSpec) -> int:
+    """Calls of `step` that `fit_sketch` makes at most."""
+    return 1 + (_CG_ITERATIONS if spec.num_levels > 1 else 0)
+
+
+def _add_rows(out: Tensor, codes: Tensor, rows: Tensor) -> None:
+    """Out += H^T rows: add each row's columns to the codewords it uses."""
+    C, L, _, S = out.shape
+    for c in range(C):
+        for level in range(L):
+            out[c, level].index_add_(0, codes[:, c, level], rows[:, c * S : (c + 1) * S])
+
+
+def _normal_product(spec: CodebookSpec, skipped_ids: Tensor, codebooks: Tensor, weights: Tensor | None) -> Tensor:
+    """H^T W H codebooks, from the ids alone."""
+    out = torch.zeros_like(codebooks)
+    for start, stop in row_blocks(spec.num_embeddings, spec.embedding_dim * 2):
+        ids = torch.arange(start, stop)
+        ids = ids[~torch.isin(ids, skipped_ids)]
+        codes = computed_codes(spec, ids)
+        rows = decode_codes(codes, codebooks)
+        _add_rows(out, codes, rows if weights is None else rows * weights[ids, None])
+    return out
+
+
+def _conjugate_gradients(
+    product: Callable[[Tensor], Tensor], target: Tensor, x: Tensor, inverse: Tensor, step: Callable[[], None]
+) -> Tensor:
+    """Solve product(x) = target, symmetric and positive semidefinite, from the start x."""
+    residual = target - product(x)
+    preconditioned = residual * inverse
+    direction = preconditioned
+    energy = first_energy = (residual * preconditioned).sum()
+    for _ in range(_CG_ITERATIONS):
+        if energy <= first_energy * _CG_TOLERANCE**2:
+            break
+        image = product(direction)
+        length = energy / (direction * image).sum()
+        x = x + length * direction
+        residual = residual - length * image
+        preconditioned = residual * inverse
+        new_energy = (residual * preconditioned).sum()
+        direction = preconditioned + new_energy / energy * direction
+        energy = new_energy
+        step()
+    return x

@@ -1,0 +1,59 @@
+"""Integers with a scale and a zero point for each row, as FBGEMM stores embedding tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cqr_compress.table.bitpack import pack_codes
+from cqr_compress.table.spec import FLOAT_DTYPES, RowwiseSpec
+
+_CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
+"""Shares of a row's range that are tried; clipping the ends makes the steps smaller."""
+
+
+@dataclass(frozen=True)
+class RowwiseQuantizer:
+    """Quantizes rows; nothing is fitted."""
+
+    spec: RowwiseSpec
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """None: every tensor grows with the rows."""
+        return {}
+
+    def encode(self, rows: Tensor, first_row: int) -> dict[str, Tensor]:
+        """Encode rows with the range, of those tried, that gives each row the least squared error.
+
+        Args:
+            rows: (B, D) float32.
+            first_row: unused; a row's codes depend on the row alone.
+
+        Returns:
+            `codes` (B, width) uint8, `row_scale` and `row_offset` (B,) in the spec's dtype.
+        """
+        low, high = rows.amin(1), rows.amax(1)
+        middle, half = (high + low) / 2, (high - low) / 2
+        best = self._quantize(rows, middle - half, half)
+        for clip in _CLIPS[1:]:
+            trial = self._quantize(rows, middle - half * clip, half * clip)
+            better = trial[3] < best[3]
+            best = tuple(
+                torch.where(better if a.ndim == 1 else better[:, None], a, b)
+                for a, b in zip(trial, best, strict=True)
+            )
+        codes, scale, offset, _ = best
+        return {"codes": pack_codes(codes, self.spec.n_bits), "row_scale": scale, "row_offset": offset}
+
+    def _quantize(self, rows: Tensor, low: Tensor, half: Tensor) -> tuple[Tensor, ...]:
+        """Codes, scale, offset and squared error of each row for ranges [low, low + 2 * half]."""
+        levels = 2**self.spec.n_bits - 1
+        dtype = FLOAT_DTYPES[self.spec.scale_dtype]
+        scale, offset = (2 * half / levels).to(dtype), low.to(dtype)
+        step = scale.float()[:, None]
+        codes = torch.where(step > 0, (rows - offset.float()[:, None]) / step, 0.0)
+        codes = codes.round_().clamp_(0, levels)
+        error = (offset.float()[:, None] + step * codes - rows).square().sum(1)
+        return codes.to(torch.int32), scale, offset, error

@@ -1,0 +1,157 @@
+"""Fit a table's codes and codebooks anew to the rows that they stand for.
+
+`improve` goes on from what a table has, over all of its rows in blocks: codebooks jointly by least squares, codes
+by local search (Babenko & Lempitsky 2014; Martinez et al. 2018), and the rotation by Procrustes, in turns.
+`fit_in_basis` begins afresh, with the error of a row measured in another basis.
+
+Shapes: N rows, D columns, C columns of S = D // C, L levels, K codewords.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cqr_compress.errors import NonFiniteError
+from cqr_compress.quantize.additive import NormalEquations, beam_search, search_codes
+from cqr_compress.quantize.base import TableRows
+from cqr_compress.quantize.cqr import point_rows
+from cqr_compress.quantize.rotation import procrustes
+from cqr_compress.table.bitpack import pack_codes
+from cqr_compress.table.codes import row_codes
+from cqr_compress.table.decode import decode_codes
+from cqr_compress.table.spec import STORED, CodebookSpec, TensorShape
+
+_RESTARTS, _BEAM = 4, 16
+
+
+_ORTHOGONAL = 0.05
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """What rounds of `improve` did.
+
+    Attributes:
+        tensors: `codes`, `codebooks` and `rotation` where the spec has them, in its dtypes.
+        errors: weighted relative squared error before the first round, and after each.
+    """
+
+    tensors: dict[str, Tensor]
+    errors: tuple[float, ...]
+
+
+def improve(
+    rows: TableRows,
+    spec: CodebookSpec,
+    tensors: dict[str, Tensor],
+    rounds: int,
+    step: Callable[[], None] = lambda: None,
+) -> Improvement:
+    """Re-solve codebooks and re-encode rows in turns, from the codes that a table has.
+
+    Args:
+        rows: the table's source; all rows are read twice in each round.
+        spec: of the table.
+        tensors: `codes`, `codebooks` and `rotation` where the spec has them.
+        rounds: of both.
+        step: called after each round.
+    """
+    C, S = spec.num_columns, spec.sub_dim
+    weights = torch.ones(spec.num_embeddings) if rows.weights is None else rows.weights.clone()
+    weights[rows.skipped_ids] = 0
+    codebooks = tensors["codebooks"].float()
+    packed = tensors["codes"].clone() if "codes" in tensors else None
+    rotation = tensors["rotation"].float() if "rotation" in tensors else None
+    shapes = spec.tensor_shapes()
+
+    def columns() -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Blocks of rows: where, the rows, their columns (C, B, S), their codes (B, C, L)."""
+        for start, block in rows.blocks():
+            at = slice(start, start + len(block))
+            ids = torch.arange(at.start, at.stop)
+            turned = block if rotation is None else block @ rotation.T
+            codes = row_codes(spec, None if packed is None else packed[at], ids).to(torch.int64)
+            yield at, block, turned.view(-1, C, S).transpose(0, 1).contiguous(), codes
+
+    def measure(round_: int | None) -> float:
+        """The error; with a round, after encoding all rows anew. Learns the rotation on the way."""
+        nonlocal rotation
+        error = norm = 0.0
+        cross = torch.zeros(spec.embedding_dim, spec.width)
+        for at, block, parts, codes in columns():
+            if round_ is not None and packed is not None:
+                for c, part in enumerate(parts):
+                    codes[:, c] = _encode(part, codebooks[c], codes[:, c], spec, spec.seed + round_ + at.start)
+                stored = [i for i, source in enumerate(spec.code_sources) if source == STORED]
+                packed[at] = pack_codes(codes[:, :, stored].flatten(1), spec.n_bits)
+            decoded = decode_codes(codes, codebooks)
+            cost = weights[at]
+            turned = parts.transpose(0, 1).reshape(len(block), -1)
+            energy = block.square().sum(1)
+            lost = energy - turned.square().sum(1) if spec.rank else torch.zeros(len(block))
+            error += float(((lost + (turned - decoded).square().sum(1)) * cost).sum(dtype=torch.float64))
+            norm += float((energy * cost).sum(dtype=torch.float64))
+            if spec.rotation == "opq":
+                cross += (block * cost[:, None]).T @ decoded
+        if round_ is not None and rotation is not None and spec.rotation == "opq":
+            rotation = procrustes(torch.eye(len(cross)), cross).T.contiguous()
+        return error / max(norm, 1e-300)
+
+    errors = [measure(None)]
+    for round_ in range(rounds):
+        equations = [NormalEquations.of(codebooks[c]) for c in range(C)]
+        for at, _, parts, codes in columns():
+            for c, part in enumerate(parts):
+                equations[c].add(part, codes[:, c], weights[at])
+        codebooks = torch.stack([equations[c].solve(codebooks[c]) for c in range(C)])
+        if round_ == rounds - 1:
+            codebooks = codebooks.to(shapes["codebooks"].dtype).float()
+        errors.append(measure(round_))
+        step()
+    made = {"codebooks": codebooks}
+    if packed is not None:
+        made["codes"] = packed
+    if rotation is not None:
+        made["rotation"] = rotation
+    return Improvement(_in_dtypes(made, shapes), tuple(errors))
+
+
+def can_improve(spec: CodebookSpec, tensors: dict[str, Tensor]) -> bool:
+    """Whether `improve` can begin from these tensors: a rotation has orthonormal rows, to rounding."""
+    if "rotation" not in tensors:
+        return True
+    rotation = tensors["rotation"].float()
+    return float((rotation @ rotation.T - torch.eye(spec.width)).abs().max()) < _ORTHOGONAL
+
+
+def _encode(part: Tensor, codebooks: Tensor, codes: Tensor, spec: CodebookSpec, seed: int) -> Tensor:
+    """Improve the codes (B, L) of one column's rows (B, S)."""
+    if spec.num_stored_levels == spec.num_levels:
+        found = search_codes(part, codebooks, codes, _RESTARTS, seed)
+        if spec.num_levels > 1:  # local search stays near the codes it began with
+            other = search_codes(part, codebooks, beam_search(part, codebooks, _BEAM), _RESTARTS, seed + 1)
+            better = _errors(part, codebooks, other) < _errors(part, codebooks, found)
+            found[better] = other[better]
+        return found
+    if spec.num_stored_levels == 1:
+        codes = codes.clone()
+        codes[:, spec.code_sources.index(STORED)] = point_rows(part, codebooks, codes, spec)
+    return codes
+
+
+def _errors(rows: Tensor, codebooks: Tensor, codes: Tensor) -> Tensor:
+    """Squared errors (B,) of rows (B, S) that codes (B, L) stand for."""
+    decoded = torch.stack([book[codes[:, level]] for level, book in enumerate(codebooks)]).sum(0)
+    return (rows - decoded).square().sum(1)
+
+
+def _in_dtypes(made: dict[str, Tensor], shapes: dict[str, TensorShape]) -> dict[str, Tensor]:
+    cast = {short: tensor.to(shapes[short].dtype) for short, tensor in made.items()}
+    for short, tensor in cast.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NonFiniteError(f"{short} leave the range of {tensor.dtype}")
+    return cast

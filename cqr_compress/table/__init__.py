@@ -1,0 +1,1 @@
+"""The compressed table: its spec, its tensors, and how rows are decoded."""

@@ -1,0 +1,75 @@
+"""Codes of rows: stored ones unpacked, others computed from the ids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cqr_compress.table.bitpack import unpack_codes
+from cqr_compress.table.hashing import hash_ids
+from cqr_compress.table.spec import DIGIT, HASHED, QUOTIENT, REMAINDER, STORED, CodebookSpec
+
+
+def flat_codes(codes: Tensor, spec: CodebookSpec) -> Tensor:
+    """Turn codes into rows of the codebooks flattened to (C * L * K, S): (B, C, L) integers to (B, C, L) int32."""
+    C, L, K = spec.num_columns, spec.num_levels, spec.codebook_size
+    return codes + torch.arange(0, C * L * K, K, device=codes.device, dtype=torch.int32).view(C, L)
+
+
+def computed_codes(spec: CodebookSpec, ids: Tensor) -> Tensor:
+    """Codes of the levels that are not stored; zeros where they are.
+
+    Args:
+        spec: the table's spec.
+        ids: (B,) integers, any device.
+
+    Returns:
+        (B, C, L) int64 on the device of `ids`.
+    """
+    ids, C, L = ids.to(torch.int64), spec.num_columns, spec.num_levels
+    levels = []
+    for level, source in enumerate(spec.code_sources):
+        if source == HASHED:
+            levels.append(hash_ids(ids, spec.codebook_size, spec.seed, range(level, C * L, L)))
+        elif source == QUOTIENT:
+            levels.append((ids // -(-spec.num_embeddings // spec.codebook_size))[:, None].expand(-1, C))
+        elif source == REMAINDER:
+            levels.append((ids % spec.codebook_size)[:, None].expand(-1, C))
+        elif source == DIGIT:
+            levels.append(_digits(ids, spec.num_embeddings, spec.codebook_size, C))
+        else:
+            levels.append(torch.zeros_like(ids)[:, None].expand(-1, C))
+    return torch.stack(levels, dim=2)
+
+
+def _digits(ids: Tensor, N: int, K: int, num_columns: int) -> Tensor:
+    """The remainder id % K, then the digits of id / N in base K: (B, C), different for all ids if N <= K**C."""
+    digits = [ids % K]
+    rest = ids
+    for _ in range(1, num_columns):  # long division
+        digits.append(rest * K // N)
+        rest = rest * K % N
+    return torch.stack(digits, dim=1)
+
+
+def row_codes(spec: CodebookSpec, packed: Tensor | None, ids: Tensor) -> Tensor:
+    """All codes of some rows: stored ones unpacked, the others computed from the ids.
+
+    Args:
+        spec: the table's spec.
+        packed: (B, codes_width) uint8, the stored codes of the rows; None where none are stored.
+        ids: (B,) row numbers.
+
+    Returns:
+        (B, C, L) integers in [0, K).
+    """
+    C, stored = spec.num_columns, spec.num_stored_levels
+    if packed is None:
+        return computed_codes(spec, ids)
+    unpacked = unpack_codes(packed, C * stored, spec.n_bits).view(-1, C, stored)
+    if stored == spec.num_levels:
+        return unpacked
+    from_file = iter(unpacked.to(torch.int64).unbind(2))
+    computed = computed_codes(spec, ids).unbind(2)
+    levels = [next(from_file) if s == STORED else computed[i] for i, s in enumerate(spec.code_sources)]
+    return torch.stack(levels, dim=2)

@@ -1,0 +1,126 @@
+"""Decode codes to rows: the one codebook formula, and row-wise integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cqr_compress.table.bitpack import unpack_codes
+from cqr_compress.table.codes import flat_codes, row_codes
+from cqr_compress.table.spec import AnySpec, CodebookSpec
+from cqr_compress.table.tracing import is_tracing
+
+PER_ROW = frozenset({"codes", "row_scale", "row_offset"})
+"""Tensors with one entry for each row of the table."""
+
+
+def decode_block(
+    spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Decode some rows of a table and put its kept rows in their places; differentiable.
+
+    Args:
+        spec: the table's spec.
+        tensors: all of `spec.tensor_shapes()`; those in PER_ROW hold only the B rows of `ids`.
+        ids: (B,) int32 or int64 row numbers.
+        dtype: of the result; the source's if None.
+
+    Returns:
+        (B, D) in `dtype`.
+    """
+    dtype = dtype or spec.torch_dtype
+    return with_kept_rows(spec, tensors, ids, decode_rows(spec, tensors, ids).to(dtype))
+
+
+def with_kept_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, rows: Tensor) -> Tensor:
+    """Put the rows that are stored verbatim in the places of those that codes give.
+
+    Args:
+        spec: the table's spec.
+        tensors: with `kept_ids` and `kept_rows`, where the spec has them.
+        ids: (B,) row numbers.
+        rows: (B, D), what their codes give, in any dtype; overwritten where no gradient is asked for.
+
+    Returns:
+        (B, D) in the dtype of `rows`.
+    """
+    if "kept_ids" not in tensors:
+        return rows
+    # two sorted lists: the ids of `kept_rows`, then those of all-zero rows
+    kept, zero = tensors["kept_ids"].tensor_split([spec.num_kept_rows])
+    if spec.num_kept_rows:
+        at, hit = _find(kept, spec.num_kept_rows, ids)
+        rows = torch.where(hit[:, None], torch.embedding(tensors["kept_rows"], at).to(rows.dtype), rows)
+    if spec.num_zero_rows:
+        _, hit = _find(zero, spec.num_zero_rows, ids)
+        in_place = not rows.requires_grad and not is_tracing()
+        rows = (rows.masked_fill_ if in_place else rows.masked_fill)(hit[:, None], 0.0)
+    return rows
+
+
+def _find(sorted_ids: Tensor, length: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each id would stand in a sorted list, and whether it does."""
+    if length == 1:
+        return torch.zeros_like(ids), sorted_ids == ids
+    at = torch.searchsorted(sorted_ids, ids.to(sorted_ids.dtype)).clamp_max(length - 1)
+    return at, sorted_ids[at] == ids
+
+
+def decode_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    """Compute rows from their codes; differentiable.
+
+    Args:
+        spec: the table's spec.
+        tensors: `spec.body_shapes()` by name; those in PER_ROW hold only the B rows of `ids`.
+        ids: (B,) the row numbers, from which hashed codes are computed.
+
+    Returns:
+        (B, D) float32, or float64 where the codebooks are.
+    """
+    if isinstance(spec, CodebookSpec):
+        flat = flat_codes(row_codes(spec, tensors.get("codes"), ids), spec)
+        table = at_least_float32(tensors["codebooks"]).reshape(-1, spec.sub_dim)
+        return rotated(tensors, sum_codewords(flat, table, spec.num_levels).reshape(-1, spec.width))
+    codes = unpack_codes(tensors["codes"], spec.embedding_dim, spec.n_bits)
+    scale, offset = (at_least_float32(tensors[name])[:, None] for name in ("row_scale", "row_offset"))
+    return offset + scale * codes
+
+
+def rotated(tensors: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+    """Multiply rows (B, width) by the table's rotation, where it has one: (B, D)."""
+    if "rotation" not in tensors:
+        return rows
+    with torch.autocast(rows.device.type, enabled=False):  # a table has the precision of its dtype
+        return rows @ tensors["rotation"].to(rows.dtype)
+
+
+def decode_codes(codes: Tensor, codebooks: Tensor, rotation: Tensor | None = None) -> Tensor:
+    """Evaluate the codebook formula for codes and codebooks that belong to no table yet.
+
+    Args:
+        codes: (B, C, L) integers in [0, K).
+        codebooks: (C, L, K, S) float32 or float64.
+        rotation: (C * S, D) or None; the concatenated row is multiplied by it from the right.
+
+    Returns:
+        (B, D) in the dtype of the codebooks.
+    """
+    C, L, K, S = codebooks.shape
+    flat = codes + torch.arange(0, C * L * K, K, device=codes.device, dtype=torch.int32).view(C, L)
+    rows = sum_codewords(flat, codebooks.reshape(-1, S), L).reshape(-1, C * S)
+    return rows if rotation is None else rows @ rotation.to(rows.dtype)
+
+
+def sum_codewords(flat: Tensor, table: Tensor, num_levels: int) -> Tensor:
+    """Look up codewords and sum those of a column: (B, C, L) rows of `table` (R, S) to (B * C, S)."""
+    if num_levels == 1:
+        return F.embedding(flat.view(-1), table)
+    return F.embedding_bag(flat.view(-1, num_levels), table, mode="sum")
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Widen half precision, in which sums of codewords would lose digits."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,117 @@
+"""Tables whose codes come from hashes of the ids: the sketches that are trained from scratch.
+
+No row is known yet, so that a sketch begins with random codebooks. Each is the one codebook formula, with other
+columns, levels and sources of codes; a layer over the table is trained like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cqr_compress.errors import SpecError
+from cqr_compress.table.bitpack import pack_codes
+from cqr_compress.table.blocks import row_blocks
+from cqr_compress.table.hashing import hash_ids
+from cqr_compress.table.spec import DIGIT, HASHED, QUOTIENT, REMAINDER, STORED, CodebookSpec, dtype_name
+from cqr_compress.table.table import CompressedTable
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """How a sketch names the rows.
+
+    Attributes:
+        code_sources: of each level, as in `CodebookSpec`.
+        num_columns: C by default.
+        paper: where it is from.
+        summary: one line.
+    """
+
+    code_sources: tuple[str, ...]
+    num_columns: int
+    paper: str
+    summary: str
+
+
+SKETCHES: dict[str, Sketch] = {
+    "hash": Sketch((HASHED,), 1, "doi:10.1145/1553374.1553516", "hashing trick: ids share whole rows"),
+    "qr": Sketch((QUOTIENT, REMAINDER), 1, "doi:10.1145/3394486.3403059", "quotient-remainder, added"),
+    "qr_concat": Sketch((DIGIT,), 2, "doi:10.1145/3394486.3403059", "quotient-remainder, concatenated"),
+    "hash_embeddings": Sketch((HASHED, HASHED), 1, "arXiv:1709.03933", "two hashed rows, added"),
+    "ce": Sketch((HASHED,), 4, "arXiv:2210.05974", "compositional embeddings: one hash in each column"),
+    "qr_hybrid": Sketch((HASHED, HASHED), 4, "arXiv:2210.05974", "hash embeddings in each column"),
+    "cqr": Sketch((STORED,), 8, "arXiv:2210.05974", "pointers that clustering re-makes"),
+    "cqr_helper": Sketch((STORED, HASHED), 4, "arXiv:2210.05974", "pointers and a hashed helper in each column"),
+}
+
+
+def sketch_table(
+    method: str,
+    num_embeddings: int,
+    embedding_dim: int,
+    codebook_size: int,
+    *,
+    num_columns: int | None = None,
+    init_scale: float = 1.0,
+    zero_row: int | None = None,
+    seed: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> CompressedTable:
+    """Make a table with random codebooks, to be trained.
+
+    Unlike Svenstrup et al. (arXiv:1709.03933), hash embeddings add their rows without trained weights, as in
+    "Clustering the Sketch" (arXiv:2210.05974). Stored pointers begin as hashes of the ids.
+
+    Args:
+        method: a name of SKETCHES.
+        num_embeddings: N.
+        embedding_dim: D.
+        codebook_size: K codewords of each codebook; a power of two where pointers are stored.
+        num_columns: C; that of SKETCHES if None.
+        init_scale: codewords are uniform in +-init_scale / sqrt(D).
+        zero_row: id of a row that is zeros and stays so (a padding row), or None.
+        seed: of the hashes and the codebooks; drawn from torch's generator if None.
+        dtype: of the rows and the codebooks.
+
+    Returns:
+        The table, on the CPU.
+
+    Raises:
+        SpecError: an unknown method, or a shape that it cannot have.
+    """
+    sketch = SKETCHES.get(method)
+    if sketch is None:
+        raise SpecError(f"sketch {method!r} is not one of {', '.join(SKETCHES)}")
+    if zero_row is not None and not 0 <= zero_row < num_embeddings:
+        raise SpecError(f"zero_row {zero_row} is outside the table of {num_embeddings} rows")
+    if seed is None:
+        seed = int(torch.randint(2**31 - 1, (), device="cpu"))
+    spec = CodebookSpec(
+        method=method.removesuffix("_helper"),
+        num_embeddings=num_embeddings,
+        embedding_dim=embedding_dim,
+        dtype=dtype_name(dtype),
+        num_zero_rows=0 if zero_row is None else 1,
+        num_columns=num_columns or sketch.num_columns,
+        num_levels=len(sketch.code_sources),
+        codebook_size=codebook_size,
+        code_sources=sketch.code_sources,
+        codebook_dtype=dtype_name(dtype),
+        seed=seed,
+    )
+    shapes = spec.tensor_shapes()
+    generator = torch.Generator().manual_seed(seed)
+    codebooks = torch.rand(shapes["codebooks"].shape, generator=generator, device="cpu") * 2 - 1
+    tensors = {"codebooks": (codebooks * (init_scale * embedding_dim**-0.5)).to(dtype)}
+    if "codes" in shapes:
+        tensors["codes"] = torch.empty(shapes["codes"].shape, dtype=torch.uint8, device="cpu")
+        C, L = spec.num_columns, spec.num_levels
+        for a, b in row_blocks(num_embeddings, 8 * C):
+            codes = hash_ids(torch.arange(a, b, device="cpu"), codebook_size, seed, range(0, C * L, L))
+            tensors["codes"][a:b] = pack_codes(codes, spec.n_bits)
+    if zero_row is not None:
+        tensors["kept_ids"] = torch.tensor([zero_row], dtype=shapes["kept_ids"].dtype, device="cpu")
+        tensors["kept_rows"] = torch.empty(shapes["kept_rows"].shape, dtype=dtype, device="cpu")
+    return CompressedTable(spec, tensors)

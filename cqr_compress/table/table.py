@@ -1,0 +1,64 @@
+"""The one compressed table: a spec and its tensors, decoded by the one codebook formula."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cqr_compress.errors import FormatError, ShapeError
+from cqr_compress.table.blocks import row_blocks, work_width
+from cqr_compress.table.decode import PER_ROW, decode_block
+from cqr_compress.table.spec import AnySpec
+
+
+@dataclass(frozen=True)
+class CompressedTable:
+    """A table of N rows and D columns, kept as codes and codebooks (or row-wise integers).
+
+    Attributes:
+        spec: what the tensors mean.
+        tensors: by short name (`codes`, `codebooks`, ...), with the shapes of `spec.tensor_shapes()`.
+    """
+
+    spec: AnySpec
+    tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        for name, expected in self.spec.tensor_shapes().items():
+            found = self.tensors.get(name)
+            if found is None:
+                raise FormatError(f"the table has no tensor {name!r} of shape {expected.shape}")
+            if tuple(found.shape) != expected.shape or found.dtype != expected.dtype:
+                raise FormatError(
+                    f"tensor {name!r} is {tuple(found.shape)} {found.dtype}, "
+                    f"and the spec says {expected.shape} {expected.dtype}"
+                )
+
+    def decode(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Decode rows start..stop, as `lookup` does; the whole table by default."""
+        stop = self.spec.num_embeddings if stop is None else stop
+        out = torch.empty(stop - start, self.spec.embedding_dim, dtype=self.spec.torch_dtype)
+        for a, b in row_blocks(stop - start, work_width(self.spec)):
+            out[a:b] = self.lookup(torch.arange(start + a, start + b))
+        return out
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Decode the rows of `ids`; work is done in float32 and not in blocks.
+
+        Args:
+            ids: (B,) integers in [0, N).
+
+        Returns:
+            (B, D) in the source's dtype.
+
+        Raises:
+            ShapeError: an id outside [0, N).
+        """
+        N = self.spec.num_embeddings
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= N):
+            raise ShapeError(f"ids from {int(ids.min())} to {int(ids.max())} in a table of {N} rows")
+        here = {name: t[ids] if name in PER_ROW else t for name, t in self.tensors.items()}
+        return decode_block(self.spec, here, ids)

@@ -1,0 +1,20 @@
+"""Whether torch is recording or intercepting operations."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+
+def is_tracing() -> bool:
+    """Whether torch is recording a graph, which must not depend on the values of this call."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def is_intercepted() -> bool:
+    """Whether someone watches the operations (a dispatch mode, functorch, forward-mode gradients)."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+    )
