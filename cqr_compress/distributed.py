@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-
-
+_log = logging.getLogger(__name__)
 _TIMEOUT = timedelta(days=7)  # others wait while the first process fits a table, however large
 
 
@@ -29,19 +29,25 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def add_up(tensor: Tensor) -> None:
+def log_on_first(line: str) -> None:
+    """Log what was found, in the first process."""
+    if rank() == 0:
+        _log.info("%s", line)
+
+
+def all_reduce_(tensor: Tensor) -> None:
     """Replace a tensor by its sum over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
 
 
-def from_first(tensor: Tensor) -> None:
+def broadcast_(tensor: Tensor) -> None:
     """Replace a tensor by that of the first process, in place."""
     if world_size() > 1:
         dist.broadcast(tensor, 0)
 
 
-def object_from_first(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """The first process's value, on every one; it is pickled."""
     if world_size() == 1:
         return value
@@ -50,7 +56,7 @@ def object_from_first(value: T) -> T:
     return held[0]  # type: ignore[no-any-return]
 
 
-def of_all(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """The values of all processes, in the order of their numbers; they are pickled."""
     if world_size() == 1:
         return [value]

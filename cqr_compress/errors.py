@@ -7,6 +7,10 @@ class CqrCompressError(Exception):
     """Base of every error that this package raises on purpose."""
 
 
+class CqrCompressWarning(UserWarning):
+    """Something that a user should know and that does not stop the work."""
+
+
 class CheckpointError(CqrCompressError, ValueError):
     """A file cannot be read as a checkpoint, or what it says about itself does not hold."""
 

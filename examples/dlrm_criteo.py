@@ -156,7 +156,7 @@ def _parse(path: Path) -> dict[str, np.ndarray]:
 
 
 class DLRM(nn.Module):
-    """Rows and a perceptron's view of the numbers, multiplied in pairs, through a second perceptron."""
+    """Rows and a perceptron's view of the numbers, on_matmul in pairs, through a second perceptron."""
 
     def __init__(self, sizes: list[int], make: MakeTable, dim: int = 16) -> None:
         super().__init__()
@@ -262,10 +262,15 @@ def train(data: Data, method: str, codewords: int, args: argparse.Namespace) -> 
             for batch in shuffled(data.train, 4 * args.batch_size, args.device):
                 yield losses(model, batch)
 
-        informed = None if method == "cqr-paper" else all_losses
-        short = cqr.ClusterOptions(eta=0.1)  # an example meets the steps of all its 26 rows at once
+        gradient_informed = None if method == "cqr-paper" else all_losses
+        short = cqr.ClusterOptions(step_size=0.1)  # an example meets the steps of all its 26 rows at once
         schedule = cqr.ClusterSchedule.at_fractions(
-            model, steps * args.epochs, (0.1, 0.2, 0.4, 0.6), optimizer=optimizer, losses=informed, options=short
+            model,
+            steps * args.epochs,
+            (0.1, 0.2, 0.4, 0.6),
+            optimizer=optimizer,
+            losses=gradient_informed,
+            options=short,
         )
     best, kept = {"bce": math.inf}, model
     for _ in range(args.epochs):
@@ -286,7 +291,7 @@ def train(data: Data, method: str, codewords: int, args: argparse.Namespace) -> 
 def task_of(data: Data, args: argparse.Namespace) -> cqr.Task:
     """What fine-tuning needs to know."""
 
-    def figures(model: nn.Module) -> dict[str, float]:
+    def metrics(model: nn.Module) -> dict[str, float]:
         test = evaluate(model, data.test, args.device)
         return evaluate(model, data.valid, args.device) | {f"test_{name}": value for name, value in test.items()}
 
@@ -295,7 +300,7 @@ def task_of(data: Data, args: argparse.Namespace) -> cqr.Task:
         model=lambda: DLRM(data.sizes, maker("full", 0, args.seed)),
         train_batches=lambda epoch: shuffled(data.train, args.batch_size, "cpu"),
         loss=lambda model, batch: losses(model, batch.take(slice(None), args.device)),
-        evaluate=figures,
+        evaluate=metrics,
         metric="bce",
         mode="min",
     )
@@ -304,18 +309,20 @@ def task_of(data: Data, args: argparse.Namespace) -> cqr.Task:
 def quantized(data: Data, codewords: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """PQ of the trained full model's tables, before and after fine-tuning."""
     small, tuned = (args.folder / f"pq-{codewords}{end}.safetensors" for end in ("", ".tuned"))
-    request = cqr.Request(method="pq", num_columns=4, n_bits=codewords.bit_length() - 1, min_rows=codewords + 1)
+    request = cqr.ConvertOptions(
+        method="pq", num_columns=4, n_bits=codewords.bit_length() - 1, min_rows=codewords + 1
+    )
     tables = [f"emb_l.{field}.weight" for field in range(NUM_IDS)]
     cqr.convert(args.folder / "full.pt", small, request, tables=tables, force=True)
     report = cqr.finetune(
-        small, tuned, task_of(data, args), teacher=args.folder / "full.pt", device=args.device, force=True
+        small, tuned, task_of(data, args), original=args.folder / "full.pt", device=args.device, force=True
     )
     model = DLRM(data.sizes, maker("full", 0, args.seed))
     cqr.load_compressed(model, small)
     size = {"parameters": num_parameters(model)}
     return {
-        name: size | {key: figures[f"test_{key}"] for key in ("bce", "auc")}
-        for name, figures in (("pq", report.before), ("pq-tuned", report.after))
+        name: size | {key: metrics[f"test_{key}"] for key in ("bce", "auc")}
+        for name, metrics in (("pq", report.before), ("pq-tuned", report.after))
     }
 
 
@@ -387,8 +394,8 @@ def main() -> None:
                     found = quantized(data, codewords, args)
                     results |= {f"{name}@{codewords}": result for name, result in found.items()}
                 else:
-                    figures, model = train(data, method, codewords, args)
-                    results[key] = {"parameters": num_parameters(model), **figures}
+                    metrics, model = train(data, method, codewords, args)
+                    results[key] = {"parameters": num_parameters(model), **metrics}
                     if method == "full":
                         torch.save(model.state_dict(), args.folder / "full.pt")
                 results[key]["seconds"] = round(time.monotonic() - began, 1)

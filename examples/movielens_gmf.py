@@ -114,10 +114,10 @@ def main() -> None:
     cqr_compress("convert", ckpt, "-o", small, "--ratio", args.ratio, "--min-rows", 500, "--force")
     data = ["--task", "gmf", "--train-file", args.folder / "train.tsv", "--eval-file"]
     cqr_compress(
-        "finetune", small, "-o", tuned, "--teacher", ckpt, *data, args.folder / "valid.tsv", "--batch-size", 256,
+        "finetune", small, "-o", tuned, "--original", ckpt, *data, args.folder / "valid.tsv", "--batch-size", 256,
         "--force",
     )  # fmt: skip
-    cqr_compress("evaluate", small, tuned, "--against", ckpt, *data, args.folder / "test.tsv")
+    cqr_compress("evaluate", small, tuned, "--original", ckpt, *data, args.folder / "test.tsv")
 
 
 if __name__ == "__main__":

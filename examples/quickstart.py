@@ -11,6 +11,7 @@ their product. Nothing is downloaded. With matplotlib (pip install 'cqr-compress
 from __future__ import annotations
 
 import argparse
+import logging
 import subprocess
 import sys
 import time
@@ -113,10 +114,10 @@ def draw(report: cqr.TuningReport, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for what, marker, label in (
-        ("as given", "s", "converted"), ("refit", "^", "fitted to the loss"), ("trained", "o", "trained")
+    for stage, marker, label in (
+        ("as given", "s", "converted"), ("refit", "^", "re-quantized"), ("trained", "o", "trained")
     ):  # fmt: skip
-        points = [(e["step"], e["figures"]["test_auc"]) for e in report.history if e["what"] == what]
+        points = [(e.step, e.metrics["test_auc"]) for e in report.history if e.stage == stage]
         if points:
             axes.plot(*zip(*points, strict=True), marker, label=label)
     if report.dense is not None:
@@ -168,8 +169,9 @@ def main() -> None:
         metric="auc",
     )
     print("\nfine-tuning", flush=True)
-    options = cqr.FinetuneOptions(epochs=2, eval_every=200, seed=args.seed)
-    report = cqr.finetune(small, tuned, task, options, teacher=ckpt, force=True, progress=cqr.PrintProgress())
+    logging.basicConfig(stream=sys.stdout, format="  %(message)s")
+    logging.getLogger("cqr_compress").setLevel(logging.INFO)
+    report = cqr.finetune(small, tuned, task, original=ckpt, epochs=2, eval_every=200, seed=args.seed, force=True)
     cqr_compress("inspect", tuned)
 
     # and back in your model

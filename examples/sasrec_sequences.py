@@ -147,10 +147,19 @@ def main() -> None:
     torch.save(model.state_dict(), ckpt)
     cqr_compress("convert", ckpt, "-o", small, "--ratio", args.ratio, "--min-rows", args.min_rows, "--force")
     data = ["--task", "sasrec", "--set", "norm_first=true", "--train-file", args.sequences, "--batch-size", 256]
-    softmax = ["--train", "all", "--distill", "outputs", "--distill-weight", 10, "--learning-rate", 1e-3]
+    softmax = [
+        "--trainable",
+        "all",
+        "--distill",
+        "outputs",
+        "--option",
+        "distill_weight=10",
+        "--learning-rate",
+        1e-3,
+    ]
     rest = ["--set", "dropout=0", "--codes", "frozen", "--epochs", 4, "--force"]
-    cqr_compress("finetune", small, "-o", tuned, "--teacher", ckpt, *data, *softmax, *rest)
-    cqr_compress("evaluate", small, tuned, "--against", ckpt, *data)
+    cqr_compress("finetune", small, "-o", tuned, "--original", ckpt, *data, *softmax, *rest)
+    cqr_compress("evaluate", small, tuned, "--original", ckpt, *data)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,23 @@
-"""Small real inputs: a trained-looking table, checkpoints of each format, the command line in a process."""
+"""Small real inputs: a trained-looking table, checkpoints of each format, the command line."""
 
 from __future__ import annotations
 
+import io
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads of several would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+
+from cqr_compress.cli.app import app
 
 SHARED = Path(os.environ.get("CQR_COMPRESS_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -47,17 +55,28 @@ def ckpt(tmp_path: Path, model_state: dict[str, torch.Tensor]) -> Path:
 
 @pytest.fixture
 def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command line in a process of its own, in `tmp_path`."""
+    """Run the command line in this process, in `tmp_path`; tests of signals and of start-up begin a process."""
 
-    def run(*args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "cqr_compress", *map(str, args)],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300,
-            env={**os.environ, "COLUMNS": "200"},
-        )  # fmt: skip
-        assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
-        assert "Traceback" not in done.stderr
-        return done
+    def run(*args: object, code: int = 0, columns: int = 200) -> subprocess.CompletedProcess[str]:
+        out, err, found = io.StringIO(), io.StringIO(), 0
+        before, path, width = Path.cwd(), list(sys.path), os.environ.get("COLUMNS")
+        os.chdir(tmp_path)
+        os.environ["COLUMNS"] = str(columns)
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                app(list(map(str, args)), prog_name="cqr-compress")
+        except SystemExit as e:
+            found = int(e.code or 0)
+        finally:
+            os.chdir(before)
+            sys.path[:] = path  # a task file's folder
+            os.environ.pop("COLUMNS")
+            if width is not None:
+                os.environ["COLUMNS"] = width
+        assert found == code, f"{out.getvalue()}\n{err.getvalue()}"
+        return subprocess.CompletedProcess(
+            ["cqr-compress", *map(str, args)], found, out.getvalue(), err.getvalue()
+        )
 
     return run
 

@@ -22,9 +22,9 @@ def assert_same(path: Path, state: State) -> None:
         assert set(names) == set(state)
         for name, tensor in state.items():
             entry = checkpoint.entries[names[name]]
-            assert torch.equal(entry.lazy.read(), tensor) and entry.dtype == tensor.dtype
+            assert torch.equal(entry.stored.read(), tensor) and entry.dtype == tensor.dtype
             if tensor.ndim:
-                assert torch.equal(entry.lazy.read_rows(1, 3), tensor[1:3])
+                assert torch.equal(entry.stored.read_rows(1, 3), tensor[1:3])
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -72,7 +72,7 @@ def test_views_transposes_and_empty_tensors_read_as_they_look(tmp_path: Path) ->
     assert_same(tmp_path / "m.pt", state)
     torch.save({"none": torch.empty(0, 4), "a": base}, tmp_path / "e.pt")
     with open_checkpoint(tmp_path / "e.pt") as checkpoint:
-        assert checkpoint.entries["none"].lazy.read().shape == (0, 4)
+        assert checkpoint.entries["none"].stored.read().shape == (0, 4)
 
 
 @pytest.mark.parametrize(
@@ -122,13 +122,13 @@ def test_objects_of_unknown_classes_become_named_placeholders(tmp_path: Path, mo
     }
     torch.save(content, tmp_path / "m.pt")
     with open_checkpoint(tmp_path / "m.pt") as checkpoint:
-        met = {placeholder.path: placeholder.class_name for placeholder in checkpoint.placeholders}
+        met = {placeholder.path: placeholder.class_name for placeholder in checkpoint.unbuilt_objects}
         assert met["config"].endswith("test_checkpoint_formats.Config")
         assert met["args"] == "argparse.Namespace"
         assert "numpy" in met["loss"]
-        assert torch.equal(checkpoint.entries["out.weight"].lazy.read(), model_state["out.weight"])
-        assert torch.equal(checkpoint.entries["config.nested.weights"].lazy.read(), torch.ones(2, 2))
-        assert checkpoint.extras == {"config.nested.weights"}
+        assert torch.equal(checkpoint.entries["out.weight"].stored.read(), model_state["out.weight"])
+        assert torch.equal(checkpoint.entries["config.nested.weights"].stored.read(), torch.ones(2, 2))
+        assert checkpoint.outside_model == {"config.nested.weights"}
 
 
 class Recommender(torch.nn.Module):
@@ -246,4 +246,4 @@ def test_a_sparse_tensor_is_a_placeholder_and_not_its_parts(tmp_path: Path) -> N
     torch.save({"emb.weight": torch.zeros(4, 2), "sparse": torch.eye(4).to_sparse()}, tmp_path / "m.pt")
     with open_checkpoint(tmp_path / "m.pt") as checkpoint:
         assert list(checkpoint.entries) == ["emb.weight"]
-        assert [met.path for met in checkpoint.placeholders] == ["sparse"]
+        assert [met.path for met in checkpoint.unbuilt_objects] == ["sparse"]

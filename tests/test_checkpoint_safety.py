@@ -56,8 +56,8 @@ def test_a_reduce_of_a_dangerous_call_does_nothing(tmp_path: Path, name: str, le
     content = {"emb.weight": torch.ones(4, 2), "bad": attacks(marker)[name]}
     torch.save(content, tmp_path / "m.pt", _use_new_zipfile_serialization=not legacy)
     with open_checkpoint(tmp_path / "m.pt") as checkpoint:
-        assert torch.equal(checkpoint.entries["emb.weight"].lazy.read(), torch.ones(4, 2))
-        assert any(met.path.startswith("bad") for met in checkpoint.placeholders)
+        assert torch.equal(checkpoint.entries["emb.weight"].stored.read(), torch.ones(4, 2))
+        assert any(met.path.startswith("bad") for met in checkpoint.unbuilt_objects)
     assert not marker.exists()
 
 
@@ -115,7 +115,7 @@ def test_the_reader_itself_cannot_be_changed_by_a_pickle(tmp_path: Path) -> None
                 open_checkpoint(tmp_path / "m.pt")
     save_pickle(tmp_path / "m.pt", b"}" + text("w") + TENSOR + b"Rs.")
     with open_checkpoint(tmp_path / "m.pt") as checkpoint:
-        assert torch.equal(checkpoint.entries["w"].lazy.read(), torch.arange(8.0).view(4, 2))
+        assert torch.equal(checkpoint.entries["w"].stored.read(), torch.arange(8.0).view(4, 2))
 
 
 def test_a_shadowed_dict_method_is_not_called(tmp_path: Path) -> None:
@@ -155,4 +155,4 @@ def test_a_quantized_tensor_beside_the_table_is_a_placeholder(tmp_path: Path) ->
     )  # fmt: skip
     with open_checkpoint(tmp_path / "m.pt") as checkpoint:
         assert list(checkpoint.entries) == ["w"]
-        assert [met.class_name for met in checkpoint.placeholders] == ["torch.QInt8Storage"]
+        assert [met.class_name for met in checkpoint.unbuilt_objects] == ["torch.QInt8Storage"]

@@ -18,7 +18,7 @@ from cqr_compress.clustering.entropy import pointer_entropies
 from cqr_compress.clustering.gradients import Moments, Prior, RowGradients
 from cqr_compress.clustering.observe import backpropagate, observed
 from cqr_compress.errors import NonFiniteError, ShapeError, SpecError, TableNotFoundError
-from cqr_compress.finetuning.fisher import Curvature
+from cqr_compress.finetuning.fisher import FisherMatrix
 from cqr_compress.table.random_tables import SKETCHES, sketch_table
 
 N, D, K = 700, 16, 16
@@ -113,10 +113,10 @@ def test_a_model_of_dense_layers_becomes_one_of_sketches() -> None:
 def test_a_layer_counts_the_parameters_and_bytes_of_the_paper() -> None:
     plain = CQREmbedding(100_000, 32, codebook_size=256)
     assert plain.num_parameters == 256 * 32
-    assert plain.num_bytes == 256 * 32 * 4 + 100_000 * 8
+    assert plain.nbytes == 256 * 32 * 4 + 100_000 * 8
     paper = CQREmbedding(100_000, 32, codebook_size=4096, preset="paper")
     assert paper.num_parameters == 2 * 4096 * 32
-    assert paper.num_bytes == 2 * 4096 * 32 * 4 + 100_000 * 4 * 12 // 8
+    assert paper.nbytes == 2 * 4096 * 32 * 4 + 100_000 * 4 * 12 // 8
 
 
 def test_the_row_of_an_id_is_pointer_plus_helper() -> None:
@@ -274,8 +274,8 @@ def test_tied_layers_are_clustered_once() -> None:
 
 def test_tables_with_more_levels_are_refused_by_name() -> None:
     model = Pairs(nn.Embedding(N, D), nn.Embedding(N, D))
-    cqr.compress_(model, cqr.Request(method="cqr", helper="fitted", num_columns=4, n_bits=4, min_rows=0))
-    with pytest.raises(TableNotFoundError, match="'users' is cqr 4x4b, fitted helper; 'items' is"):
+    cqr.compress_(model, cqr.ConvertOptions(method="cqr", helper="stored", num_columns=4, n_bits=4, min_rows=0))
+    with pytest.raises(TableNotFoundError, match="'users' is cqr 4x4b, stored helper; 'items' is"):
         cqr.cluster_(model)
 
 
@@ -287,7 +287,7 @@ def test_a_model_without_such_layers_is_refused() -> None:
 @pytest.mark.parametrize("rotated", [{}, {"rotation": "opq"}, {"rotation": "opq", "rank": 8}])
 def test_compressed_tables_are_clustered_on(rotated: dict[str, Any]) -> None:
     model = Pairs(nn.Embedding(N, D), nn.Embedding(N, D))
-    cqr.compress_(model, cqr.Request(method="pq", num_columns=4, n_bits=4, min_rows=0, **rotated))
+    cqr.compress_(model, cqr.ConvertOptions(method="pq", num_columns=4, n_bits=4, min_rows=0, **rotated))
     with torch.no_grad():
         before = model.users(IDS)
     cqr.cluster_(model)
@@ -314,7 +314,7 @@ def test_gradients_and_curvature_are_those_of_single_occurrences(rotation: str |
     made: Any = layer()
     if rotation:
         model = nn.ModuleList([nn.Embedding(N, D)])
-        cqr.compress_(model, cqr.Request(method="pq", num_columns=4, n_bits=4, rotation="opq", min_rows=0))
+        cqr.compress_(model, cqr.ConvertOptions(method="pq", num_columns=4, n_bits=4, rotation="opq", min_rows=0))
         made = model[0]
     ids = torch.tensor([3, 5, 3, 9])
     scale = torch.tensor([1.0, 2.0, -3.0, 0.5])[:, None]
@@ -322,10 +322,10 @@ def test_gradients_and_curvature_are_those_of_single_occurrences(rotation: str |
     with observed({made: sums}):
         ((made(ids) ** 2).sum(1, keepdim=True) * scale).sum().backward()
     gradient = 2 * scale * made(ids).detach()
-    turned = gradient @ made.rotation.detach().float().T if rotation else gradient
+    transposed = gradient @ made.rotation.detach().float().T if rotation else gradient
     expected, fisher = torch.zeros(N, D), torch.zeros(N)
-    expected.index_add_(0, ids, turned)
-    fisher.index_add_(0, ids, turned.square().mean(1))
+    expected.index_add_(0, ids, transposed)
+    fisher.index_add_(0, ids, transposed.square().mean(1))
     assert torch.allclose(sums.gradient, expected[:, 4:12], atol=1e-4)
     assert torch.allclose(sums.fisher, fisher, rtol=1e-4)
     assert sums.counts[[3, 5, 9]].tolist() == [2, 1, 1] and sums.counts.sum() == 4
@@ -338,7 +338,7 @@ def test_a_product_with_all_rows_counts_each_example_as_lookups_would(
 ) -> None:
     """Logits of a softmax: gradients of single examples, as if each had looked up all rows."""
     model = nn.ModuleList([nn.Embedding(N, D)])
-    cqr.compress_(model, cqr.Request(method="pq", num_columns=4, n_bits=4, rotation=rotation, min_rows=0))
+    cqr.compress_(model, cqr.ConvertOptions(method="pq", num_columns=4, n_bits=4, rotation=rotation, min_rows=0))
     made: Any = model[0]
     h, label = torch.randn(3, 2, D), torch.randint(N, (6,))
     monkeypatch.setattr("cqr_compress.clustering.observe._BLOCK_VALUES", 4 * N)  # of four examples
@@ -351,7 +351,7 @@ def test_a_product_with_all_rows_counts_each_example_as_lookups_would(
     ]
     found = []
     for way in ways:
-        sums, curvature = RowGradients.zeros(made, slice(4, 12)), Curvature.zeros(made)
+        sums, curvature = RowGradients.zeros(made, slice(4, 12)), FisherMatrix.zeros(made)
         for one in (sums, curvature):
             with observed({made: one}):
                 F.cross_entropy(way().flatten(0, 1), label, reduction="sum").backward()
@@ -373,12 +373,12 @@ def test_the_target_is_a_newton_step_to_the_maximum_of_a_quadratic_posterior() -
     made = layer()
     rows = made.decode().detach()
     curvature, best = torch.rand(N) * 5, torch.randn(N, D)
-    prior = Prior.estimate(Moments.of_rows(rows.split(100)), curvature, tau=2.0)
+    prior = Prior.estimate(Moments.from_rows(rows.split(100)), curvature, prior_weight=2.0)
     assert torch.allclose(prior.mean, rows.mean(0), atol=1e-5)
     p = prior.precision / 2
     assert math.isclose(1 / p, float(rows.square().mean() + (1 / (curvature + p)).mean()), rel_tol=1e-3)
     sums = RowGradients(slice(0, D), curvature[:, None] * (rows - best), curvature, torch.ones(N))
-    found = sums.target(IDS, rows, prior, eta=1.0)
+    found = sums.target(IDS, rows, prior, step_size=1.0)
     p = prior.precision
     assert torch.allclose(
         found, (curvature[:, None] * best + p * prior.mean) / (curvature[:, None] + p), atol=1e-4
@@ -458,12 +458,16 @@ def test_gradient_informed_clustering_finds_groups_that_hashing_cannot(
 ) -> None:
     user, item, label = ratings
 
-    def trained(informed: bool) -> float:
+    def trained(gradient_informed: bool) -> float:
         torch.manual_seed(0)
         model = Pairs(CQREmbedding(N, D, codebook_size=8), CQREmbedding(N, D, codebook_size=8, seed=1))
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
         schedule = ClusterSchedule.every_epoch(
-            model, len(user) // 500, 8, optimizer=optimizer, losses=Losses(model, ratings) if informed else None
+            model,
+            len(user) // 500,
+            8,
+            optimizer=optimizer,
+            losses=Losses(model, ratings) if gradient_informed else None,
         )
         for _ in range(8):
             for part in torch.randperm(len(user)).split(500):
@@ -488,7 +492,7 @@ def steps_of(schedule: ClusterSchedule) -> tuple[int, ...]:
 def test_schedules_name_the_steps_that_they_promise() -> None:
     made = layer()
     assert steps_of(ClusterSchedule.every_epoch(made, 100, 10)) == (100, 200, 300, 400, 500, 600, 700)
-    assert steps_of(ClusterSchedule.every_epoch(made, 100, 10, until=0.6))[-1] == 600
+    assert steps_of(ClusterSchedule.every_epoch(made, 100, 10, codes_until=0.6))[-1] == 600
     assert steps_of(ClusterSchedule.at_fractions(made, 1000)) == (250, 500)
     assert steps_of(ClusterSchedule(made, [7, 3, 3])) == (3, 7)
     for wrong in (
@@ -546,7 +550,7 @@ def test_hashes_of_a_converted_file_survive_clustering_saving_and_loading(tmp_pa
             self.emb = emb
 
     torch.save(Model(nn.Embedding(N, D)).state_dict(), tmp_path / "m.pt")
-    request = cqr.Request(method="cqr", helper="random", num_columns=4, n_bits=4, min_rows=0)
+    request = cqr.ConvertOptions(method="cqr", helper="hashed", num_columns=4, n_bits=4, min_rows=0)
     cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", request)
     first, second = Model(nn.Embedding(N, D)), Model(CQREmbedding(N, D, codebook_size=K, preset="paper"))
     for model in (first, second):

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import cqr_compress as cqr
 from cqr_compress.checkpoint import streaming_writer as writer
-from cqr_compress.checkpoint.compressed_file import CompressedCheckpoint
+from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import (
     BudgetError,
     CheckpointError,
+    CqrCompressWarning,
     FormatError,
     NonFiniteError,
     OutputError,
@@ -31,20 +32,20 @@ from cqr_compress.errors import (
 
 State = dict[str, torch.Tensor]
 REQUESTS = {
-    "auto": cqr.Request(ratio=8),
-    "pq": cqr.Request(method="pq", ratio=8),
-    "pq opq": cqr.Request(method="pq", num_columns=4, n_bits=6, rotation="opq"),
-    "pq rank": cqr.Request(method="pq", num_columns=4, n_bits=6, rotation="pca", rank=8),
-    "rq rank": cqr.Request(method="rq", ratio=8, rotation="opq", rank="auto"),
-    "rq": cqr.Request(method="rq", num_levels=3, n_bits=5),
-    "prq": cqr.Request(method="prq", ratio=8, num_columns=2),
-    "int8": cqr.Request(method="int8"),
-    "int4": cqr.Request(method="int4", codebook_dtype="float32"),
-    "hash": cqr.Request(method="hash", ratio=8),
-    "qr": cqr.Request(method="qr", ratio=8),
-    "cqr": cqr.Request(method="cqr", ratio=8),
-    "cqr random": cqr.Request(method="cqr", num_columns=4, n_bits=5),
-    "cqr fitted": cqr.Request(method="cqr", ratio=8, helper="fitted"),
+    "auto": cqr.ConvertOptions(ratio=8),
+    "pq": cqr.ConvertOptions(method="pq", ratio=8),
+    "pq opq": cqr.ConvertOptions(method="pq", num_columns=4, n_bits=6, rotation="opq"),
+    "pq rank": cqr.ConvertOptions(method="pq", num_columns=4, n_bits=6, rotation="pca", rank=8),
+    "rq rank": cqr.ConvertOptions(method="rq", ratio=8, rotation="opq", rank="auto"),
+    "rq": cqr.ConvertOptions(method="rq", num_levels=3, n_bits=5),
+    "prq": cqr.ConvertOptions(method="prq", ratio=8, num_columns=2),
+    "int8": cqr.ConvertOptions(method="int8"),
+    "int4": cqr.ConvertOptions(method="int4", codebook_dtype="float32"),
+    "hash": cqr.ConvertOptions(method="hash", ratio=8),
+    "qr": cqr.ConvertOptions(method="qr", ratio=8),
+    "cqr": cqr.ConvertOptions(method="cqr", ratio=8),
+    "cqr random": cqr.ConvertOptions(method="cqr", num_columns=4, n_bits=5),
+    "cqr fitted": cqr.ConvertOptions(method="cqr", ratio=8, helper="stored"),
 }
 
 
@@ -83,10 +84,10 @@ def test_export_restores_everything_but_the_tables_bit_for_bit(
 
 def test_the_files_metadata_tells_the_whole_report(tmp_path: Path, ckpt: Path) -> None:
     report = cqr.convert(ckpt, tmp_path / "small.safetensors")
-    assert cqr.inspect_file(tmp_path / "small.safetensors").to_json() == report.to_json()
+    assert cqr.inspect(tmp_path / "small.safetensors").to_json() == report.to_json()
     saved = json.loads((tmp_path / "small.report.json").read_text())
-    assert saved["schema_version"] == 1 and saved["tables"][0]["name"] == "item_embedding.weight"
-    assert cqr.inspect_file(tmp_path / "small.report.json") == report
+    assert saved["schema_version"] == 2 and saved["tables"][0]["name"] == "item_embedding.weight"
+    assert cqr.inspect(tmp_path / "small.report.json") == report
     assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
 
 
@@ -96,8 +97,8 @@ def test_the_sources_dtype_comes_back(
     tmp_path: Path, table: torch.Tensor, dtype: torch.dtype, method: str
 ) -> None:
     save_file({"emb.weight": table.to(dtype)}, tmp_path / "m.safetensors")
-    report = cqr.convert(tmp_path / "m.safetensors", tmp_path / "s.safetensors", cqr.Request(method=method))
-    decoded = cqr.load_dense(tmp_path / "s.safetensors")["emb.weight"]
+    report = cqr.convert(tmp_path / "m.safetensors", tmp_path / "s.safetensors", cqr.ConvertOptions(method=method))
+    decoded = cqr.load_dense_state_dict(tmp_path / "s.safetensors")["emb.weight"]
     assert decoded.dtype == dtype
     assert report.tables[0].bytes_before == table.numel() * dtype.itemsize
     assert float((decoded.float() - table).square().sum() / table.square().sum()) < 0.2
@@ -110,7 +111,8 @@ def test_nesting_plain_values_and_shared_tensors_come_back(tmp_path: Path, table
         "optimizer": {"state": {0: {"exp_avg": table.clone()}}, "param_groups": [{"lr": 0.1}]},
     }  # fmt: skip
     torch.save(content, tmp_path / "m.pt")
-    report = cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors")
+    with pytest.warns(CqrCompressWarning, match="'lm_head.weight' shares its values with 'wte.weight'"):
+        report = cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors")
     assert report.optimizer_bytes == table.nbytes
     assert report.tables[0].name == "wte.weight" and report.tables[0].aliases == ("lm_head.weight",)
     cqr.export(tmp_path / "s.safetensors", tmp_path / "d.pt")
@@ -127,7 +129,7 @@ def test_nesting_plain_values_and_shared_tensors_come_back(tmp_path: Path, table
 def test_untie_keeps_the_other_name_dense(tmp_path: Path, table: torch.Tensor) -> None:
     torch.save({"wte.weight": table, "lm_head.weight": table}, tmp_path / "m.pt")
     cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", untie=True)
-    dense = cqr.load_dense(tmp_path / "s.safetensors")
+    dense = cqr.load_dense_state_dict(tmp_path / "s.safetensors")
     assert torch.equal(dense["lm_head.weight"], table) and not torch.equal(dense["wte.weight"], table)
 
 
@@ -136,7 +138,7 @@ def test_a_bare_tensor_and_a_lone_weight_get_names(tmp_path: Path, table: torch.
         save_file({source: table}, tmp_path / "m.safetensors")
         cqr.convert(tmp_path / "m.safetensors", tmp_path / "s.safetensors", tables=[source], force=True)
         assert stored in load_file(tmp_path / "s.safetensors")
-        assert list(cqr.load_dense(tmp_path / "s.safetensors")) == [source]
+        assert list(cqr.load_dense_state_dict(tmp_path / "s.safetensors")) == [source]
 
 
 @pytest.mark.parametrize("method", ["pq", "rq", "int4", "hash", "qr", "cqr"])
@@ -150,17 +152,17 @@ def test_kept_and_zero_rows_stay_bit_exact(tmp_path: Path, table: torch.Tensor, 
         NonFiniteError, match=r"'emb.weight' \(3000 x 16\) has NaN or infinity in 2 rows, first 5, 6"
     ):
         cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors")
-    request = cqr.Request(method=method, keep_rows=(9, -1), nonfinite="keep")
+    request = cqr.ConvertOptions(method=method, exact_rows=(9, -1), nonfinite="keep")
     report = cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", request)
-    decoded = cqr.load_dense(tmp_path / "s.safetensors")["emb.weight"]
+    decoded = cqr.load_dense_state_dict(tmp_path / "s.safetensors")["emb.weight"]
     kept = torch.tensor([0, 5, 6, 9, 77, 2999])
     assert torch.equal(decoded[kept].view(torch.uint8), table[kept].view(torch.uint8))
-    assert report.tables[0].kept_rows == 6
+    assert report.tables[0].rows_stored_apart == 6
     others = torch.ones(3000, dtype=torch.bool)
     others[kept] = False
     assert decoded[others].isfinite().all()
     with pytest.raises(SpecError, match="cannot keep row 3000 of 'emb.weight': it has rows 0 to 2999"):
-        cqr.convert(tmp_path / "m.pt", tmp_path / "t.safetensors", cqr.Request(keep_rows=(3000,)))
+        cqr.convert(tmp_path / "m.pt", tmp_path / "t.safetensors", cqr.ConvertOptions(exact_rows=(3000,)))
 
 
 @pytest.mark.parametrize("magnitude", [1e30, 1e-30])
@@ -169,7 +171,7 @@ def test_magnitudes_whose_squares_leave_float32_are_refused(
 ) -> None:
     torch.save({"emb.weight": table * magnitude}, tmp_path / "m.pt")
     with pytest.raises(TableRefusedError, match="the largest magnitude in 'emb.weight' is .*e[+-](30|31|29)"):
-        cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", cqr.Request(method="pq"))
+        cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", cqr.ConvertOptions(method="pq"))
 
 
 @pytest.mark.parametrize("magnitude", [1e6, 1e-6])
@@ -179,7 +181,7 @@ def test_magnitudes_that_float16_cannot_hold_get_float32_codebooks(
     torch.save({"emb.weight": table * magnitude}, tmp_path / "m.pt")
     for method in ("pq", "int8"):
         out = tmp_path / f"{method}.safetensors"
-        report = cqr.convert(tmp_path / "m.pt", out, cqr.Request(method=method))
+        report = cqr.convert(tmp_path / "m.pt", out, cqr.ConvertOptions(method=method))
         assert report.tables[0].relative_mse is not None and report.tables[0].relative_mse < 0.2
 
 
@@ -191,7 +193,7 @@ def test_shards_hold_the_same_model(tmp_path: Path, ckpt: Path) -> None:
     assert report.file == str(index) and len(shards) > 1
     assert report.file_bytes_after == index.stat().st_size + sum(p.stat().st_size for p in shards)
     assert [t.bytes_after for t in report.tables] == [t.bytes_after for t in whole.tables]
-    one, many = cqr.load_dense(tmp_path / "one.safetensors"), cqr.load_dense(index)
+    one, many = cqr.load_dense_state_dict(tmp_path / "one.safetensors"), cqr.load_dense_state_dict(index)
     assert set(one) == set(many) and all(torch.equal(one[name], many[name]) for name in one)
     cqr.export(index, tmp_path / "d.safetensors", shard_bytes=100_000)
     with open_checkpoint(tmp_path / "d.safetensors.index.json") as dense:
@@ -199,23 +201,23 @@ def test_shards_hold_the_same_model(tmp_path: Path, ckpt: Path) -> None:
 
 
 def test_small_tables_stay_dense_and_say_why(tmp_path: Path, ckpt: Path) -> None:
-    report = cqr.convert(ckpt, tmp_path / "s.safetensors", cqr.Request(min_rows=2000))
+    report = cqr.convert(ckpt, tmp_path / "s.safetensors", cqr.ConvertOptions(min_rows=2000))
     assert [t.name for t in report.tables] == ["item_embedding.weight"]
-    assert report.left_dense[0]["reason"] == "1500 rows are fewer than min_rows = 2000"
+    assert report.left_dense[0].reason == "1500 rows are fewer than min_rows = 2000"
     with pytest.raises(TableNotFoundError, match="3000 rows are fewer than min_rows = 9999"):
-        cqr.convert(ckpt, tmp_path / "t.safetensors", cqr.Request(min_rows=9999))
+        cqr.convert(ckpt, tmp_path / "t.safetensors", cqr.ConvertOptions(min_rows=9999))
 
 
 def test_an_impossible_budget_says_what_is_possible_for_every_table(tmp_path: Path, ckpt: Path) -> None:
     with pytest.raises(BudgetError) as caught:
-        cqr.convert(ckpt, tmp_path / "s.safetensors", cqr.Request(method="pq", ratio=5000))
+        cqr.convert(ckpt, tmp_path / "s.safetensors", cqr.ConvertOptions(method="pq", ratio=5000))
     assert "'item_embedding.weight' (3000 x 16 float32, 192000 bytes) to ratio 5000" in str(caught.value)
     assert "'user_embedding.weight'" in str(caught.value)
     possible = float(str(caught.value).split("--ratio ")[1].split(",")[0])
-    request = cqr.Request(method="pq", ratio=possible)
+    request = cqr.ConvertOptions(method="pq", ratio=possible)
     cqr.convert(ckpt, tmp_path / "s.safetensors", request, tables=["item*"])
     with pytest.raises(BudgetError, match="ratio 16"):
-        cqr.convert(ckpt, tmp_path / "t.safetensors", cqr.Request(method="int4", ratio=16))
+        cqr.convert(ckpt, tmp_path / "t.safetensors", cqr.ConvertOptions(method="int4", ratio=16))
 
 
 @pytest.mark.parametrize(
@@ -230,17 +232,19 @@ def test_an_impossible_budget_says_what_is_possible_for_every_table(tmp_path: Pa
 )  # fmt: skip
 def test_a_request_that_contradicts_itself_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(SpecError):
-        cqr.Request(**fields)
+        cqr.ConvertOptions(**fields)
 
 
 @pytest.mark.parametrize(
     "request_",
     [
-        cqr.Request(num_columns=8, ratio=6), cqr.Request(method="rq", rotation="opq", rank=64, ratio=6),
-        cqr.Request(rank=64, ratio=6), cqr.Request(rank=4, ratio=6), cqr.Request(method="prq", rotation="pca", rank="auto", num_columns=4, ratio=6),
+        cqr.ConvertOptions(num_columns=8, ratio=6), cqr.ConvertOptions(method="rq", rotation="opq", rank=64, ratio=6),
+        cqr.ConvertOptions(rank=64, ratio=6), cqr.ConvertOptions(rank=4, ratio=6), cqr.ConvertOptions(method="prq", rotation="pca", rank="auto", num_columns=4, ratio=6),
     ],
 )  # fmt: skip
-def test_ranks_that_a_table_cannot_have_are_left_out(tmp_path: Path, ckpt: Path, request_: cqr.Request) -> None:
+def test_ranks_that_a_table_cannot_have_are_left_out(
+    tmp_path: Path, ckpt: Path, request_: cqr.ConvertOptions
+) -> None:
     report = cqr.convert(ckpt, tmp_path / "s.safetensors", request_)
     assert len(report.tables) == 2 and all(table.ratio_bytes >= 6 for table in report.tables)
     if request_.rank == 4:
@@ -249,7 +253,7 @@ def test_ranks_that_a_table_cannot_have_are_left_out(tmp_path: Path, ckpt: Path,
 
 def test_a_column_count_that_does_not_divide_is_refused_with_the_choices(tmp_path: Path, ckpt: Path) -> None:
     with pytest.raises(SpecError, match="Choose num_columns from 1, 2, 4, 8, 16"):
-        cqr.convert(ckpt, tmp_path / "s.safetensors", cqr.Request(method="pq", num_columns=3, n_bits=4))
+        cqr.convert(ckpt, tmp_path / "s.safetensors", cqr.ConvertOptions(method="pq", num_columns=3, n_bits=4))
 
 
 def test_nothing_is_overwritten_without_force_and_never_the_source(tmp_path: Path, ckpt: Path) -> None:
@@ -274,7 +278,7 @@ def test_what_is_compressed_already_or_has_no_table_is_refused(tmp_path: Path, c
     with pytest.raises(TableNotFoundError, match="found no embedding table in .* fc.weight 5 x 5"):
         cqr.convert(tmp_path / "n.pt", tmp_path / "t.safetensors")
     with pytest.raises(FormatError, match="not a compressed checkpoint"):
-        cqr.load_dense(ckpt)
+        cqr.load_dense_state_dict(ckpt)
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path: Path, table: torch.Tensor) -> None:
@@ -308,10 +312,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any], State], object], str]] = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_or_newer_file_is_refused_not_served(tmp_path: Path, ckpt: Path, name: str) -> None:
-    cqr.convert(ckpt, tmp_path / "s.safetensors", cqr.Request(method="pq", num_columns=4, n_bits=4))
+    cqr.convert(ckpt, tmp_path / "s.safetensors", cqr.ConvertOptions(method="pq", num_columns=4, n_bits=4))
     corrupt(tmp_path / "s.safetensors", DAMAGE[name][0])  # type: ignore[arg-type]
     with pytest.raises(FormatError, match=DAMAGE[name][1]):
-        cqr.load_dense(tmp_path / "s.safetensors")
+        cqr.load_dense_state_dict(tmp_path / "s.safetensors")
 
 
 def test_a_change_between_writing_and_verifying_fails_and_leaves_nothing(
@@ -348,9 +352,9 @@ def test_a_large_table_is_fitted_on_a_sample_and_encoded_in_blocks(
     tmp_path: Path, table: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save({"emb.weight": table}, tmp_path / "m.pt")
-    request = cqr.Request(method="pq", num_columns=4, n_bits=4, max_sample=1000)
+    request = cqr.ConvertOptions(method="pq", num_columns=4, n_bits=4, max_sample=1000)
     cqr.convert(tmp_path / "m.pt", tmp_path / "a.safetensors", request)
-    monkeypatch.setattr("cqr_compress.commands.convert.BLOCK_BYTES", 10_000)
+    monkeypatch.setattr("cqr_compress.checkpoint.parts.BLOCK_BYTES", 10_000)
     monkeypatch.setattr(
         "cqr_compress.planning.scan.row_blocks", lambda n, d: ((a, min(a + 77, n)) for a in range(0, n, 77))
     )
@@ -361,7 +365,7 @@ def test_a_large_table_is_fitted_on_a_sample_and_encoded_in_blocks(
 
 
 def test_the_stored_names_and_shapes_are_those_of_the_format(tmp_path: Path, ckpt: Path) -> None:
-    request = cqr.Request(method="prq", num_columns=4, num_levels=2, n_bits=3, rotation="pca")
+    request = cqr.ConvertOptions(method="prq", num_columns=4, num_levels=2, n_bits=3, rotation="pca")
     cqr.convert(ckpt, tmp_path / "s.safetensors", request)
     tensors = load_file(tmp_path / "s.safetensors")
     found = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith("item_embedding")}
@@ -370,8 +374,12 @@ def test_the_stored_names_and_shapes_are_those_of_the_format(tmp_path: Path, ckp
         "item_embedding.rotation": (16, 16),
     }  # fmt: skip
     with open_checkpoint(tmp_path / "s.safetensors") as checkpoint:
-        opened = CompressedCheckpoint.of(checkpoint)
-        assert checkpoint.metadata["format"] == "pt" and opened.header["format_version"] == 1
+        opened = CompressedFile.from_checkpoint(checkpoint)
+        assert (
+            checkpoint.metadata["format"] == "pt"
+            and json.loads(checkpoint.metadata["cqr_compress"])["format_version"] == 1
+        )
+        assert opened.header.method == "prq"
 
 
 @pytest.mark.parametrize("name", ["s3rec/Beauty-epochs-150.pt", "s3rec/LastFM-epochs-150.pt"])
@@ -379,7 +387,7 @@ def test_a_published_recommender_survives_the_round_trip(
     tmp_path: Path, shared: Callable[[str], Path], name: str
 ) -> None:
     source = torch.load(shared(name), weights_only=True)
-    report = cqr.convert(shared(name), tmp_path / "s.safetensors", cqr.Request(ratio=16))
+    report = cqr.convert(shared(name), tmp_path / "s.safetensors", cqr.ConvertOptions(ratio=16))
     cqr.export(tmp_path / "s.safetensors", tmp_path / "d.pt")
     dense = torch.load(tmp_path / "d.pt", weights_only=True)
     assert list(dense) == list(source)
@@ -389,7 +397,7 @@ def test_a_published_recommender_survives_the_round_trip(
 
 
 def test_no_shard_of_the_source_is_overwritten_even_with_force(tmp_path: Path, ckpt: Path) -> None:
-    cqr.convert(ckpt, tmp_path / "c.safetensors", cqr.Request(method="int8"))
+    cqr.convert(ckpt, tmp_path / "c.safetensors", cqr.ConvertOptions(method="int8"))
     cqr.export(tmp_path / "c.safetensors", tmp_path / "m.safetensors", shard_bytes=100_000)
     shards = {path: path.read_bytes() for path in tmp_path.glob("m*")}
     assert len(shards) == 3
@@ -402,9 +410,9 @@ def test_no_shard_of_the_source_is_overwritten_even_with_force(tmp_path: Path, c
 
 def test_rotated_rows_beyond_float16_get_float32_codebooks(tmp_path: Path) -> None:
     torch.save({"emb.weight": torch.randn(2000, 16) * 10 + 2e4}, tmp_path / "m.pt")
-    request = cqr.Request(method="pq", rotation="pca", num_columns=4, n_bits=4)
+    request = cqr.ConvertOptions(method="pq", rotation="pca", num_columns=4, n_bits=4)
     report = cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", request)
-    decoded = cqr.load_dense(tmp_path / "s.safetensors")["emb.weight"]
+    decoded = cqr.load_dense_state_dict(tmp_path / "s.safetensors")["emb.weight"]
     assert decoded.isfinite().all() and report.tables[0].relative_mse is not None
     assert 0.0 < report.tables[0].relative_mse < 1e-4
 
@@ -415,9 +423,9 @@ def test_kept_rows_do_not_count_in_a_sketch(tmp_path: Path, table: torch.Tensor,
     for outlier in (1.0, 1e3):
         table[7] = outlier
         torch.save({"emb.weight": table}, tmp_path / "m.pt")
-        request = cqr.Request(method=method, ratio=4, keep_rows=(7,))
+        request = cqr.ConvertOptions(method=method, ratio=4, exact_rows=(7,))
         cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", request, force=True)
-        decoded = cqr.load_dense(tmp_path / "s.safetensors")["emb.weight"]
+        decoded = cqr.load_dense_state_dict(tmp_path / "s.safetensors")["emb.weight"]
         errors.append(float((decoded - table).square().sum()))
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
 
@@ -430,8 +438,8 @@ def test_a_trainers_own_tensors_are_exported_and_kept_out_of_the_state_dict(
         "hyper_parameters": {"class_weights": torch.ones(3, 3)}, "meta_optim": torch.ones(3),
     }  # fmt: skip
     torch.save(content, tmp_path / "m.ckpt")
-    cqr.convert(tmp_path / "m.ckpt", tmp_path / "s.safetensors", cqr.Request(method="int8"))
-    assert set(cqr.load_dense(tmp_path / "s.safetensors")) == set(model_state)
+    cqr.convert(tmp_path / "m.ckpt", tmp_path / "s.safetensors", cqr.ConvertOptions(method="int8"))
+    assert set(cqr.load_dense_state_dict(tmp_path / "s.safetensors")) == set(model_state)
     cqr.export(tmp_path / "s.safetensors", tmp_path / "d.ckpt")
     back = torch.load(tmp_path / "d.ckpt", weights_only=True)
     assert torch.equal(back["callbacks"]["best{x}"]["score"], torch.tensor(0.5))
@@ -456,16 +464,17 @@ def test_a_tensor_that_cannot_be_carried_over_is_named(
 
 
 def test_names_with_markup_and_brackets_are_shown_and_matched(
-    tmp_path: Path, table: torch.Tensor, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, table: torch.Tensor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     from cqr_compress.checkpoint.size_report import SizeReport
     from cqr_compress.cli.render import print_dense_report, print_size_report
     from cqr_compress.commands.inspect import DenseReport
 
     name = "embedding_dict.[/x][0].weight"
     torch.save({name: table}, tmp_path / "m.pt")
-    cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", cqr.Request(method="int8"), tables=[name])
-    report, dense = cqr.inspect_file(tmp_path / "s.safetensors"), cqr.inspect_file(tmp_path / "m.pt", quick=True)
+    cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", cqr.ConvertOptions(method="int8"), tables=[name])
+    report, dense = cqr.inspect(tmp_path / "s.safetensors"), cqr.inspect(tmp_path / "m.pt", quick=True)
     assert isinstance(report, SizeReport) and isinstance(dense, DenseReport)
     print_size_report(report)
     print_dense_report(dense)
@@ -475,6 +484,6 @@ def test_names_with_markup_and_brackets_are_shown_and_matched(
 def test_a_converted_folder_can_be_converted_again(tmp_path: Path, table: torch.Tensor) -> None:
     save_file({"emb.weight": table}, tmp_path / "model.safetensors")
     for shard_bytes in (None, 50_000, None):
-        cqr.convert(tmp_path, request=cqr.Request(method="int8"), force=True, shard_bytes=shard_bytes)
+        cqr.convert(tmp_path, method="int8", force=True, shard_bytes=shard_bytes)
     assert (tmp_path / "model.cqr.safetensors").exists()
     assert (tmp_path / "model.cqr.safetensors.index.json").exists()

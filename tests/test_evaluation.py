@@ -1,4 +1,4 @@
-"""What compression cost: rows by frequency, a task's figures side by side, and refits of a file without data."""
+"""What compression cost: rows by frequency, a task's metrics side by side, and refits of a file without data."""
 
 import json
 import subprocess
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import cqr_compress as cqr
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import OutputExistsError, ShapeError, SpecError, SwapError, TableNotFoundError
-from cqr_compress.finetuning.fisher_fit import in_basis
+from cqr_compress.finetuning.fisher_fit import transformed
 from cqr_compress.model.load import load_checkpoint
 from cqr_compress.planning.scan import ScannedTable, scan_table
-from cqr_compress.quantize.refine import improve
+from cqr_compress.quantize.refine import refine
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -43,7 +43,7 @@ def dense(tmp_path: Path, model_state: dict[str, Tensor]) -> Path:
 
 @pytest.fixture
 def small(dense: Path, tmp_path: Path) -> Path:
-    cqr.convert(dense, tmp_path / "small.safetensors", cqr.Request(method="rq", num_levels=4, n_bits=4))
+    cqr.convert(dense, tmp_path / "small.safetensors", cqr.ConvertOptions(method="rq", num_levels=4, n_bits=4))
     return tmp_path / "small.safetensors"
 
 
@@ -58,8 +58,8 @@ def size_task() -> cqr.Task:
 
 
 def test_figures_of_tables_and_tasks_stand_side_by_side(dense: Path, small: Path, tmp_path: Path) -> None:
-    cqr.convert(dense, tmp_path / "other.safetensors", cqr.Request(method="int8"))
-    report = cqr.evaluate([small, tmp_path / "other.safetensors"], against=dense, task=size_task())
+    cqr.convert(dense, tmp_path / "other.safetensors", cqr.ConvertOptions(method="int8"))
+    report = cqr.evaluate([small, tmp_path / "other.safetensors"], original=dense, task=size_task())
     assert report.dense_bytes == dense.stat().st_size
     rows = rows_of(dense, "item")
     assert report.dense == {"length": pytest.approx(float(rows.norm(dim=1).mean()))}
@@ -72,7 +72,7 @@ def test_figures_of_tables_and_tasks_stand_side_by_side(dense: Path, small: Path
         assert table.quality["mean_cosine"] == pytest.approx(
             float(torch.cosine_similarity(rows, decoded).mean()), rel=1e-4
         )
-        assert file.figures == {"length": pytest.approx(float(decoded.norm(dim=1).mean()))}
+        assert file.metrics == {"length": pytest.approx(float(decoded.norm(dim=1).mean()))}
         assert file.file_bytes == Path(file.file).stat().st_size and table.bands == []
     first, second = report.files
     assert first.tables[0].quality["relative_mse"] > second.tables[0].quality["relative_mse"]
@@ -83,7 +83,7 @@ def test_bands_hold_the_ids_with_their_share_of_all_uses(dense: Path, small: Pat
     counts[:10] = 500.0  # half of all uses
     counts[10:410] = 10.0  # the next 40%
     counts[410:1410] = 1.0  # the last tenth
-    report = cqr.evaluate([small], against=dense, frequencies={"item_embedding.weight": counts})
+    report = cqr.evaluate([small], original=dense, frequencies={"item_embedding.weight": counts})
     table = next(t for t in report.files[0].tables if t.name == "item_embedding.weight")
     assert [(band.name, band.num_ids) for band in table.bands] == [
         ("half of all uses", 10), ("the next 40%", 400), ("the last 10%", 1000), ("never used", 1590)
@@ -106,29 +106,29 @@ def test_bands_hold_the_ids_with_their_share_of_all_uses(dense: Path, small: Pat
 def test_inspect_shows_what_evaluate_found(dense: Path, small: Path, cli: Cli) -> None:
     before = small.read_bytes()
     torch.save({"user_embedding.weight": torch.ones(1500)}, dense.with_name("counts.pt"))
-    printed = cli("evaluate", small, "--against", dense).stdout
-    assert "item_embedding.weight" in printed and "rows beside" in printed
+    printed = cli("evaluate", small, "--original", dense).stdout
+    assert "item_embedding.weight" in printed and "rows compared with" in printed
     assert small.read_bytes() == before
     saved = json.loads(small.with_suffix(".report.json").read_text())
     assert saved["evaluation"]["tables"][0]["quality"]["relative_mse"] > 0
-    assert "rows beside" in cli("inspect", small).stdout
-    shown = json.loads(cli("evaluate", small, "--against", dense, "--json").stdout)
+    assert "rows compared with" in cli("inspect", small).stdout
+    shown = json.loads(cli("evaluate", small, "--original", dense, "--json").stdout)
     assert shown["kind"] == "evaluation_report" and len(shown["files"][0]["tables"]) == 2
     # a file that was written anew is not the one that was evaluated
     cli("convert", dense, "-o", small, "--ratio", 4, "--force")
-    assert "rows beside" not in cli("inspect", small).stdout
+    assert "rows compared with" not in cli("inspect", small).stdout
 
 
 def test_evaluate_wants_a_source_or_a_task_that_fit(dense: Path, small: Path, cli: Cli, tmp_path: Path) -> None:
-    assert "--against" in cli("evaluate", small, code=2).stderr
+    assert "--original" in cli("evaluate", small, code=2).stderr
     torch.save({"item_embedding.weight": torch.randn(3000, 16)}, tmp_path / "less.pt")
     with pytest.raises(TableNotFoundError, match="user_embedding.weight"):
-        cqr.evaluate([small], against=tmp_path / "less.pt")
+        cqr.evaluate([small], original=tmp_path / "less.pt")
     torch.save(
         {n: torch.randn(1500, 16) for n in ("item_embedding.weight", "user_embedding.weight")}, tmp_path / "o.pt"
     )
     with pytest.raises(ShapeError, match=r"is \(1500, 16\) in .* and \(3000, 16\) in compressed"):
-        cqr.evaluate([small], against=tmp_path / "o.pt")
+        cqr.evaluate([small], original=tmp_path / "o.pt")
 
 
 # refits without data
@@ -137,9 +137,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pq": {"method": "pq", "num_columns": 4, "n_bits": 4},
     "opq": {"method": "pq", "num_columns": 4, "n_bits": 4, "rotation": "opq"},
     "rank": {"method": "pq", "num_columns": 4, "n_bits": 4, "rotation": "pca", "rank": 8},
-    "rq": {"method": "rq", "num_levels": 5, "n_bits": 4, "rounds": 0},
-    "prq": {"method": "prq", "num_columns": 2, "num_levels": 3, "n_bits": 4, "rounds": 0},
-    "helper": {"method": "cqr", "num_columns": 4, "n_bits": 4, "helper": "random", "rounds": 0},
+    "rq": {"method": "rq", "num_levels": 5, "n_bits": 4, "refine_rounds": 0},
+    "prq": {"method": "prq", "num_columns": 2, "num_levels": 3, "n_bits": 4, "refine_rounds": 0},
+    "helper": {"method": "cqr", "num_columns": 4, "n_bits": 4, "helper": "hashed", "refine_rounds": 0},
     "int4": {"method": "int4"},
 }
 
@@ -147,8 +147,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_refit_lowers_the_error_of_rows_at_the_same_bytes(name: str, dense: Path, tmp_path: Path) -> None:
     given, made = tmp_path / "given.safetensors", tmp_path / "made.safetensors"
-    cqr.convert(dense, given, cqr.Request(max_sample=700, **LAYOUTS[name]))
-    report = cqr.refit(given, made, dense, rounds=3)
+    cqr.convert(dense, given, cqr.ConvertOptions(max_sample=700, **LAYOUTS[name]))
+    report = cqr.refit(given, made, dense, refine_rounds=3)
     for table in report.tables:
         short = table.name.split("_")[0]
         rows = rows_of(dense, short)
@@ -166,7 +166,7 @@ def test_errors_of_a_refit_fall_round_by_round_and_are_those_of_the_rows(dense: 
         model = Model()
         cqr.load_compressed(model, small)
         table: Any = model.item_embedding.table()
-        found = improve(scan, table.spec, dict(table.tensors), rounds=4)
+        found = refine(scan, table.spec, dict(table.tensors), refine_rounds=4)
     assert (
         all(b < a + 1e-6 for a, b in zip(found.errors, found.errors[1:], strict=False)) and len(found.errors) == 5
     )
@@ -196,7 +196,7 @@ def test_rows_in_another_basis_are_read_block_by_block(dense: Path) -> None:
     basis = torch.randn(16, 16)
     with open_checkpoint(dense) as checkpoint:
         scan: ScannedTable = scan_table(checkpoint.entries["item_embedding.weight"])
-        moved = in_basis(scan, basis)
+        moved = transformed(scan, basis)
         blocks = torch.cat([rows for _, rows in moved.blocks()])
         assert torch.allclose(blocks, rows_of(dense, "item") @ basis, atol=1e-4)
         assert torch.allclose(moved.sample, scan.sample @ basis) and moved.largest == float(
@@ -204,15 +204,15 @@ def test_rows_in_another_basis_are_read_block_by_block(dense: Path) -> None:
         )
 
 
-def test_data_free_on_the_command_line(dense: Path, small: Path, cli: Cli, tmp_path: Path) -> None:
-    printed = cli("finetune", small, "--data-free", "--teacher", dense, "-o", "free.safetensors", "--rounds", 2)
+def test_refit_on_the_command_line(dense: Path, small: Path, cli: Cli, tmp_path: Path) -> None:
+    printed = cli("refit", small, "--original", dense, "-o", "free.safetensors", "--refine-rounds", 2)
     assert printed.stdout.count("relative squared error") + printed.stderr.count("relative squared error") == 2
     assert rows_of(tmp_path / "free.safetensors", "item").shape == (3000, 16)
     with pytest.raises(OutputExistsError):
         cqr.refit(small, tmp_path / "free.safetensors", dense)
-    assert "--teacher" in cli("finetune", small, "--data-free", code=2).stderr
+    assert "--original" in cli("refit", small, code=2).stderr
     with pytest.raises(SpecError, match="rounds is 0"):
-        cqr.refit(small, tmp_path / "x.safetensors", dense, rounds=0)
+        cqr.refit(small, tmp_path / "x.safetensors", dense, refine_rounds=0)
 
 
 def test_large_tensors_of_a_checkpoint_are_loaded_in_blocks(
@@ -243,15 +243,15 @@ def test_large_tensors_of_a_checkpoint_are_loaded_in_blocks(
 def test_the_report_of_a_split_file_is_the_one_beside_it(dense: Path, tmp_path: Path) -> None:
     folder = tmp_path / "split"
     folder.mkdir()
-    cqr.convert(dense, folder / "s.safetensors", cqr.Request(method="int8"), shard_bytes=30_000)
+    cqr.convert(dense, folder / "s.safetensors", cqr.ConvertOptions(method="int8"), shard_bytes=30_000)
     index = folder / "s.safetensors.index.json"
     before = set(folder.iterdir())
     for path in (index, folder):
         report = folder / "s.report.json"
         saved = json.loads(report.read_text())
         report.write_text(json.dumps({**saved, "evaluation": None}))
-        cqr.evaluate([path], against=dense)
+        cqr.evaluate([path], original=dense)
         assert json.loads(report.read_text())["evaluation"]["tables"]
-        shown = cqr.inspect_file(path)
+        shown = cqr.inspect(path)
         assert shown.evaluation is not None and set(folder.iterdir()) == before  # type: ignore[union-attr]
     assert not list(tmp_path.glob("split.report.json"))

@@ -91,7 +91,7 @@ def test_a_weighted_fit_has_less_weighted_error(method: str, table: Tensor) -> N
 
     def error(frequencies: Any) -> float:
         model = nn.ModuleDict({"emb": nn.Embedding.from_pretrained(table.clone())})
-        (told,) = cqr.compress_(model, cqr.Request(method=method, ratio=6), frequencies=frequencies)
+        (told,) = cqr.compress_(model, cqr.ConvertOptions(method=method, ratio=6), frequencies=frequencies)
         weights = zipf(3000)[:, None]
         lost = (model["emb"](torch.arange(3000)) - table).square() * weights
         found = float(lost.sum() / (table.square() * weights).sum())

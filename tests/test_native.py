@@ -204,7 +204,7 @@ SCRIPT = """
 import torch
 from cqr_compress import CompressedEmbedding, CompressedTable
 from cqr_compress.kernel.build import native
-from cqr_compress.spec import RowwiseSpec
+from cqr_compress.table.spec import RowwiseSpec
 spec = RowwiseSpec(method="int8", num_embeddings=3, embedding_dim=2, n_bits=8)
 table = CompressedTable(spec, {"codes": torch.tensor([[1, 2], [3, 4], [5, 6]]).byte(),
                                "row_scale": torch.ones(3).half(), "row_offset": torch.zeros(3).half()})

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cqr_compress.errors import SpecError
-from cqr_compress.quantize.additive import Effort, beam_search, encode_rows, solve_codebooks
-from cqr_compress.quantize.base import Quantizer
+from cqr_compress.quantize.base import Effort, Quantizer
+from cqr_compress.quantize.code_search import beam_search, encode_rows
 from cqr_compress.quantize.kmeans import fit_centroids
-from cqr_compress.quantize.registry import fit
+from cqr_compress.quantize.normal_equations import solve_codebooks
+from cqr_compress.quantize.registry import method_of
 from cqr_compress.quantize.rotation import balanced_pca, procrustes
 from cqr_compress.table.bitpack import unpack_codes
 from cqr_compress.table.codes import computed_codes
@@ -27,7 +28,7 @@ Tensor = torch.Tensor
 @dataclass(frozen=True)
 class Rows:
     sample: Tensor
-    skipped_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    stored_apart_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     weights: Tensor | None = None
 
     @property
@@ -48,7 +49,7 @@ def spec_of(rows: Tensor, C: int = 4, L: int = 1, n_bits: int = 4, **fields: obj
 
 
 def compress(rows: Tensor, spec: AnySpec, effort: Effort | None = None) -> tuple[Quantizer, CompressedTable]:
-    quantizer = fit(Rows(rows), spec, effort or Effort())
+    quantizer = method_of(spec.method).fit(Rows(rows), spec, effort or Effort(), lambda: None)
     return quantizer, CompressedTable(spec, {**quantizer.shared_tensors(), **quantizer.encode(rows, 0)})
 
 
@@ -68,7 +69,7 @@ def test_pq_decodes_as_faiss_decodes_the_same_codes_and_codebooks(table: Tensor)
 
 def test_rq_decodes_as_the_sum_of_its_codewords(table: Tensor) -> None:
     spec = spec_of(table, C=2, L=3, n_bits=5, method="prq")
-    quantizer, ours = compress(table, spec, Effort(rounds=1))
+    quantizer, ours = compress(table, spec, Effort(refine_rounds=1))
     codes = unpack_codes(ours.tensors["codes"], 6, 5).view(-1, 2, 3).tolist()
     codebooks = quantizer.shared_tensors()["codebooks"]
     for row in (0, 17, 2999):
@@ -81,7 +82,7 @@ def test_rq_decodes_as_the_sum_of_its_codewords(table: Tensor) -> None:
 def test_lookup_equals_rows_of_the_decoded_table(
     table: Tensor, C: int, L: int, rounds: int, rotation: str | None
 ) -> None:
-    _, ours = compress(table, spec_of(table, C, L, rotation=rotation), Effort(rounds=rounds, restarts=1))
+    _, ours = compress(table, spec_of(table, C, L, rotation=rotation), Effort(refine_rounds=rounds, restarts=1))
     ids = torch.tensor([0, 2999, 5, 5, 1234])
     assert torch.allclose(ours.lookup(ids), ours.decode()[ids], atol=1e-5)
     assert torch.allclose(ours.decode(100, 103), ours.decode()[100:103], atol=1e-5)
@@ -110,14 +111,14 @@ def test_rows_that_are_codewords_decode_to_themselves(table: Tensor) -> None:
 @pytest.mark.parametrize("n", [1, 5, 16])
 def test_no_more_rows_than_codewords_gives_error_zero(method: tuple[str, int, int], n: int) -> None:
     rows = torch.randn(n, 16, generator=torch.Generator().manual_seed(3))
-    _, ours = compress(rows, spec_of(rows, method[1], method[2]), Effort(rounds=2))
+    _, ours = compress(rows, spec_of(rows, method[1], method[2]), Effort(refine_rounds=2))
     assert torch.equal(ours.decode(), rows)
 
 
 def test_a_wider_beam_and_more_levels_do_not_raise_the_error(table: Tensor) -> None:
     errors = [error(table, compress(table, spec_of(table, 1, L), Effort(beam=4))[1]) for L in (1, 2, 4, 6)]
     assert all(b < a for a, b in itertools.pairwise(errors))
-    codebooks = fit(Rows(table), spec_of(table, 1, 4), Effort()).shared_tensors()["codebooks"]
+    codebooks = compress(table, spec_of(table, 1, 4))[0].shared_tensors()["codebooks"]
     by_beam = [
         float((table - decode_codes(beam_search(table, codebooks[0], beam)[:, None], codebooks)).square().sum())
         for beam in (1, 4, 16)
@@ -127,7 +128,7 @@ def test_a_wider_beam_and_more_levels_do_not_raise_the_error(table: Tensor) -> N
 
 def test_refinement_lowers_the_error_of_residual_codebooks(table: Tensor) -> None:
     spec = spec_of(table, 1, 4)
-    plain, refined = (error(table, compress(table, spec, Effort(rounds=r, restarts=1))[1]) for r in (0, 4))
+    plain, refined = (error(table, compress(table, spec, Effort(refine_rounds=r, restarts=1))[1]) for r in (0, 4))
     assert refined < 0.9 * plain
 
 
@@ -153,7 +154,7 @@ def test_solved_codebooks_are_the_least_squares_solution() -> None:
 @pytest.mark.parametrize("rotation", ["opq", "pca"])
 def test_a_rotation_helps_where_variance_is_uneven(table: Tensor, rotation: str) -> None:
     mixed = table @ torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(6)))[0]
-    effort = Effort(rounds=6)
+    effort = Effort(refine_rounds=6)
     plain, rotated = (
         error(mixed, compress(mixed, spec_of(mixed, rotation=r), effort)[1]) for r in (None, rotation)
     )
@@ -165,7 +166,7 @@ def test_a_rank_puts_the_codes_where_the_energy_is(rotation: str) -> None:
     generator = torch.Generator().manual_seed(7)
     rows = torch.randn(3000, 4, generator=generator) @ torch.randn(4, 16, generator=generator)
     rows += 0.01 * torch.randn(3000, 16, generator=generator)
-    effort = Effort(rounds=4)
+    effort = Effort(refine_rounds=4)
     (_, whole), (_, low) = (
         compress(rows, spec_of(rows, rotation=rotation, rank=rank), effort) for rank in (None, 4)
     )
@@ -196,7 +197,9 @@ def test_rotations_are_orthogonal_and_procrustes_recovers_one(table: Tensor) -> 
 @settings(max_examples=25, deadline=None)
 def test_row_wise_integers_stay_within_a_step(n_bits: int, seed: int, scale: float) -> None:
     rows = torch.randn(40, 7, generator=torch.Generator().manual_seed(seed)) * scale
-    spec = RowwiseSpec(method="int", num_embeddings=40, embedding_dim=7, n_bits=n_bits, scale_dtype="float32")
+    spec = RowwiseSpec(
+        method=f"int{n_bits}", num_embeddings=40, embedding_dim=7, n_bits=n_bits, scale_dtype="float32"
+    )
     _, ours = compress(rows, spec)
     step = (rows.amax(1) - rows.amin(1)) / (2**n_bits - 1)
     # the range is chosen for the least squared error, which the whole range bounds: sqrt(7) half steps
@@ -247,7 +250,7 @@ def test_digits_name_every_row_and_use_every_codeword(columns: int, size: int) -
 def test_weighted_sketches_are_the_weighted_least_squares_solution(table: Tensor, method: str) -> None:
     spec = sketch_spec(table, method, 60)
     weights = torch.linspace(0.01, 2.0, 3000)
-    quantizer = fit(Rows(table, weights=weights), spec, Effort())
+    quantizer = method_of(method).fit(Rows(table, weights=weights), spec, Effort(), lambda: None)
     codes = computed_codes(spec, torch.arange(3000))[:, 0]
     design = torch.zeros(3000, 60 * spec.num_levels)
     design.scatter_(1, codes + torch.arange(spec.num_levels) * 60, 1.0)
@@ -266,13 +269,13 @@ def test_a_fitted_helper_hash_never_raises_the_error_of_pointers_alone(table: Te
     helped = spec_of(table, 4, 2, n_bits=4, method="cqr", code_sources=("stored", "hashed"))
     errors = []
     for spec, rounds in ((plain, 0), (helped, 0), (helped, 1), (helped, 6)):
-        errors.append(error(table, compress(table, spec, Effort(rounds=rounds))[1]))
+        errors.append(error(table, compress(table, spec, Effort(refine_rounds=rounds))[1]))
     assert errors[1] == pytest.approx(errors[0], rel=1e-5)  # a helper of zeros
     assert errors[3] < errors[2] < errors[1]
 
 
 def test_the_same_seed_gives_the_same_bits(table: Tensor) -> None:
-    spec, effort = spec_of(table, 2, 2), Effort(rounds=2, restarts=2)
+    spec, effort = spec_of(table, 2, 2), Effort(refine_rounds=2, restarts=2)
     first, second = (compress(table, spec, effort)[1].tensors for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = compress(table, replace(spec, seed=1), effort)[1].tensors

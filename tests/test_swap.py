@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cqr_compress as cqr
-from cqr_compress import CompressedEmbedding, CompressedEmbeddingBag, CompressedTable, Request
-from cqr_compress.checkpoint.compressed_file import CompressedCheckpoint
+from cqr_compress import CompressedEmbedding, CompressedEmbeddingBag, CompressedTable, ConvertOptions
+from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import SwapError, TableNotFoundError, WeightWriteError
 
@@ -63,6 +63,7 @@ class Model(nn.Module):
         return self.head(h) + h @ self.item.weight.T
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* shares its values with:cqr_compress.errors.CqrCompressWarning")
 TABLES = ["item.weight", "bag.weight", "scaled.weight", "functional.weight", "relation"]
 IDS = torch.randint(1050, (40,), generator=torch.Generator().manual_seed(0))
 
@@ -73,7 +74,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
     torch.save(Model().state_dict(), folder / "ckpt.pt")
-    cqr.convert(folder / "ckpt.pt", folder / "small.safetensors", Request(method="pq", ratio=4), tables=TABLES)
+    cqr.convert(
+        folder / "ckpt.pt", folder / "small.safetensors", ConvertOptions(method="pq", ratio=4), tables=TABLES
+    )
     return folder / "small.safetensors"
 
 
@@ -87,13 +90,13 @@ def loaded(small: Path) -> Model:
 @pytest.fixture
 def exported(small: Path) -> Model:
     model = Model()
-    model.load_state_dict(cqr.load_dense(small))
+    model.load_state_dict(cqr.load_dense_state_dict(small))
     return model
 
 
 def tables_of(path: Path) -> dict[str, CompressedTable]:
     with open_checkpoint(path) as checkpoint:
-        opened = CompressedCheckpoint.of(checkpoint)
+        opened = CompressedFile.from_checkpoint(checkpoint)
         return {name: opened.table(name) for name in opened.specs}
 
 
@@ -133,7 +136,7 @@ def test_layers_are_swapped_in_place_and_tied_ones_stay_one(small: Path) -> None
     assert model.again["item"] is model.item and model.decoder.owner is model.item
     assert isinstance(model, Model) and isinstance(model.scaled, Scaled) and isinstance(model.head, nn.Linear)
     assert model.item.padding_idx == 0 and model.decoder.padding_idx is None
-    assert model.decoder.num_bytes == model.decoder.num_parameters == 0
+    assert model.decoder.nbytes == model.decoder.num_parameters == 0
 
 
 def test_the_model_holds_the_bytes_of_the_file_and_no_dense_table(loaded: Model, small: Path) -> None:
@@ -142,7 +145,7 @@ def test_the_model_holds_the_bytes_of_the_file_and_no_dense_table(loaded: Model,
         for t in [*loaded.parameters(), *loaded.buffers()]
     }
     resident = sum(size for pointer, size in storages.items() if pointer)
-    specs = cqr.inspect_file(small)
+    specs = cqr.inspect(small)
     others = sum(
         t.nbytes for t in [*loaded.blocks.parameters(), loaded.head.bias, loaded.steps, loaded.scaled.scale]
     )
@@ -151,7 +154,7 @@ def test_the_model_holds_the_bytes_of_the_file_and_no_dense_table(loaded: Model,
 
 def test_the_state_dict_is_the_file(loaded: Model, small: Path) -> None:
     with open_checkpoint(small) as checkpoint:
-        in_file = {name: entry.lazy.read().clone() for name, entry in checkpoint.entries.items()}
+        in_file = {name: entry.stored.read().clone() for name, entry in checkpoint.entries.items()}
     state = {k: v for k, v in loaded.state_dict().items() if not k.startswith("again.")}
     state = {k.replace("relation_compressed.", "relation."): v for k, v in state.items()}
     assert state.keys() == in_file.keys()
@@ -167,7 +170,7 @@ def test_the_state_dict_is_the_file(loaded: Model, small: Path) -> None:
 def test_loading_does_not_hold_on_to_the_file(small: Path, tmp_path: Path, exported: Model) -> None:
     path = tmp_path / "copy.safetensors"
     path.write_bytes(small.read_bytes())
-    with cqr.parameters_on_meta():
+    with cqr.init_empty_weights():
         model = Model()
     cqr.load_compressed(model, path)
     with path.open("r+b") as file:
@@ -208,7 +211,7 @@ def test_weights_stay_frozen_and_keep_their_dtype(small: Path) -> None:
     assert not model.item.codebooks.requires_grad and model.bag.codebooks.requires_grad
     assert model.item(IDS).dtype == model.relation.dtype == torch.float16
     exported = Model().half()
-    exported.load_state_dict(cqr.load_dense(small))
+    exported.load_state_dict(cqr.load_dense_state_dict(small))
     assert torch.allclose(model(IDS), exported(IDS), atol=0.1, rtol=0.02)
 
 
@@ -241,7 +244,7 @@ def test_a_file_can_be_loaded_again_and_after_decompression(loaded: Model, small
 
 
 def test_building_on_meta_needs_no_dense_table(small: Path, exported: Model) -> None:
-    with cqr.parameters_on_meta():
+    with cqr.init_empty_weights():
         model = Model()
     assert all(p.is_meta for p in model.parameters()) and not model.steps.is_meta
     assert model.head.weight is model.item.weight
@@ -274,8 +277,8 @@ def test_tied_dense_tensors_stay_tied_on_meta(tmp_path: Path) -> None:
             self.b.weight = self.a.weight
 
     torch.save(Tied().state_dict(), tmp_path / "t.pt")
-    cqr.convert(tmp_path / "t.pt", tmp_path / "t.safetensors", Request(ratio=4), tables=["table.weight"])
-    with cqr.parameters_on_meta():
+    cqr.convert(tmp_path / "t.pt", tmp_path / "t.safetensors", ConvertOptions(ratio=4), tables=["table.weight"])
+    with cqr.init_empty_weights():
         model = Tied()
     cqr.load_compressed(model, tmp_path / "t.safetensors")
     assert model.a.weight is model.b.weight and not model.a.weight.is_meta
@@ -322,7 +325,7 @@ def test_wrapper_prefixes_come_off_and_others_are_named(small: Path, tmp_path: P
         torch.save({prefix + k: v for k, v in Model().state_dict().items()}, tmp_path / "p.pt")
         tables = [prefix + name for name in TABLES]
         path = tmp_path / "p.safetensors"
-        cqr.convert(tmp_path / "p.pt", path, Request(method="pq", ratio=4), tables=tables, force=True)
+        cqr.convert(tmp_path / "p.pt", path, ConvertOptions(method="pq", ratio=4), tables=tables, force=True)
         model = Model()
         if prefix == "net.":
             message = refusal(functools.partial(cqr.load_compressed, model, path), model)
@@ -331,7 +334,7 @@ def test_wrapper_prefixes_come_off_and_others_are_named(small: Path, tmp_path: P
         else:
             cqr.load_compressed(model, path)
         dense = Model()
-        dense.load_state_dict({k.removeprefix(prefix): v for k, v in cqr.load_dense(path).items()})
+        dense.load_state_dict({k.removeprefix(prefix): v for k, v in cqr.load_dense_state_dict(path).items()})
         assert torch.allclose(model(IDS), dense(IDS), atol=1e-5)
 
 
@@ -351,7 +354,7 @@ def test_a_compiled_model_is_unwrapped_and_ddp_is_refused(small: Path, tmp_path:
 def test_an_untied_head_of_the_file_unties_the_model(tmp_path: Path, small: Path) -> None:
     state = Model().state_dict()
     torch.save(state, tmp_path / "u.pt")
-    request = Request(method="pq", ratio=4)
+    request = ConvertOptions(method="pq", ratio=4)
     path = tmp_path / "u.safetensors"
     cqr.convert(tmp_path / "u.pt", path, request, tables=TABLES, untie=True)
     model = Model()
@@ -461,7 +464,7 @@ def test_a_live_model_is_compressed_without_a_file() -> None:
     torch.manual_seed(0)
     model = Model()
     dense = copy.deepcopy(model)
-    done = cqr.compress_(model, 4.0)
+    done = cqr.compress_(model, ratio=4.0)
     assert [layer.name for layer in done] == ["item.weight", "bag.weight", "scaled.weight", "functional.weight"]
     assert all(layer.spec is not None and layer.quality is not None for layer in done)
     assert all(layer.spec.dense_nbytes / layer.spec.nbytes >= 4 for layer in done if layer.spec)
@@ -473,41 +476,41 @@ def test_a_live_model_is_compressed_without_a_file() -> None:
 
 def test_a_request_and_patterns_choose_what_is_compressed() -> None:
     model = Model()
-    done = cqr.compress_(model, Request(method="int8"), tables=["re:item|relation"])
+    done = cqr.compress_(model, ConvertOptions(method="int8"), tables=["re:item|relation"])
     assert [layer.name for layer in done] == ["item.weight", "relation"] and type(model.bag) is nn.EmbeddingBag
     assert done[0].spec is not None and done[0].spec.method == "int8"
-    again = cqr.compress_(model, Request(method="int8"), exclude=["bag.*"])
+    again = cqr.compress_(model, ConvertOptions(method="int8"), exclude=["bag.*"])
     assert [layer.name for layer in again] == ["scaled.weight", "functional.weight"]
 
 
 def test_a_spec_gives_its_layout_to_every_table() -> None:
     model = Model()
     first = cqr.compress_(
-        model, Request(method="prq", num_columns=4, num_levels=2, n_bits=4), tables=["item.weight"]
+        model, ConvertOptions(method="prq", num_columns=4, num_levels=2, n_bits=4), tables=["item.weight"]
     )
     assert first[0].spec is not None
     done = cqr.compress_(model, first[0].spec, tables=["bag.weight", "scaled.weight"])
     assert [layer.spec.layout for layer in done if layer.spec] == [first[0].spec.layout] * 2
     assert [layer.spec.num_embeddings for layer in done if layer.spec] == [1100, 1300]
-    rowwise = cqr.compress_(Model(), Request(method="int4"))[0].spec
+    rowwise = cqr.compress_(Model(), ConvertOptions(method="int4"))[0].spec
     assert rowwise is not None and cqr.compress_(Model(), rowwise)[1].spec.method == "int4"
     for method, fixed in (("pq", {"num_columns": 4}), ("rq", {"num_levels": 3})):
-        spec = cqr.compress_(Model(), Request(method=method, n_bits=4, **fixed))[0].spec
+        spec = cqr.compress_(Model(), ConvertOptions(method=method, n_bits=4, **fixed))[0].spec
         assert spec is not None and cqr.compress_(Model(), spec)[1].spec.layout == spec.layout
-    hashed = cqr.compress_(Model(), Request(method="hash", ratio=4))[0].spec
-    with pytest.raises(cqr.CqrCompressError, match="give a Request with a ratio"):
+    hashed = cqr.compress_(Model(), ConvertOptions(method="hash", ratio=4))[0].spec
+    with pytest.raises(cqr.CqrCompressError, match="give a ratio"):
         cqr.compress_(Model(), hashed)
 
 
 def test_a_model_without_a_table_is_refused() -> None:
     with pytest.raises(TableNotFoundError, match="Linear has no embedding layer"):
-        cqr.compress_(nn.Linear(3, 3), 4.0)
-    with pytest.raises(TableNotFoundError, match="no table of Embedding would gain"):
-        cqr.compress_(nn.Embedding(5, 3), 4.0)
+        cqr.compress_(nn.Linear(3, 3), ratio=4.0)
+    with pytest.raises(TableNotFoundError, match="no table of 'Embedding' would gain"):
+        cqr.compress_(nn.Embedding(5, 3), ratio=4.0)
     model = Model()
     before = snapshot(model)
     with pytest.raises(cqr.CqrCompressError, match="smallest layout"):
-        cqr.compress_(model, 10_000.0)
+        cqr.compress_(model, ratio=10_000.0)
     assert_unchanged(model, before)
 
 
@@ -516,7 +519,7 @@ def test_a_model_without_a_table_is_refused() -> None:
 
 def converted(model: nn.Module, path: Path, tables: list[str], ratio: float = 4.0) -> Path:
     torch.save(model.state_dict(), path.with_suffix(".pt"))
-    cqr.convert(path.with_suffix(".pt"), path, Request(method="pq", ratio=ratio), tables=tables, force=True)
+    cqr.convert(path.with_suffix(".pt"), path, ConvertOptions(method="pq", ratio=ratio), tables=tables, force=True)
     return path
 
 
@@ -543,7 +546,7 @@ def test_another_file_reaches_all_tied_layers(tmp_path: Path, table: str) -> Non
     cqr.load_compressed(model, converted(Tied(), tmp_path / "one.safetensors", ["a.weight"], 4))
     second = converted(Tied(), tmp_path / "two.safetensors", [table], 9)
     cqr.load_compressed(model, second)
-    rows = cqr.load_dense(second)["a.weight"]
+    rows = cqr.load_dense_state_dict(second)["a.weight"]
     assert torch.allclose(model.a(IDS), rows[IDS], atol=1e-6) and torch.equal(model.a(IDS), model.b(IDS))
     assert model.b.spec == model.a.spec
     cqr.decompress_(model)
@@ -572,8 +575,8 @@ def test_a_subclass_with_a_second_table_and_a_bias_is_handled(tmp_path: Path) ->
     torch.manual_seed(0)
     file = converted(nn.ModuleDict({"t": Two()}), tmp_path / "t.safetensors", ["t.weight", "t.other"])
     dense = nn.ModuleDict({"t": Two()})
-    dense.load_state_dict(cqr.load_dense(file))
-    with cqr.parameters_on_meta():
+    dense.load_state_dict(cqr.load_dense_state_dict(file))
+    with cqr.init_empty_weights():
         on_meta = nn.ModuleDict({"t": Two()})
     for model in (nn.ModuleDict({"t": Two()}), on_meta):
         cqr.load_compressed(model, file)
@@ -584,7 +587,7 @@ def test_a_subclass_with_a_second_table_and_a_bias_is_handled(tmp_path: Path) ->
 
 
 def test_a_parameter_that_two_modules_share_stays_shared_on_meta() -> None:
-    with cqr.parameters_on_meta():
+    with cqr.init_empty_weights():
         first, second = nn.Linear(2, 2), nn.Linear(2, 2)
         shared = nn.Parameter(torch.ones(2, 2))
         first.weight = shared
@@ -598,7 +601,7 @@ def test_a_wrapped_model_is_refused_everywhere(tmp_path: Path, small: Path) -> N
     try:
         wrapped = nn.parallel.DistributedDataParallel(nn.Embedding(1200, 16))
         with pytest.raises(SwapError, match="before wrapping"):
-            cqr.compress_(wrapped, 4.0)
+            cqr.compress_(wrapped, ratio=4.0)
         with pytest.raises(SwapError, match="before wrapping"):
             cqr.swap_embeddings_(wrapped, {"module.weight": tables_of(small)["item.weight"]})
     finally:

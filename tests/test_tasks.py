@@ -19,7 +19,7 @@ from cqr_compress.tasks import sasrec as sequences
 from cqr_compress.tasks.data import files as files_module
 from cqr_compress.tasks.data.files import DataOptions, ExampleFiles
 from cqr_compress.tasks.data.readers import heading, read_blocks, read_libfm
-from cqr_compress.tasks.metrics import auc, click_figures, ranking_figures
+from cqr_compress.tasks.metrics import auc, click_metrics, ranking_metrics
 from cqr_compress.tasks.registry import BUILTIN, builtin_task
 
 USERS, ITEMS, D = 40, 60, 8
@@ -44,7 +44,7 @@ def clicks_text(separator: str = ",", names: str = "user,item,label", count: int
 
 def small_file(folder: Path, state: dict[str, Tensor], tables: list[str]) -> Path:
     torch.save(state, folder / "ckpt.pt")
-    request = cqr.Request(method="pq", num_columns=4, n_bits=4, min_rows=0)
+    request = cqr.ConvertOptions(method="pq", num_columns=4, n_bits=4, min_rows=0)
     cqr.convert(folder / "ckpt.pt", folder / "small.safetensors", request, tables=tables, force=True)
     return folder / "small.safetensors"
 
@@ -64,7 +64,7 @@ def options(*train: Path, **more: Any) -> DataOptions:
 
 
 def tuned(task: Task, small: Path) -> dict[str, float]:
-    """Two steps of fine-tuning: the figures before."""
+    """Two steps of fine-tuning: the metrics before."""
     report = cqr.finetune(small, small.with_suffix(".out"), task, cqr.FinetuneOptions(max_steps=2), force=True)
     assert report.steps == 2
     return report.before
@@ -197,7 +197,7 @@ def test_examples_are_trained_on_or_held_out_each_once_an_epoch(
     assert set(sizes[:-1]) == {32} and sizes[-1] == 607 % 32
 
 
-# figures
+# metrics
 
 
 def test_auc_is_the_chance_of_a_right_order() -> None:
@@ -212,11 +212,11 @@ def test_auc_is_the_chance_of_a_right_order() -> None:
     ]
     assert auc(scores, labels.float()) == pytest.approx(sum(pairs) / len(pairs))
     assert math.isnan(auc(scores, torch.ones(60)))
-    assert click_figures(torch.zeros(4), torch.tensor([0.0, 1, 1, 0]))["bce"] == pytest.approx(math.log(2))
+    assert click_metrics(torch.zeros(4), torch.tensor([0.0, 1, 1, 0]))["bce"] == pytest.approx(math.log(2))
 
 
 def test_ranks_become_hits_and_gains() -> None:
-    found = ranking_figures(torch.tensor([0, 2, 9, 10, 500]))
+    found = ranking_metrics(torch.tensor([0, 2, 9, 10, 500]))
     assert found["hr@10"] == pytest.approx(3 / 5)
     assert found["ndcg@10"] == pytest.approx((1 + 1 / 2 + 1 / math.log2(11)) / 5)
 
@@ -348,8 +348,8 @@ def test_dlrm_reads_criteo_and_computes_what_its_code_computes(tmp_path: Path, i
     numbers = [0.0 if (i + j) % 5 == 0 else round(math.log1p(max(0, j - 2)), 4) for j in range(NUM_DENSE)]
     categories = [0 if (i + j) % 7 == 0 else (i * 2654435761 + j) % 2**32 % SIZES[j] for j in range(3)]
     assert (*numbers, *categories, float(i % 2)) in rows
-    figures = tuned(task, small)
-    assert figures["bce"] > 0
+    metrics = tuned(task, small)
+    assert metrics["bce"] > 0
 
 
 def test_dlrm_on_row_numbers_refuses_those_outside(tmp_path: Path) -> None:
@@ -541,7 +541,7 @@ def test_sasrec_reads_pairs_and_gzipped_files(tmp_path: Path) -> None:
         assert sorted(one[0].tolist()) == sorted(two[0].tolist())
     mixed = builtin_task("sasrec", small, options(write(tmp_path / "mixed.txt", "1 5\n2 6\n1 7\n2 8\n")))
     with pytest.raises(TaskError, match="all lines of a user together"):
-        mixed.figures(mixed.model())
+        mixed.measure(mixed.model())
 
 
 def test_sasrec_does_not_look_ahead_nor_at_padding(tmp_path: Path) -> None:
@@ -570,7 +570,7 @@ def test_sasrec_ranks_the_wanted_item_among_those_not_had(tmp_path: Path) -> Non
         gains.append(1 / math.log2(rank + 2) if rank < 10 else 0.0)
         hits.append(float(rank < 10))
     with torch.no_grad():
-        found = task.figures(model)
+        found = task.measure(model)
     assert found["test_ndcg@10"] == pytest.approx(sum(gains) / len(gains), abs=1e-6)
     assert found["test_hr@10"] == pytest.approx(sum(hits) / len(hits), abs=1e-6)
 
@@ -599,4 +599,4 @@ def test_every_built_in_task_is_shown_where_one_is_missing(cli: Callable[..., An
     small = pair_file(tmp_path)
     assert all(name in cli("finetune", small, code=2).stderr for name in BUILTIN)
     assert "there is no built-in task 'gmff'" in cli("finetune", small, "--task", "gmff", code=1).stderr
-    assert "--task gmf wants --train-file" in cli("finetune", small, "--task", "gmf", code=2).stderr
+    assert "--task gmf needs --train-file" in cli("finetune", small, "--task", "gmf", code=2).stderr

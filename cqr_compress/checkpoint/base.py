@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class LazyTensor(Protocol):
+class StoredTensor(Protocol):
     """A tensor on disk. Nothing is read before `read` or `read_rows`, and each call reads anew."""
 
     @property
@@ -36,21 +36,21 @@ class TensorEntry:
 
     Attributes:
         name: name in the state_dict, wrapper prefixes included.
-        lazy: where its values are.
+        stored: where its values are.
     """
 
     name: str
-    lazy: LazyTensor
+    stored: StoredTensor
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor."""
-        return self.lazy.shape
+        return self.stored.shape
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the tensor."""
-        return self.lazy.dtype
+        return self.stored.dtype
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +59,7 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
-class PlaceholderMet:
+class UnbuiltObject:
     """An object of the file that was not built, because building it would run code.
 
     Attributes:
@@ -80,9 +80,9 @@ class Checkpoint:
         format: "torch-zip", "torch-legacy", "safetensors" or "sharded ...".
         entries: tensors by name, in file order; a tensor that several names share stands once.
         aliases: other names of a tensor, each with the name it stands under in `entries`.
-        extras: names of tensors that stand outside the dict that holds the model.
-        skeleton: nesting and plain values of a pickled file as JSON (see `tree`), or None if flat.
-        placeholders: objects that were not built.
+        outside_model: names of tensors that stand outside the dict that holds the model.
+        structure: nesting and plain values of a pickled file as JSON (see `tree`), or None if flat.
+        unbuilt_objects: objects that were not built.
         optimizer_bytes: bytes of optimizer state, which `entries` leaves out.
         files: all files of the checkpoint.
         metadata: safetensors metadata.
@@ -92,9 +92,9 @@ class Checkpoint:
     format: str
     entries: Mapping[str, TensorEntry]
     aliases: Mapping[str, str] = field(default_factory=dict)
-    extras: frozenset[str] = frozenset()
-    skeleton: Any = None
-    placeholders: tuple[PlaceholderMet, ...] = ()
+    outside_model: frozenset[str] = frozenset()
+    structure: Any = None
+    unbuilt_objects: tuple[UnbuiltObject, ...] = ()
     optimizer_bytes: int = 0
     files: tuple[Path, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -123,12 +123,12 @@ def read_blocks(entry: TensorEntry, block_bytes: int) -> Iterator[tuple[int, Ten
         The first row and the block; a 0-d tensor comes whole.
     """
     if not entry.shape or entry.nbytes <= block_bytes:
-        yield 0, entry.lazy.read()
+        yield 0, entry.stored.read()
         return
     rows = entry.shape[0]
     step = max(1, block_bytes * rows // entry.nbytes)
     for start in range(0, rows, step):
-        yield start, entry.lazy.read_rows(start, min(start + step, rows))
+        yield start, entry.stored.read_rows(start, min(start + step, rows))
 
 
 DTYPES = {

@@ -1,161 +1,157 @@
-"""Write compressed files: every tensor's shape is known before its values are."""
+"""Write files: every tensor's shape is known before its values are, and the file is there complete or not at all.
+
+One way for all commands: write under a temporary name, finish, open again, verify, rename, report.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cqr_compress._version import __version__
-from cqr_compress.checkpoint.base import TensorEntry, read_blocks
-from cqr_compress.checkpoint.compressed_file import (
-    FORMAT_VERSION,
-    METADATA_KEY,
-    CompressedCheckpoint,
-    dump_header,
-    stored_name,
-)
+from cqr_compress.checkpoint.base import Checkpoint
+from cqr_compress.checkpoint.compressed_file import CompressedFile
+from cqr_compress.checkpoint.header import METADATA_KEY, Header
+from cqr_compress.checkpoint.parts import Part
 from cqr_compress.checkpoint.shards import Output, shard_paths
 from cqr_compress.checkpoint.size_report import SizeReport, report_path, size_report
 from cqr_compress.checkpoint.streaming_writer import atomic_file, check_outputs
-from cqr_compress.errors import NonFiniteError
-from cqr_compress.progress import Progress, Silent
-from cqr_compress.table.blocks import BLOCK_BYTES
-from cqr_compress.table.spec import AnySpec, TensorShape
-from cqr_compress.table.table import CompressedTable
-
-Write = Callable[[Output], None]
+from cqr_compress.progress import Progress
+from cqr_compress.table.spec import TensorShape
 
 
-Changes = Callable[[dict[str, Any]], None]
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """Where an output goes.
 
-
-def rewrite_tables(
-    opened: CompressedCheckpoint,
-    tables: Mapping[str, CompressedTable],
-    changes: Mapping[str, Mapping[str, Any]],
-    output: Path,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> SizeReport:
-    """Write a compressed file with some of its tables replaced; all other tensors are copied.
-
-    Args:
-        opened: the file.
-        tables: the new ones, by name.
-        changes: of the tables' metadata, by name.
-        output: the file to write.
-        force: replace existing output.
-        progress: told of the work.
+    Attributes:
+        path: that the user named.
+        shard_bytes: split it into files of about this size, or None.
+        force: existing files may be replaced.
+        reading: files that are being read, which may not.
     """
-    header, parts = json.loads(json.dumps(opened.header)), _Parts()
-    for name, spec in opened.specs.items():
-        if name in tables:
-            parts.add_table(name, tables[name].spec, tables[name].tensors)
-            header["tables"][name] |= {"spec": tables[name].spec.to_json(), **changes.get(name, {})}
-        else:
-            for short in spec.tensor_shapes():
-                parts.copy(opened.checkpoint.entries[stored_name(name, short)])
-            parts.specs[name] = spec
-    for entry in opened.dense_entries.values():
-        parts.copy(entry)
-    metadata = opened.checkpoint.metadata
-    return _write(output, header, metadata, parts, None, force, progress or Silent(), lambda header: None)
+
+    path: Path
+    shard_bytes: int | None = None
+    force: bool = False
+    reading: Sequence[Path] = ()
 
 
-class _Parts:
-    """What goes into the file, in order: shapes that are known in advance, and who writes them."""
+@dataclass(frozen=True)
+class CompressedOutput:
+    """A compressed file that is about to be written.
 
-    def __init__(self) -> None:
-        self.shapes: dict[str, TensorShape] = {}
-        self.specs: dict[str, AnySpec] = {}
-        self.writes: list[Write] = []
+    Attributes:
+        destination: where.
+        header: its metadata; figures that are not known yet take their widest form.
+        parts: its tensors.
+        metadata: other metadata of the safetensors file.
+    """
 
-    def add_table(self, name: str, spec: AnySpec, tensors: Mapping[str, Tensor]) -> None:
-        self.specs[name] = spec
-        for short, shape in spec.tensor_shapes().items():
-            self._add(stored_name(name, short), shape, tensors[short])
+    destination: Destination
+    header: Header
+    parts: Sequence[Part]
+    metadata: Mapping[str, str]
 
-    def add_tensor(self, name: str, shape: TensorShape, tensor: Tensor) -> None:
-        self._add(name, shape, tensor)
+    @cached_property
+    def _output(self) -> Output:
+        return _output(self.destination, self.parts, _with_header(self.metadata, self.header))
 
-    def add_dense(self, entry: TensorEntry, tensor: Tensor) -> None:
-        """Write a model's tensor; bit for bit as the file has it, if it is the same in the model's dtype."""
+    def predicted(self) -> SizeReport:
+        """The report before anything is written; its sizes are exact."""
+        out = self._output
+        return size_report(self.header, str(out.final_path), out.file_bytes, measured=False)
 
-        def write(out: Output) -> None:
-            held = entry.lazy.read()
-            same = torch.equal(held.to(tensor.dtype), tensor.detach().cpu())
-            out.write(entry.name, held if same else _narrowed(entry.name, tensor, entry.dtype))
+    def write(
+        self, progress: Progress, complete: Callable[[Header], Header] = lambda header: header
+    ) -> SizeReport:
+        """Write the file, and a JSON report beside it.
 
-        self._put(entry.name, TensorShape(entry.shape, entry.dtype), write)
+        Args:
+            progress: told of the work.
+            complete: gives the final header, no longer than the first, once all tensors are written.
 
-    def copy(self, entry: TensorEntry) -> None:
-        def write(out: Output) -> None:
-            for _, block in read_blocks(entry, BLOCK_BYTES):
-                out.write(entry.name, block)
+        Raises:
+            VerificationError: the file reads back changed; nothing is left at the destination.
+            OutputError: it cannot be written.
+        """
+        out, held = self._output, self.header
 
-        self._put(entry.name, TensorShape(entry.shape, entry.dtype), write)
+        def metadata() -> dict[str, str]:
+            nonlocal held
+            held = complete(self.header)
+            return _with_header(self.metadata, held)
 
-    def _put(self, name: str, shape: TensorShape, write: Write) -> None:
-        self.shapes[name] = shape
-        self.writes.append(write)
+        def check(opened: Checkpoint) -> None:
+            compressed = CompressedFile.from_checkpoint(opened)
+            for part in self.parts:
+                part.check(compressed)
 
-    def _add(self, stored: str, shape: TensorShape, tensor: Tensor) -> None:
-        def write(out: Output) -> None:
-            out.write(stored, _narrowed(stored, tensor, shape.dtype))
-
-        self._put(stored, shape, write)
-
-
-def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    value = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-    if not bool(value.isfinite().all()) and bool(tensor.isfinite().all()):
-        raise NonFiniteError(f"{name!r} has values beyond {dtype}: nothing was written")
-    return value
+        _write(out, self.destination, self.parts, metadata, check, progress)
+        report = size_report(held, str(out.final_path), out.file_bytes, measured=True)
+        write_report(report_path(self.destination.path), report)
+        return report
 
 
-def _new_header(model: nn.Module) -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION, "version": __version__, "seed": 0, "tables": {}, "aliases": {},
-        "extras": [], "skeleton": None, "left_dense": [],
-        "source": {
-            "file": type(model).__name__, "format": "live model", "bytes": 0, "optimizer_bytes": 0,
-            "placeholders": [],
-        },
-    }  # fmt: skip
+def write_dense(
+    destination: Destination, parts: Sequence[Part], metadata: Mapping[str, str], progress: Progress
+) -> int:
+    """Write a dense safetensors file.
+
+    Returns:
+        Bytes of all its files.
+    """
+    out = _output(destination, parts, metadata)
+    _write(out, destination, parts, lambda: metadata, lambda opened: None, progress)
+    return out.file_bytes
+
+
+def write_report(path: Path, report: SizeReport) -> None:
+    """Write a report as JSON."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(report.to_json(), indent=2) + "\n").encode())
+
+
+def _output(destination: Destination, parts: Sequence[Part], metadata: Mapping[str, str]) -> Output:
+    shapes: dict[str, TensorShape] = {}
+    for part in parts:
+        shapes.update(part.shapes)
+    return Output(
+        destination.path, shapes, shard_paths(destination.path, shapes, destination.shard_bytes), metadata
+    )
+
+
+def _with_header(metadata: Mapping[str, str], header: Header) -> dict[str, str]:
+    return {**metadata, "format": "pt", METADATA_KEY: header.dumps()}
 
 
 def _write(
-    output: Path,
-    header: dict[str, Any],
-    metadata: Mapping[str, str],
-    parts: _Parts,
-    shard_bytes: int | None,
-    force: bool,
+    out: Output,
+    destination: Destination,
+    parts: Sequence[Part],
+    metadata: Callable[[], Mapping[str, str]],
+    check: Callable[[Checkpoint], None],
     progress: Progress,
-    change_header: Changes,
-) -> SizeReport:
-    change_header(header)
-    metadata = {**metadata, "format": "pt", METADATA_KEY: dump_header(header)}
-    paths = shard_paths(output, parts.shapes, shard_bytes)
-    out = Output(output, parts.shapes, paths, metadata)
-    check_outputs([*paths, out.final_path], force)
+) -> None:
+    check_outputs([*out.paths, out.final_path], destination.force, destination.reading)
+    silent = [part for part in parts if not part.shows_progress]
+
+    def put(name: str, values: Tensor) -> None:
+        out.write(name, values)
+        progress.advance(values.nbytes)
+
     with out:
-        progress.start("writing", len(parts.writes), "tensors")
-        for write in parts.writes:
-            write(out)
-            progress.advance()
-        out.finish(metadata)
-        progress.start("verifying", sum(shape.nbytes for shape in parts.shapes.values()), "bytes")
+        nbytes = sum(shape.nbytes for part in silent for shape in part.shapes.values())
+        progress.start("writing tensors", nbytes, "bytes")
+        for part in sorted(parts, key=lambda part: part.shows_progress):
+            part.write(out.write if part.shows_progress else put)
+        out.finish(metadata())
+        progress.start("verifying", sum(shape.nbytes for shape in out.shapes.values()), "bytes")
         with out.reopen() as opened:
-            CompressedCheckpoint.of(opened)
             out.verify(opened, progress.advance)
-        report = size_report(header, parts.specs, str(out.final_path), out.file_bytes, measured=True)
+            check(opened)
         out.commit()
-    with atomic_file(report_path(output)) as file:
-        file.write((json.dumps(report.to_json(), indent=2) + "\n").encode())
-    return report

@@ -59,6 +59,7 @@ class Output:
         self, output: Path, shapes: Mapping[str, TensorShape], paths: PathShapes, metadata: Mapping[str, str]
     ) -> None:
         self.shapes = shapes
+        self.paths = list(paths)
         self._writers: list[SafetensorsWriter] = []
         self._writer_of: dict[str, SafetensorsWriter] = {}
         for path, group in paths.items():

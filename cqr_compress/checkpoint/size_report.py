@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cqr_compress.checkpoint.compressed_file import CompressedCheckpoint
+from cqr_compress.checkpoint.base import UnbuiltObject
+from cqr_compress.checkpoint.compressed_file import CompressedFile
+from cqr_compress.checkpoint.header import Header, LeftDense
 from cqr_compress.errors import FormatError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def report_path(output: Path) -> Path:
@@ -33,7 +35,7 @@ class TableReport:
         bytes_after: of its stored tensors; predicted and measured are the same number.
         ratio_bytes: bytes_before / bytes_after.
         ratio_parameters: N * D / trainable scalars.
-        kept_rows: rows stored verbatim, all-zero rows included.
+        rows_stored_apart: rows stored verbatim, and all-zero rows.
         relative_mse: see `quality.Quality`; None in a plan.
         mean_cosine: the same.
         recall_at_10: the same.
@@ -51,7 +53,7 @@ class TableReport:
     bytes_after: int
     ratio_bytes: float
     ratio_parameters: float
-    kept_rows: int
+    rows_stored_apart: int
     relative_mse: float | None
     mean_cosine: float | None
     recall_at_10: float | None
@@ -73,8 +75,8 @@ class SizeReport:
         tables_bytes_before: bytes of the compressed tables in the source.
         tables_bytes_after: bytes of their stored tensors.
         optimizer_bytes: bytes of optimizer state in the source, left behind.
-        placeholders: objects of the source that were not built: path and class_name.
-        left_dense: tables that were not compressed: name, shape, bytes, reason.
+        unbuilt_objects: objects of the source that were not built.
+        left_dense: tables that were not compressed.
         tables: the compressed ones.
         version: of the program that wrote the file.
         seed: of every random choice.
@@ -90,8 +92,8 @@ class SizeReport:
     tables_bytes_before: int
     tables_bytes_after: int
     optimizer_bytes: int
-    placeholders: list[dict[str, str]]
-    left_dense: list[dict[str, Any]]
+    unbuilt_objects: tuple[UnbuiltObject, ...]
+    left_dense: tuple[LeftDense, ...]
     tables: list[TableReport]
     version: str
     seed: int
@@ -111,76 +113,76 @@ class SizeReport:
         """
         if values.get("kind") != "size_report" or not isinstance(values.get("schema_version"), int):
             raise FormatError(f"{where!r} is JSON and not a size report")
-        if values["schema_version"] > SCHEMA_VERSION:
-            raise FormatError(f"{where!r} has report schema {values['schema_version']}: upgrade cqr-compress")
+        if values["schema_version"] != SCHEMA_VERSION:
+            raise FormatError(
+                f"{where!r} has report schema {values['schema_version']!r}, and this version reads "
+                f"{SCHEMA_VERSION}: inspect the compressed file instead"
+            )
         try:
             fields = {k: v for k, v in values.items() if k not in ("kind", "schema_version")}
             tables = [
                 TableReport(**{**table, "shape": tuple(table["shape"]), "aliases": tuple(table["aliases"])})
                 for table in fields.pop("tables")
             ]
-            return cls(tables=tables, **fields)
+            left = tuple(LeftDense(**{**item, "shape": tuple(item["shape"])}) for item in fields.pop("left_dense"))
+            unbuilt = tuple(UnbuiltObject(**item) for item in fields.pop("unbuilt_objects"))
+            return cls(tables=tables, left_dense=left, unbuilt_objects=unbuilt, **fields)
         except (TypeError, KeyError) as e:
             raise FormatError(f"{where!r} is a damaged size report: {e}") from e
 
 
-def size_report(
-    opened_header: Mapping[str, Any], specs: Mapping[str, Any], file: str, file_bytes: int, measured: bool
-) -> SizeReport:
+def size_report(header: Header, file: str, file_bytes: int, measured: bool) -> SizeReport:
     """Make the report of a compressed file from its metadata and size.
 
     Args:
-        opened_header: the `cqr_compress` metadata object.
-        specs: spec of each table.
-        file: path of the compressed file.
+        header: of the file.
+        file: its path.
         file_bytes: its size.
-        measured: whether that size was read from disk.
+        measured: whether that size was read from disk; metrics are left out where it was not.
     """
-    aliases: Mapping[str, str] = opened_header["aliases"]
-    tables = []
-    for name, spec in specs.items():
-        entry = opened_header["tables"][name]
-        quality = entry["quality"] if measured else {}
-        tables.append(
-            TableReport(
-                name=name,
-                shape=(spec.num_embeddings, spec.embedding_dim),
-                dtype=spec.dtype,
-                method=spec.method,
-                layout=spec.layout,
-                bytes_before=spec.dense_nbytes,
-                bytes_after=spec.nbytes,
-                ratio_bytes=round(spec.dense_nbytes / spec.nbytes, 3),
-                ratio_parameters=round(spec.num_embeddings * spec.embedding_dim / spec.num_parameters, 3),
-                kept_rows=spec.num_kept_rows + spec.num_zero_rows,
-                relative_mse=quality.get("relative_mse"),
-                mean_cosine=quality.get("mean_cosine"),
-                recall_at_10=quality.get("recall_at_10"),
-                weighted_relative_mse=quality.get("weighted_relative_mse"),
-                aliases=tuple(alias for alias, target in aliases.items() if target == name),
-                reason=entry["reason"],
-            )
-        )
-    source = opened_header["source"]
+    tables = [_table_report(name, header, measured) for name in header.tables]
     return SizeReport(
         file=file,
-        source=source["file"],
+        source=header.source.file,
         measured=measured,
-        file_bytes_before=source["bytes"],
+        file_bytes_before=header.source.nbytes,
         file_bytes_after=file_bytes,
         tables_bytes_before=sum(table.bytes_before for table in tables),
         tables_bytes_after=sum(table.bytes_after for table in tables),
-        optimizer_bytes=source["optimizer_bytes"],
-        placeholders=source["placeholders"],
-        left_dense=opened_header["left_dense"],
+        optimizer_bytes=header.source.optimizer_bytes,
+        unbuilt_objects=header.source.unbuilt_objects,
+        left_dense=header.left_dense,
         tables=tables,
-        version=opened_header["version"],
-        seed=opened_header["seed"],
-        tuning=opened_header.get("tuning"),
+        version=header.version,
+        seed=header.seed,
+        tuning=None if header.tuning is None else dict(header.tuning),
     )
 
 
-def report_of(opened: CompressedCheckpoint) -> SizeReport:
+def _table_report(name: str, header: Header, measured: bool) -> TableReport:
+    record = header.tables[name]
+    spec = record.spec
+    metrics = record.quality.to_json() if measured and record.quality is not None else {}
+    return TableReport(
+        name=name,
+        shape=(spec.num_embeddings, spec.embedding_dim),
+        dtype=spec.dtype,
+        method=spec.method,
+        layout=spec.layout,
+        bytes_before=spec.dense_nbytes,
+        bytes_after=spec.nbytes,
+        ratio_bytes=round(spec.dense_nbytes / spec.nbytes, 3),
+        ratio_parameters=round(spec.num_embeddings * spec.embedding_dim / spec.num_parameters, 3),
+        rows_stored_apart=spec.num_kept_rows + spec.num_zero_rows,
+        relative_mse=metrics.get("relative_mse"),
+        mean_cosine=metrics.get("mean_cosine"),
+        recall_at_10=metrics.get("recall_at_10"),
+        weighted_relative_mse=metrics.get("weighted_relative_mse"),
+        aliases=tuple(alias for alias, target in header.aliases.items() if target == name),
+        reason=record.reason,
+    )
+
+
+def report_of(opened: CompressedFile) -> SizeReport:
     """The report of an opened compressed file, its size read from disk."""
-    checkpoint = opened.checkpoint
-    return size_report(opened.header, opened.specs, str(checkpoint.path), checkpoint.file_bytes, measured=True)
+    return size_report(opened.header, opened.name, opened.checkpoint.file_bytes, measured=True)

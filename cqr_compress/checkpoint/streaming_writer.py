@@ -48,7 +48,7 @@ class HeaderLayout:
 
 
 def lay_out(shapes: Mapping[str, TensorShape], metadata: Mapping[str, str]) -> HeaderLayout:
-    """Place tensors, widest dtype first so that each is aligned, and size the header for `metadata`."""
+    """TensorSlot tensors, widest dtype first so that each is aligned, and size the header for `metadata`."""
     order = sorted(shapes, key=lambda name: (-shapes[name].dtype.itemsize, name))
     offsets, end = {}, 0
     for name in order:

@@ -1,54 +1,78 @@
-"""What all commands share: common options, and how an error ends a command."""
+"""What all commands share: options made of dataclasses, common options, and how an error ends a command."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
+import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from cqr_compress.errors import CqrCompressError, UserCodeError
+from cqr_compress.errors import CqrCompressError, CqrCompressWarning, UserCodeError
+from cqr_compress.option_fields import OptionInfo, option_infos
 
-SELECTION, OUTPUT = "Selection", "Output"
+SELECTION, OUTPUT, DATA, ORIGINAL = "Selection", "Output", "Data", "Original"
 
-
-CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", show_default=False)]
-
-
+CheckpointArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        show_default=False,
+        help="Torch or safetensors file, index of shards, or a folder with one of these.",
+    ),
+]
 TablesOption = Annotated[
     list[str] | None,
     typer.Option(
         "--tables",
-        help="Take these tables: a glob, or re: and a regular expression. Repeatable.",
+        metavar="PATTERN",
+        help="Take these tables instead: a glob, or re: and a regular expression. Repeatable.",
         rich_help_panel=SELECTION,
         show_default=False,
     ),
 ]
-
-
 ExcludeOption = Annotated[
     list[str] | None,
     typer.Option(
         "--exclude",
-        help="Leave these tables dense, named in the same way. Repeatable.",
+        metavar="PATTERN",
+        help="Leave these tables dense. Repeatable.",
         rich_help_panel=SELECTION,
         show_default=False,
     ),
 ]
-
-
+FrequenciesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--frequencies",
+        metavar="FILE",
+        help="How often each id is used: .npy, .csv (id,count or table,id,count) or .safetensors by table; "
+        "TABLE=FILE names the table. Errors are weighted by it. Repeatable.",
+        rich_help_panel=SELECTION,
+    ),
+]
+OriginalOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--original", help="The dense checkpoint that was converted.", rich_help_panel=ORIGINAL, show_default=False
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(help="Such as cpu or cuda:1.", show_default="CUDA where there is one"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=OUTPUT)]
-
-
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing output.", rich_help_panel=OUTPUT)]
-
-
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
 ShardOption = Annotated[
     str | None,
     typer.Option(
@@ -61,10 +85,91 @@ ShardOption = Annotated[
 ]
 
 
+def output_option(help: str, default: str | None = None) -> Any:
+    """The option `-o`, with a description of its default."""
+    return typer.Option(
+        "-o", "--output", metavar="FILE", help=help, rich_help_panel=OUTPUT, show_default=default or False
+    )
+
+
+def options_of(
+    cls: type, names: Sequence[str] = (), after: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of an option dataclass; it gets their values as keyword arguments.
+
+    Args:
+        cls: the dataclass; its fields determine types, defaults, choices, help and panels.
+        names: the fields that become options, in this order; all if empty.
+        after: the command's own option after which they are listed; before all others if None.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        infos, types = option_infos(cls), {f.name: (str(f.type), f.default) for f in fields(cls)}
+        made = [_parameter(name, *types[name], infos[name]) for name in names or infos]
+        own = [
+            p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD
+        ]
+        at = 1 + next(i for i, p in enumerate(own) if after is None or p.name == after)
+
+        def wrapper(**values: Any) -> None:
+            command(**{name: _plain(value, types.get(name, ("", None))[0]) for name, value in values.items()})
+
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own[:at], *made, *own[at:])]
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+        wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+        return wrapper
+
+    return decorate
+
+
+def _parameter(name: str, kind: str, default: Any, info: OptionInfo) -> inspect.Parameter:
+    """A parameter that typer makes an option of."""
+    assert default is not MISSING
+    annotation: Any = {"int": int, "float": float, "bool": bool}.get(kind.removesuffix(" | None"), str)
+    if info.choices:
+        annotation = _choices(name, info.choices)
+        default = None if default is None else annotation(default)
+    text = info.help
+    if info.choices:
+        text += f" One of {', '.join(info.choices)}."
+    flag = f"--{name.replace('_', '-')}"
+    option = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if annotation is bool else flag,
+        help=text,
+        metavar=info.metavar or ("NAME" if info.choices else None),
+        rich_help_panel=info.panel or None,
+        show_default=info.shown_default or default not in (None, ()),
+    )
+    if default in (None, ()):
+        annotation, default = annotation | None, None
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
+    )
+
+
+def _choices(name: str, choices: Sequence[str]) -> Any:
+    """An Enum, of which typer makes a choice."""
+    make: Any = Enum
+    return make(name, {choice: choice for choice in choices}, type=str)
+
+
+def _plain(value: Any, kind: str) -> Any:
+    """The value of a field, from what typer read."""
+    if isinstance(value, Enum):
+        return value.value
+    if kind == "tuple[int, ...]":
+        return _parse_ids(value)
+    if kind == "int | str | None" and value is not None and value.isdecimal():
+        return int(value)
+    return value
+
+
 def run(work: Callable[[], None], debug: bool) -> None:
     """Run a command: one message and exit code 1 for an error of this package, no traceback."""
     try:
-        work()
+        with _messages():
+            work()
     except UserCodeError as e:
         if debug:
             raise
@@ -80,11 +185,85 @@ def run(work: Callable[[], None], debug: bool) -> None:
         raise SystemExit(1) from None
 
 
+@contextmanager
+def _messages() -> Iterator[None]:
+    """Print what is logged and this package's warnings on stderr, a line each."""
+    logger, handler = logging.getLogger("cqr_compress"), _StderrHandler()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", CqrCompressWarning)
+            shown_before = warnings.showwarning
+
+            def show(message: Any, category: type[Warning], filename: str, lineno: int,
+                     file: TextIO | None = None, line: str | None = None) -> None:  # fmt: skip
+                if issubclass(category, CqrCompressWarning):
+                    typer.echo(f"note: {message}", err=True)
+                else:
+                    shown_before(message, category, filename, lineno, file, line)
+
+            warnings.showwarning = show
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to stderr as it is at that moment: above the bars, while bars are shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def _fail(message: str, code: int = 1) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
     raise SystemExit(code)
 
 
 def print_json(values: dict[str, Any]) -> None:
+    """Print a report's JSON on stdout."""
     json.dump(values, sys.stdout, indent=2)
     sys.stdout.write("\n")
+
+
+def split_setting(text: str, flag: str) -> tuple[str, str]:
+    """Split NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{flag} takes NAME=VALUE and not {text!r}")
+    return name, value
+
+
+def _parse_ids(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as e:
+        raise typer.BadParameter(f"--exact-rows takes row numbers such as 0,1 and not {text!r}") from e
+
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+
+
+def parse_size(text: str | None) -> int | None:
+    """Bytes of a size as people write it: 5GB, 500MB, 2GiB."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(?i)\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text)
+    if match is None or float(match[1]) <= 0:
+        raise typer.BadParameter(f"--shard-size takes a size such as 5GB or 500MB and not {text!r}")
+    return max(1, int(float(match[1]) * _UNITS[(match[2] or "").lower()]))

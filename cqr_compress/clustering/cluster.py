@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from cqr_compress.clustering.cluster_layer import LayerClustering
-from cqr_compress.clustering.gradient_passes import work_columns
+from cqr_compress.clustering.gradient_passes import update_columns
 from cqr_compress.clustering.observe import Losses
 from cqr_compress.clustering.options import Clustering, ClusterOptions
 from cqr_compress.errors import ShapeError, SpecError, TableNotFoundError
 from cqr_compress.nn.table_layer import TableLayer
-from cqr_compress.progress import Progress, Silent
+from cqr_compress.progress import NoProgress, Progress
 from cqr_compress.table.spec import HASHED, STORED, CodebookSpec
 
 
@@ -60,7 +60,7 @@ def cluster_(
         ShapeError: counts that do not fit a layer.
         NonFiniteError: codebooks or gradients with NaN or infinity; the model is as it was.
     """
-    options, progress = options or ClusterOptions(), progress or Silent()
+    options, progress = options or ClusterOptions(), progress or NoProgress()
     if optimizer_state not in ("reset", "keep"):
         raise SpecError(f"optimizer_state is {optimizer_state!r}: give 'reset' or 'keep'")
     if losses is not None and not callable(losses):
@@ -69,11 +69,12 @@ def cluster_(
     if not layers:
         raise TableNotFoundError(_nothing_to_cluster(model))
     weights = _check_counts(layers, counts or {})
-    informed = losses is not None
+    gradient_informed = losses is not None
     jobs = [
-        LayerClustering.begin(name, layer, weights.get(name), options, informed) for name, layer in layers.items()
+        LayerClustering.begin(name, layer, weights.get(name), options, gradient_informed)
+        for name, layer in layers.items()
     ]
-    done = work_columns(model, jobs, losses, options.buffer_bytes, "clustering", progress)
+    done = update_columns(model, jobs, losses, options.buffer_bytes, "clustering", progress)
     return [job.finish(optimizer if optimizer_state == "reset" else None) for job in done]
 
 

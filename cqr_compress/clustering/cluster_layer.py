@@ -16,7 +16,8 @@ from cqr_compress.clustering.gradients import RowGradients
 from cqr_compress.clustering.options import Clustering, ClusterOptions
 from cqr_compress.clustering.targets import Targets
 from cqr_compress.nn.table_layer import TableLayer
-from cqr_compress.quantize.kmeans import fit_centroids, nearest_centroids, row_weights
+from cqr_compress.quantize.base import row_weights
+from cqr_compress.quantize.kmeans import fit_centroids, nearest_centroids
 from cqr_compress.table.bitpack import pack_codes, unpack_codes
 from cqr_compress.table.codes import row_codes
 from cqr_compress.table.spec import STORED, CodebookSpec
@@ -38,9 +39,9 @@ class LayerClustering:
 
     @classmethod
     def begin(
-        cls, name: str, layer: TableLayer, weights: Tensor | None, options: ClusterOptions, informed: bool
+        cls, name: str, layer: TableLayer, weights: Tensor | None, options: ClusterOptions, gradient_informed: bool
     ) -> LayerClustering:
-        targets, tensors = Targets.begin(name, layer, options, informed), layer.table_tensors()
+        targets, tensors = Targets.begin(name, layer, options, gradient_informed), layer.table_tensors()
         seed = targets.spec.seed + 1 + options.seed
         return cls(
             targets=targets,
@@ -52,7 +53,7 @@ class LayerClustering:
         )
 
     @torch.no_grad()
-    def work_column(self, column: int, gradients: RowGradients | None) -> None:
+    def update_column(self, column: int, gradients: RowGradients | None) -> None:
         """Find the centroids of a column, and each id's."""
         spec, options = self.targets.spec, self.targets.options
         K = spec.codebook_size
@@ -89,14 +90,14 @@ class LayerClustering:
         layer, spec = self.targets.layer, self.targets.spec
         tensors = layer.table_tensors()
         for made in (self.codes, self.codebooks):
-            distributed.from_first(made)
+            distributed.broadcast_(made)
         moved = float((self.codes != tensors["codes"]).any(1).float().mean())
         tensors["codes"].copy_(self.codes)
         tensors["codebooks"].copy_(self.codebooks)
         layer.reseed(self.seed)
         if optimizer is not None:
             optimizer.state.pop(tensors["codebooks"], None)
-        error, used = distributed.object_from_first((self.error / max(self.norm, 1e-30), self.used))
+        error, used = distributed.broadcast_object((self.error / max(self.norm, 1e-30), self.used))
         return Clustering(
             name=self.targets.name,
             moved=moved,

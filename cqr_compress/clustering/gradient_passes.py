@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar
 
@@ -11,25 +12,26 @@ from cqr_compress import distributed
 from cqr_compress.clustering.gradients import RowGradients
 from cqr_compress.clustering.observe import Losses, backpropagate, observed
 from cqr_compress.clustering.targets import Targets
+from cqr_compress.errors import CqrCompressWarning
 from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.progress import Progress
 
 
-class ColumnJob(Protocol):
+class ColumnUpdate(Protocol):
     """One layer on its way through a clustering or a reassignment; the layer stays as it is."""
 
     @property
     def targets(self) -> Targets:
         """What the layer's rows aim at."""
 
-    def work_column(self, column: int, gradients: RowGradients | None) -> None:
+    def update_column(self, column: int, gradients: RowGradients | None) -> None:
         """Find what becomes of one column."""
 
 
-Job = TypeVar("Job", bound=ColumnJob)
+Job = TypeVar("Job", bound=ColumnUpdate)
 
 
-def work_columns(
+def update_columns(
     model: nn.Module,
     jobs: Sequence[Job],
     losses: Losses | None,
@@ -58,20 +60,22 @@ def work_columns(
             for found in sums.values():
                 for tensor in (found.gradient, found.fisher, found.counts, found.blocks):
                     if tensor is not None:
-                        distributed.add_up(tensor)
-        left |= {job for job in group if job.targets.may_be_left(sums.get(job.targets.layer))}
+                        distributed.all_reduce_(tensor)
+        left |= {job for job in group if job.targets.is_unreached(sums.get(job.targets.layer))}
         group = {job: columns for job, columns in group.items() if job not in left}
         progress.start(label, sum(map(len, group.values())), "columns")
         for job, columns in group.items():
             gradients = sums.get(job.targets.layer)
             if gradients is not None:
-                job.targets.take(gradients)
+                job.targets.fit_prior(gradients)
             for column in columns if distributed.rank() == 0 else ():
-                job.work_column(column, gradients)
+                job.update_column(column, gradients)
                 progress.advance()
     for job in jobs:
         if job in left:
-            progress.warn(f"no gradient reached {job.targets.name!r}, which stays as it is")
+            warnings.warn(
+                f"no gradient reached {job.targets.name!r}, which stays as it is", CqrCompressWarning, stacklevel=3
+            )
     return [job for job in jobs if job not in left]
 
 

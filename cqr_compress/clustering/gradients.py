@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from cqr_compress.clustering.observe import shares
+from cqr_compress.clustering.observe import usage
 from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.table.spec import CodebookSpec
 
@@ -60,7 +60,7 @@ class RowGradients:
         Args:
             ids: (B,) rows.
             gradient: (B, D) with respect to them, any floating dtype.
-            rotation: (width, D) that rows were multiplied by, or None.
+            rotation: (width, D) that rows were on_matmul by, or None.
         """
         gradient = gradient.float()
         if rotation is not None:
@@ -87,7 +87,7 @@ class RowGradients:
         queries, gradient = queries.float(), gradient.float()
         if rotation is not None:
             queries = queries @ rotation.float().T
-        self.counts.index_add_(0, ids, shares(gradient))
+        self.counts.index_add_(0, ids, usage(gradient))
         here = queries[:, self.columns]
         self.gradient.index_add_(0, ids, gradient.T @ here)
         squares = gradient.square()
@@ -111,14 +111,14 @@ class RowGradients:
         values, vectors = torch.linalg.eigh((self.blocks[column] / mean).double())
         return values.clamp_min(0).float(), vectors.float()
 
-    def directed_target(self, ids: Tensor, rows: Tensor, prior: Prior, eta: float, column: int) -> Tensor:
+    def directed_target(self, ids: Tensor, rows: Tensor, prior: Prior, step_size: float, column: int) -> Tensor:
         """As `target`, for one column, with the curvature of each direction: F_i times `directions`.
 
         Args:
             ids: (B,) int64.
             rows: (B, S) float32, V in this column.
             prior: m and p.
-            eta: damping.
+            step_size: damping.
             column: from the first one of `columns`.
         """
         values, vectors = self.directions(column)
@@ -127,26 +127,27 @@ class RowGradients:
         mean = prior.mean[self.columns][here]
         step = (self.gradient[ids, here] + prior.precision * (rows - mean)) @ vectors
         step = step / (self.fisher[ids][:, None] * values + prior.precision)
-        return rows - eta * step @ vectors.T
+        return rows - step_size * step @ vectors.T
 
-    def target(self, ids: slice | Tensor, rows: Tensor, prior: Prior, eta: float) -> Tensor:
+    def target(self, ids: slice | Tensor, rows: Tensor, prior: Prior, step_size: float) -> Tensor:
         """Move rows by a damped Newton step toward the maximum of the posterior of each row.
 
-        V - eta * (g + p (V - m)) / (F + p): the loss is quadratic with gradient g and curvature F, and the prior
-        of a row is Gaussian around the mean row m with precision p. Ids that are rare go toward the mean row.
+        V - step_size * (g + p (V - m)) / (F + p): the loss is quadratic with gradient g and curvature F, and the
+        prior of a row is Gaussian around the mean row m with precision p. Ids that are rare go toward the mean
+        row.
 
         Args:
             ids: which rows, slices or int64.
             rows: (B, W) float32, V.
             prior: m and p.
-            eta: damping; 1 is the whole step.
+            step_size: damping; 1 is the whole step.
 
         Returns:
             (B, W) float32.
         """
         pull = prior.precision * (rows - prior.mean[self.columns])
         precision = self.fisher[ids] + prior.precision
-        return rows - eta * (self.gradient[ids] + pull) / precision[:, None]
+        return rows - step_size * (self.gradient[ids] + pull) / precision[:, None]
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class Prior:
     precision: float
 
     @classmethod
-    def estimate(cls, moments: Moments, fisher: Tensor, tau: float) -> Prior:
+    def estimate(cls, moments: Moments, fisher: Tensor, prior_weight: float) -> Prior:
         """Find the variance of rows by expectation maximization.
 
         The variance is the mean square of the rows and, as they are only estimates, that of their errors,
@@ -171,13 +172,13 @@ class Prior:
         Args:
             moments: of the rows.
             fisher: (N,) float32, F.
-            tau: weight of the prior.
+            prior_weight: weight of the prior.
         """
         square = max(moments.mean_square, 1e-30)
         precision = 1 / square
         for _ in range(_EM_STEPS):
             precision = 1 / (square + float((1 / (fisher + precision)).mean()))
-        return cls(moments.mean, tau * precision)
+        return cls(moments.mean, prior_weight * precision)
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class Moments:
     mean_square: float
 
     @classmethod
-    def of_rows(cls, blocks: Iterable[Tensor]) -> Moments:
+    def from_rows(cls, blocks: Iterable[Tensor]) -> Moments:
         """Measure rows in blocks, (B, width) float32 each."""
         count, total, squares = 0, torch.zeros(()), 0.0
         for rows in blocks:

@@ -14,13 +14,11 @@ from cqr_compress.errors import SpecError
 from cqr_compress.nn.table_layer import TableLayer
 
 _BLOCK_VALUES = 2**22
-
-
 Losses = Callable[[], Iterable[Tensor]]
 """Begins a pass over training data: for each batch the losses of its examples, not reduced."""
 
 
-class Sums(Protocol):
+class GradientAccumulator(Protocol):
     """What is added up at the output of a layer's lookups, and of products of its rows with queries."""
 
     def add(self, ids: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
@@ -31,7 +29,7 @@ class Sums(Protocol):
 
 
 @contextmanager
-def observed(gradients: Mapping[TableLayer, Sums]) -> Iterator[None]:
+def observed(gradients: Mapping[TableLayer, GradientAccumulator]) -> Iterator[None]:
     """Let every backward in the context add to the sums of some layers; their codebooks get no gradient.
 
     Rows are cut from the codebooks, so that the pass costs no more than the rest of the model.
@@ -52,7 +50,7 @@ def observed(gradients: Mapping[TableLayer, Sums]) -> Iterator[None]:
             layer.observer = None
 
 
-def shares(gradient: Tensor) -> Tensor:
+def usage(gradient: Tensor) -> Tensor:
     """How often each row was used by products, in the measure of lookups.
 
     In an example a row counts as its gradient beside the largest, which is about 1 for the wanted row of a softmax
@@ -72,10 +70,10 @@ def shares(gradient: Tensor) -> Tensor:
 class _Summing:
     """An observer that cuts rows from the codebooks, and adds up gradients at the cut."""
 
-    sums: Sums
+    sums: GradientAccumulator
     rotation: Tensor | None
 
-    def looked_up(self, ids: Tensor, rows: Tensor) -> Tensor:
+    def on_lookup(self, ids: Tensor, rows: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return rows
         leaf = rows.detach().requires_grad_()
@@ -84,7 +82,7 @@ class _Summing:
         )
         return leaf
 
-    def multiplied(self, h: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    def on_matmul(self, h: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
         queries = h if h.requires_grad else h.detach().requires_grad_()
         products = queries @ rows.detach().T
         flat, step = h.detach().reshape(-1, h.shape[-1]), max(1, _BLOCK_VALUES // max(1, len(ids)))

@@ -14,21 +14,20 @@ from torch import Tensor, nn
 
 from cqr_compress import distributed
 from cqr_compress.clustering.cluster import codebook_layers, listed_layers
-from cqr_compress.clustering.gradient_passes import work_columns
+from cqr_compress.clustering.gradient_passes import update_columns
 from cqr_compress.clustering.gradients import RowGradients
 from cqr_compress.clustering.observe import Losses
 from cqr_compress.clustering.options import ClusterOptions
 from cqr_compress.clustering.targets import Targets
 from cqr_compress.errors import SpecError, TableNotFoundError
 from cqr_compress.nn.table_layer import TableLayer
-from cqr_compress.progress import Progress, Silent
-from cqr_compress.quantize.additive import Effort, encode_rows
+from cqr_compress.progress import NoProgress, Progress
+from cqr_compress.quantize.base import Effort
+from cqr_compress.quantize.code_search import encode_rows
 from cqr_compress.table.bitpack import pack_codes, unpack_codes
 from cqr_compress.table.spec import STORED
 
-_EFFORT = Effort(rounds=1, restarts=1)
-
-
+_EFFORT = Effort(refine_rounds=1, restarts=1)
 _FLOOR = 0.1  # no direction is free
 
 
@@ -65,7 +64,7 @@ def reassign_(
         model: changed in place.
         losses: begins a pass over training data, and yields for each batch the losses of its examples.
         max_moved: share of ids that may get other codes, in each column: those whose loss falls most.
-        options: eta, tau, memory and seed are used.
+        options: step_size, prior_weight, memory and seed are used.
         progress: told of the work.
 
     Returns:
@@ -77,7 +76,7 @@ def reassign_(
             was.
         NonFiniteError: codebooks or gradients with NaN or infinity; the model is as it was.
     """
-    options, progress = options or ClusterOptions(), progress or Silent()
+    options, progress = options or ClusterOptions(), progress or NoProgress()
     if not 0 < max_moved <= 1:
         raise SpecError(f"max_moved is {max_moved}: give a share of the ids, above 0 and at most 1")
     layers = reassignable_layers(model)
@@ -86,7 +85,7 @@ def reassign_(
             f"{type(model).__name__} has no layer whose codes are all stored{listed_layers(model)}"
         )
     jobs = [LayerReassignment.begin(name, layer, options, max_moved) for name, layer in layers.items()]
-    done = work_columns(model, jobs, losses, options.buffer_bytes, "reassigning codes", progress)
+    done = update_columns(model, jobs, losses, options.buffer_bytes, "reassigning codes", progress)
     return [job.finish() for job in done]
 
 
@@ -108,11 +107,11 @@ class LayerReassignment:
     @classmethod
     def begin(cls, name: str, layer: TableLayer, options: ClusterOptions, max_moved: float) -> LayerReassignment:
         none = torch.zeros(layer.num_embeddings, dtype=torch.bool)
-        targets = Targets.begin(name, layer, options, informed=True)
+        targets = Targets.begin(name, layer, options, gradient_informed=True)
         return cls(targets, max_moved, layer.table_tensors()["codes"].cpu().clone(), none, none.clone())
 
     @torch.no_grad()
-    def work_column(self, column: int, gradients: RowGradients | None) -> None:
+    def update_column(self, column: int, gradients: RowGradients | None) -> None:
         """Encode one column of every row, and take over what gains most."""
         targets, spec = self.targets, self.targets.spec
         assert gradients is not None and targets.prior is not None
@@ -124,7 +123,7 @@ class LayerReassignment:
         gain = torch.empty(spec.num_embeddings)
         for ids in targets.id_blocks():
             rows = targets.column(ids, column, None)
-            wanted = gradients.directed_target(ids, rows, targets.prior, targets.options.eta, column - first)
+            wanted = gradients.directed_target(ids, rows, targets.prior, targets.options.step_size, column - first)
             before = ((wanted - rows) @ basis).square().sum(1).cpu()
             wanted = (wanted @ basis).cpu()
             new = encode_rows(wanted, codebooks[None], _EFFORT, spec.seed + int(ids[0]))[:, 0]
@@ -150,6 +149,6 @@ class LayerReassignment:
         """Put the new codes into the layer, the same in all processes."""
         held = self.targets.layer.table_tensors()["codes"]
         held.copy_(self.codes)
-        distributed.from_first(held)
-        shares: Any = float(self.moved.float().mean()), float(self.wanted.float().mean())
-        return Reassignment(self.targets.name, *distributed.object_from_first(shares))
+        distributed.broadcast_(held)
+        usage: Any = float(self.moved.float().mean()), float(self.wanted.float().mean())
+        return Reassignment(self.targets.name, *distributed.broadcast_object(usage))

@@ -68,7 +68,13 @@ class ClusterSchedule:
 
     @classmethod
     def every_epoch(
-        cls, model: nn.Module, steps_per_epoch: int, num_epochs: int, *, until: float = 0.75, **arguments: Any
+        cls,
+        model: nn.Module,
+        steps_per_epoch: int,
+        num_epochs: int,
+        *,
+        codes_until: float = 0.75,
+        **arguments: Any,
     ) -> ClusterSchedule:
         """Cluster after each epoch up to a part of the training; the model needs time to rest after the last.
 
@@ -76,21 +82,21 @@ class ClusterSchedule:
             model: whose layers are clustered.
             steps_per_epoch: optimizer steps of an epoch.
             num_epochs: epochs of the training.
-            until: part of the training after which no clustering is done. The paper's is 0.6: after each of the
-                first 6 of 10 epochs.
+            codes_until: part of the training after which no clustering is done. The paper's is 0.6: after each of
+                the first 6 of 10 epochs.
             arguments: those of `ClusterSchedule`.
 
         Raises:
             SpecError: no clustering would be done.
         """
-        if steps_per_epoch < 1 or num_epochs < 1 or not 0 < until <= 1:
+        if steps_per_epoch < 1 or num_epochs < 1 or not 0 < codes_until <= 1:
             raise SpecError(
-                f"{num_epochs} epochs of {steps_per_epoch} steps, until {until}: there is no clustering"
+                f"{num_epochs} epochs of {steps_per_epoch} steps, until {codes_until}: there is no clustering"
             )
-        last = int(num_epochs * until + 1e-9)
+        last = int(num_epochs * codes_until + 1e-9)
         if last < 1:
             raise SpecError(
-                f"no epoch of {num_epochs} ends before {until} of the training: use at_fractions instead"
+                f"no epoch of {num_epochs} ends before {codes_until} of the training: use at_fractions instead"
             )
         return cls(model, [steps_per_epoch * epoch for epoch in range(1, last + 1)], **arguments)
 

@@ -26,7 +26,7 @@ class Targets:
         spec: of its table.
         options: damping, weight of the prior, memory.
         moments: of the rows; None without gradients.
-        prior: of a row; known after `take`.
+        prior: of a row; known after `fit_prior`.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Targets:
     prior: Prior | None = None
 
     @classmethod
-    def begin(cls, name: str, layer: TableLayer, options: ClusterOptions, informed: bool) -> Targets:
+    def begin(cls, name: str, layer: TableLayer, options: ClusterOptions, gradient_informed: bool) -> Targets:
         """Look at a layer.
 
         Raises:
@@ -47,8 +47,8 @@ class Targets:
         assert isinstance(spec, CodebookSpec)
         _check_finite(layer.table_tensors()["codebooks"], "codebooks", name)
         targets = cls(name, layer, spec, options)
-        if informed:
-            targets.moments = Moments.of_rows(layer.column_rows(ids) for ids in targets.id_blocks())
+        if gradient_informed:
+            targets.moments = Moments.from_rows(layer.lookup_unrotated(ids) for ids in targets.id_blocks())
         return targets
 
     def id_blocks(self, ids: Tensor | None = None) -> Iterator[Tensor]:
@@ -61,19 +61,19 @@ class Targets:
     def column(self, ids: Tensor, column: int, gradients: RowGradients | None) -> Tensor:
         """Where one column of some rows is, or wants to be: (B, S) float32."""
         S = self.spec.sub_dim
-        rows = self.layer.column_rows(ids)
+        rows = self.layer.lookup_unrotated(ids)
         if gradients is None:
             return rows[:, column * S : (column + 1) * S].contiguous()
         assert self.prior is not None
-        moved = gradients.target(ids, rows[:, gradients.columns], self.prior, self.options.eta)
+        moved = gradients.target(ids, rows[:, gradients.columns], self.prior, self.options.step_size)
         at = column * S - gradients.columns.start
         return moved[:, at : at + S].contiguous()
 
-    def may_be_left(self, gradients: RowGradients | None) -> bool:
+    def is_unreached(self, gradients: RowGradients | None) -> bool:
         """Whether no gradient reached the layer, and the options let it be."""
         return gradients is not None and self.options.skip_unreached and not gradients.counts.any()
 
-    def take(self, gradients: RowGradients) -> None:
+    def fit_prior(self, gradients: RowGradients) -> None:
         """Learn from a pass over the data what the prior of rows is.
 
         Raises:
@@ -88,7 +88,7 @@ class Targets:
         for sums in (gradients.gradient, gradients.fisher):
             _check_finite(sums, "gradients", self.name)
         assert self.moments is not None
-        self.prior = Prior.estimate(self.moments, gradients.fisher, self.options.tau)
+        self.prior = Prior.estimate(self.moments, gradients.fisher, self.options.prior_weight)
 
 
 def _check_finite(values: Tensor, what: str, name: str) -> None:

@@ -1,8 +1,8 @@
-"""What compression cost and what fine-tuning gave back: rows beside their source, models by a task's figures."""
+"""What compression cost and what fine-tuning gave back: rows beside their source, models by a task's metrics."""
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import Checkpoint
-from cqr_compress.checkpoint.compressed_file import CompressedCheckpoint
+from cqr_compress.checkpoint.compressed_file import CompressedFile
+from cqr_compress.checkpoint.compressed_writer import write_report
 from cqr_compress.checkpoint.formats.open import open_checkpoint
-from cqr_compress.checkpoint.size_report import SizeReport, report_of, report_path
-from cqr_compress.checkpoint.streaming_writer import atomic_file
-from cqr_compress.errors import OutputError
+from cqr_compress.checkpoint.size_report import report_of, report_path
+from cqr_compress.errors import CqrCompressWarning, OutputError
 from cqr_compress.finetuning.task import Task
 from cqr_compress.finetuning.task_model import evaluate_task, load_model, own_device
 from cqr_compress.planning.frequencies import Frequencies, read_frequencies
 from cqr_compress.planning.scan import ScannedTable, source_rows
-from cqr_compress.progress import Progress, Silent
+from cqr_compress.progress import Progress, shown
 from cqr_compress.table.quality import QualityMeter, recall
 from cqr_compress.table.table import CompressedTable
 
@@ -53,7 +53,7 @@ class TableEvaluation:
 
     Attributes:
         name: of the table.
-        quality: figures by name, see `quality.Quality`.
+        quality: metrics by name, see `quality.Quality`.
         bands: the same by frequency, where that is known.
     """
 
@@ -70,13 +70,13 @@ class FileEvaluation:
         file: its path.
         file_bytes: its size.
         tables: beside the dense checkpoint; empty without one.
-        figures: of the task, or None without one.
+        metrics: of the task, or None without one.
     """
 
     file: str
     file_bytes: int
     tables: list[TableEvaluation]
-    figures: dict[str, float] | None
+    metrics: dict[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ class EvaluationReport:
     """What `evaluate` found.
 
     Attributes:
-        against: the dense checkpoint, or None.
+        original: the dense checkpoint, or None.
         dense_bytes: its size.
-        dense: its figures, or None without a task.
+        dense: its metrics, or None without a task.
         task: its name, or None.
         metric: the figure that counts, or None.
         files: the compressed files.
     """
 
-    against: str | None
+    original: str | None
     dense_bytes: int | None
     dense: dict[str, float] | None
     task: str | None
@@ -107,50 +107,43 @@ class EvaluationReport:
 def evaluate(
     files: Sequence[str | Path],
     *,
-    against: str | Path | None = None,
+    original: str | Path | None = None,
     task: Task | None = None,
     frequencies: Frequencies = (),
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationReport:
-    """Compare compressed files with their source, by their rows and by a task's figures, side by side.
+    """Compare compressed files with their source, by their rows and by a task's metrics, side by side.
 
-    The report beside each file is completed by what is found, and `inspect_file` shows it.
+    The report beside each file is completed by what is found, and `inspect` shows it.
 
     Args:
         files: compressed files.
-        against: the dense checkpoint they stand for.
-        task: its figures are measured, of the dense model too.
+        original: the dense checkpoint they stand for.
+        task: its metrics are measured, of the dense model too.
         frequencies: how often each id is used, see `read_frequencies`.
         seed: of every random choice.
         device: to run the task on; CUDA where there is one, if None.
-        progress: told of the work.
+        progress: told of the work; bars where stderr is a terminal, if None.
 
     Raises:
         CqrCompressError: see the subclasses in `errors`.
     """
-    progress = progress or Silent()
     chosen = own_device(device)
     dense, dense_bytes = None, None
-    if against is not None:
-        with open_checkpoint(against) as checkpoint:
-            dense_bytes = checkpoint.file_bytes
-        if task is not None:
-            dense = _figures(task, Path(against), seed, chosen, progress)
-    found = []
-    for path in map(Path, files):
-        tables: list[TableEvaluation] = []
-        with open_checkpoint(path) as compressed:
-            opened = CompressedCheckpoint.of(compressed)
-            file_bytes = compressed.file_bytes
-            if against is not None:
-                with open_checkpoint(against) as checkpoint:
-                    tables = _tables(opened, checkpoint, frequencies, seed, progress)
-        figures = None if task is None else _figures(task, path, seed, chosen, progress)
-        found.append(FileEvaluation(str(path), file_bytes, tables, figures))
+    with shown(progress) as progress:
+        if original is not None:
+            with open_checkpoint(original) as checkpoint:
+                dense_bytes = checkpoint.file_bytes
+            if task is not None:
+                dense = _metrics(task, Path(original), seed, chosen, progress)
+        found = [
+            _file_evaluation(path, original, task, frequencies, seed, chosen, progress)
+            for path in map(Path, files)
+        ]
     report = EvaluationReport(
-        against=None if against is None else str(against),
+        original=None if original is None else str(original),
         dense_bytes=dense_bytes,
         dense=dense,
         task=None if task is None else task.name,
@@ -161,17 +154,38 @@ def evaluate(
         try:
             _complete(Path(one.file), report, one)
         except OutputError as e:
-            progress.warn(f"the report beside {one.file!r} stays as it was: {e}")
+            message = f"the report next to {one.file!r} stays as it was: {e}"
+            warnings.warn(message, CqrCompressWarning, stacklevel=2)
     return report
 
 
-def _figures(task: Task, path: Path, seed: int, device: torch.device, progress: Progress) -> dict[str, float]:
+def _file_evaluation(
+    path: Path,
+    original: str | Path | None,
+    task: Task | None,
+    frequencies: Frequencies,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> FileEvaluation:
+    tables: list[TableEvaluation] = []
+    with open_checkpoint(path) as compressed:
+        opened = CompressedFile.from_checkpoint(compressed)
+        file_bytes = compressed.file_bytes
+        if original is not None:
+            with open_checkpoint(original) as dense:
+                tables = _tables(opened, dense, frequencies, seed, progress)
+    metrics = None if task is None else _metrics(task, path, seed, device, progress)
+    return FileEvaluation(str(path), file_bytes, tables, metrics)
+
+
+def _metrics(task: Task, path: Path, seed: int, device: torch.device, progress: Progress) -> dict[str, float]:
     progress.start(f"evaluating {path.name}", 0, "runs")
     return evaluate_task(task, load_model(task, path, seed, device), seed)
 
 
 def _tables(
-    opened: CompressedCheckpoint, dense: Checkpoint, frequencies: Frequencies, seed: int, progress: Progress
+    opened: CompressedFile, dense: Checkpoint, frequencies: Frequencies, seed: int, progress: Progress
 ) -> list[TableEvaluation]:
     counts = read_frequencies(frequencies, {n: s.num_embeddings for n, s in opened.specs.items()})
     found = []
@@ -238,10 +252,8 @@ def _band(name: str, mask: Tensor, errors: Tensor, energies: Tensor, cosines: Te
 
 
 def _complete(path: Path, report: EvaluationReport, mine: FileEvaluation) -> None:
-    """Write what was found into the report beside the file."""
+    """Write what was found into the report next to the file."""
     with open_checkpoint(path) as compressed:
-        size, beside = report_of(CompressedCheckpoint.of(compressed)), report_path(compressed.path)
+        size, target = report_of(CompressedFile.from_checkpoint(compressed)), report_path(compressed.path)
     values = {key: value for key, value in report.to_json().items() if key not in ("files", "kind")}
-    completed: SizeReport = replace(size, evaluation={**values, **asdict(mine)})
-    with atomic_file(beside) as file:
-        file.write((json.dumps(completed.to_json(), indent=2) + "\n").encode())
+    write_report(target, replace(size, evaluation={**values, **asdict(mine)}))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cqr_compress import distributed
-from cqr_compress.checkpoint.compressed_file import CompressedCheckpoint, dump_header
+from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.checkpoint.header import Header
 from cqr_compress.checkpoint.size_report import report_path
 from cqr_compress.checkpoint.streaming_writer import check_outputs
 from cqr_compress.errors import OutputExistsError, SpecError
@@ -30,9 +31,10 @@ from cqr_compress.finetuning.tuned_model import TunedModel
 from cqr_compress.model.load import model_tensors
 from cqr_compress.model.save import save_compressed
 from cqr_compress.nn.table_layer import TableLayer
+from cqr_compress.option_fields import merged
 from cqr_compress.planning.frequencies import check_counts
 from cqr_compress.planning.scan import source_rows
-from cqr_compress.progress import Progress, Silent
+from cqr_compress.progress import NoProgress, Progress, shown
 from cqr_compress.table.quality import Quality, table_quality
 
 
@@ -42,12 +44,12 @@ def finetune(
     task: Task,
     options: FinetuneOptions | None = None,
     *,
-    teacher: str | Path | None = None,
-    evaluate_teacher: bool = True,
+    original: str | Path | None = None,
     device: torch.device | str | None = None,
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    **option_fields: Any,
 ) -> TuningReport:
     """Train the codebooks of a compressed file end to end, and write what is best on held-out data.
 
@@ -57,16 +59,16 @@ def finetune(
 
     Args:
         source: a compressed file.
-        output: the safetensors file to write, with a report beside it.
+        output: the safetensors file to write, with a report next to it.
         task: the model, its data and its metric.
         options: see `FinetuneOptions`.
-        teacher: the dense checkpoint that was converted: rows are fitted to it anew, its metric is reported, and
-            distillation pulls toward it.
-        evaluate_teacher: whether to load the dense model for its figures.
+        original: the dense checkpoint that was converted: its rows are re-quantized under Fisher-weighted error,
+            its metrics are reported, and it is the teacher of distillation.
         device: to train on; CUDA where there is one, if None.
-        resume: go on from the state that an interrupted run left beside `output`, where there is one.
+        resume: continue exactly from the state that an interrupted run left next to `output`, where there is one.
         force: replace existing output, and a state of an interrupted run.
-        progress: told of the work.
+        progress: told of the work; bars where stderr is a terminal, if None.
+        **option_fields: fields of `FinetuneOptions`, such as `epochs=3`; they replace those of `options`.
 
     Returns:
         The report.
@@ -74,100 +76,129 @@ def finetune(
     Raises:
         CqrCompressError: see the subclasses in `errors`; nothing is left at `output`.
     """
-    source, output, options = Path(source), Path(output), options or FinetuneOptions()
-    teacher = None if teacher is None else Path(teacher)
-    progress = (progress or Silent()) if distributed.rank() == 0 else Silent()
+    source, output, options = Path(source), Path(output), merged(FinetuneOptions, options, option_fields)
+    original = None if original is None else Path(original)
     chosen = own_device(device)
-    if options.distill and teacher is None:
-        raise SpecError(f"distill is {options.distill!r}: give the teacher, the dense checkpoint to learn from")
+    if options.distill and original is None:
+        raise SpecError(f"distill is {options.distill!r}: give the original, the dense checkpoint to learn from")
     state = state_path(output)
     if state.exists() and not (resume or force):
         raise OutputExistsError(
-            f"{str(state)!r} is the state of an interrupted run: go on with --resume, or begin anew with --force"
+            f"{str(state)!r} is the state of an interrupted run: continue with --resume, or start over with "
+            "--force"
         )
     force = force or (resume and state.exists())  # the output is then what the interrupted run wrote
-    check_outputs([output, report_path(output)], force, [source, *([teacher] if teacher else [])])
-    began = time.monotonic()
-    with open_checkpoint(source) as checkpoint:
-        opened = CompressedCheckpoint.of(checkpoint)
-        model = load_model(task, source, options.seed, chosen)
-        tuned = TunedModel.of(model, opened, options.train == "all")
-        dense_model = None
-        if teacher is not None and (evaluate_teacher or options.distill):
-            dense_model = load_model(task, teacher, options.seed, chosen).eval().requires_grad_(False)
-        dense = None
-        if dense_model is not None and evaluate_teacher:
-            dense = evaluate_task(task, dense_model, options.seed)
-            progress.say(f"dense: {', '.join(f'{name} {value:.5g}' for name, value in dense.items())}")
-        distillation = _distillation(task, tuned, opened, dense_model, options)
-        if not options.distill:
-            dense_model = None
-        identity = _identity(options, opened, teacher, task)
-        counts = _counts(task, tuned.tables)
-        trainer = Trainer(
-            task=task, tuned=tuned, options=options,
-            changes=CodeChanges(model, tuned.tables, options, counts, progress),
-            device=chosen, distillation=distillation, teacher=teacher, method=opened.header.get("method", ""),
-            budgets={name: table.get("budget", 0) for name, table in opened.header["tables"].items()},
-            state_file=state, identity=identity,
-            progress=progress,
-        )  # fmt: skip
-        reason = trainer.run(resume)
-        guard = trainer.guard
-        report = TuningReport(
-            task=task.name, metric=task.metric, mode=task.mode, dense=dense,
-            before=guard.given.figures, after=guard.best_evaluation.figures,
-            improved=guard.improved, verdict=_verdict(trainer, reason),
-            best_step=guard.best_evaluation.step, steps=trainer.position.step,
-            history=[asdict(evaluation) for evaluation in guard.history], log=trainer.log,
-            options=options.to_json(), seconds=round(time.monotonic() - began, 1),
-        )  # fmt: skip
-        progress.say(report.verdict)
-        if distributed.rank() != 0:
+    check_outputs([output, report_path(output)], force, [source, *([original] if original else [])])
+    first = distributed.rank() == 0
+    with shown(progress if first else NoProgress()) as progress:
+        run = _Run(source, task, options, original, chosen, state, progress)
+        report, model, change_header, interrupted = run.train(resume)
+        if not first:
             return report
-        qualities = _qualities(tuned.tables, teacher, counts, progress)
-
-    def change(header: dict[str, Any]) -> None:
-        header["tuning"] = report.in_file()
-        if guard.improved:  # the rows are others
-            for name in tuned.tables:
-                header["tables"][name]["quality"] = {}
-        for name, quality in qualities.items():
-            header["tables"][name]["quality"] = quality.to_json()
-
-    size = save_compressed(model, output, source, force=force, change_header=change, progress=progress)
-    if reason != "interrupted":
+        size = save_compressed(model, output, source, force=force, change_header=change_header, progress=progress)
+    if not interrupted:
         state.unlink(missing_ok=True)
     return replace(report, size=size)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run of `finetune` between the checks of its arguments and the writing of its result."""
+
+    source: Path
+    task: Task
+    options: FinetuneOptions
+    original: Path | None
+    device: torch.device
+    state_file: Path
+    progress: Progress
+
+    def train(self, resume: bool) -> tuple[TuningReport, nn.Module, Callable[[Header], Header], bool]:
+        """Train; give the report, the best model, the change of the header, and whether it was interrupted."""
+        began = time.monotonic()
+        task, options = self.task, self.options
+        with open_checkpoint(self.source) as checkpoint:
+            opened = CompressedFile.from_checkpoint(checkpoint)
+            model = load_model(task, self.source, options.seed, self.device)
+            tuned = TunedModel.from_model(model, opened, options.trainable == "all")
+            dense, distillation = self._dense_model(tuned, opened)
+            counts = _counts(task, tuned.tables)
+            trainer = Trainer(
+                task=task, tuned=tuned, options=options,
+                changes=CodeChanges(model, tuned.tables, options, counts, self.progress),
+                device=self.device, distillation=distillation, original=self.original,
+                method=opened.header.method or "",
+                budgets={name: table.budget or 0 for name, table in opened.header.tables.items()},
+                state_file=self.state_file, identity=_identity(options, opened, self.original, task),
+                progress=self.progress,
+            )  # fmt: skip
+            reason = trainer.run(resume)
+            stopping = trainer.early_stopping
+            report = TuningReport(
+                task=task.name, metric=task.metric, mode=task.mode, dense=dense,
+                before=stopping.given.metrics, after=stopping.best_evaluation.metrics,
+                improved=stopping.improved, summary=_summary(trainer, reason),
+                best_step=stopping.best_evaluation.step, steps=trainer.position.step,
+                history=stopping.history, log=trainer.log,
+                options=options.to_json(), seconds=round(time.monotonic() - began, 1),
+            )  # fmt: skip
+            distributed.log_on_first(report.summary)
+            first = distributed.rank() == 0
+            qualities = _qualities(tuned.tables, self.original, counts, self.progress) if first else {}
+
+        def change(header: Header) -> Header:
+            tables = dict(header.tables)
+            for name in tuned.tables:
+                quality = qualities.get(name, None if stopping.improved else tables[name].quality)
+                tables[name] = replace(tables[name], quality=quality)
+            return replace(header, tables=tables, tuning=report.in_file())
+
+        return report, model, change, reason == "interrupted"
+
+    def _dense_model(
+        self, tuned: TunedModel, opened: CompressedFile
+    ) -> tuple[dict[str, float] | None, OutputDistillation | RowDistillation | None]:
+        """Load the original, where it is used, for its metrics and as a teacher."""
+        task, options = self.task, self.options
+        if self.original is None or not (options.evaluate_original or options.distill):
+            return None, None
+        model = load_model(task, self.original, options.seed, self.device).eval().requires_grad_(False)
+        metrics = None
+        if options.evaluate_original:
+            metrics = evaluate_task(task, model, options.seed)
+            distributed.log_on_first(
+                f"dense: {', '.join(f'{name} {value:.5g}' for name, value in metrics.items())}"
+            )
+        return metrics, _distillation(task, tuned, opened, model, options)
 
 
 def _distillation(
     task: Task,
     tuned: TunedModel,
-    opened: CompressedCheckpoint,
-    teacher: nn.Module | None,
+    opened: CompressedFile,
+    original: nn.Module | None,
     options: FinetuneOptions,
 ) -> OutputDistillation | RowDistillation | None:
-    if options.distill is None or teacher is None:
+    if options.distill is None or original is None:
         return None
     if options.distill == "outputs":
-        return OutputDistillation(task, teacher, tuned.model)
-    places = model_tensors(teacher, opened)
+        return OutputDistillation(task, original, tuned.model)
+    places = model_tensors(original, opened)
     rows = {layer: places[name].tensor.detach() for name, layer in tuned.tables.items()}
     return RowDistillation(task, tuned.model, rows)
 
 
 def _identity(
-    options: FinetuneOptions, opened: CompressedCheckpoint, teacher: Path | None, task: Task
+    options: FinetuneOptions, opened: CompressedFile, original: Path | None, task: Task
 ) -> dict[str, Any]:
     """What has to be equal in a run that goes on from a state."""
-    free = ("save_every", "patience")
+    free = ("save_every", "patience", "evaluate_original")
     settings = {name: value for name, value in options.to_json().items() if name not in free}
     return {
         "source": opened.checkpoint.path.name,
         "source_bytes": opened.checkpoint.file_bytes,
-        "source_header": hashlib.sha256(dump_header(opened.header).encode()).hexdigest(),
-        "teacher": None if teacher is None else teacher.name,
+        "source_header": hashlib.sha256(opened.header.dumps().encode()).hexdigest(),
+        "original": None if original is None else original.name,
         "task": task.name,
         "metric": task.metric,
         "mode": task.mode,
@@ -187,14 +218,14 @@ def _counts(task: Task, tables: Mapping[str, TableLayer]) -> dict[str, Tensor]:
     return found
 
 
-def _verdict(trainer: Trainer, reason: str) -> str:
-    guard, metric = trainer.guard, trainer.task.metric
-    before, best = guard.given.figures[metric], guard.best_evaluation
-    after = best.figures[metric]
-    if guard.improved:
-        at = "a fit to the teacher's rows" if best.what == "refit" else f"step {best.step}"
+def _summary(trainer: Trainer, reason: str) -> str:
+    early_stopping, metric = trainer.early_stopping, trainer.task.metric
+    before, best = early_stopping.given.metrics[metric], early_stopping.best_evaluation
+    after = best.metrics[metric]
+    if early_stopping.improved:
+        at = "a fit to the original's rows" if best.stage == "refit" else f"step {best.step}"
         return f"{metric} {before:.5g} -> {after:.5g}, from {at}; training ended because {reason}"
-    tried = [evaluation.figures[metric] for evaluation in guard.history[1:]]
+    tried = [evaluation.metrics[metric] for evaluation in early_stopping.history[1:]]
     if not tried:
         return f"{metric} stays {before:.5g}: the weights as they were given are kept, as {reason}"
     closest = max(tried) if trainer.task.mode == "max" else min(tried)
@@ -205,13 +236,13 @@ def _verdict(trainer: Trainer, reason: str) -> str:
 
 
 def _qualities(
-    tables: Mapping[str, TableLayer], teacher: Path | None, counts: Mapping[str, Tensor], progress: Progress
+    tables: Mapping[str, TableLayer], original: Path | None, counts: Mapping[str, Tensor], progress: Progress
 ) -> dict[str, Quality]:
-    """Compare the rows with the teacher's."""
-    if teacher is None:
+    """Compare the rows with the original's."""
+    if original is None:
         return {}
     found = {}
-    with open_checkpoint(teacher) as checkpoint:
+    with open_checkpoint(original) as checkpoint:
         for name, layer in tables.items():
             table = layer.table()
             scan = source_rows(checkpoint, name, table, counts.get(name), progress)

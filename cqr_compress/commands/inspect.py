@@ -11,24 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cqr_compress.checkpoint.base import TensorEntry
-from cqr_compress.checkpoint.compressed_file import CompressedCheckpoint, is_compressed
+from cqr_compress.checkpoint.base import TensorEntry, UnbuiltObject
+from cqr_compress.checkpoint.compressed_file import CompressedFile, is_compressed
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.checkpoint.size_report import SizeReport, report_of, report_path
 from cqr_compress.errors import BudgetError, CheckpointError, NonFiniteError, TableRefusedError
 from cqr_compress.planning.choose import estimate_ratio
 from cqr_compress.planning.find import Candidate, find_tables, refuse_foreign, with_table_names
 from cqr_compress.planning.scan import ScannedTable, scan_table
-from cqr_compress.progress import Progress, Silent
-from cqr_compress.quantize.options import Request
+from cqr_compress.progress import Progress, shown
+from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.blocks import row_blocks
 
-SCHEMA_VERSION = 1
-
-
+SCHEMA_VERSION = 2
 ESTIMATED_RATIOS = (8, 16, 32)
-
-
 _SAMPLE_ROWS = 8192
 
 
@@ -40,7 +36,7 @@ class DenseTable:
         name: of the tensor.
         shape: (N, D).
         dtype: of the tensor.
-        bytes: of the tensor.
+        nbytes: of the tensor.
         share: of the file's bytes, 0 to 1.
         confidence: that it is a table, 0 to 1.
         reason: why.
@@ -56,7 +52,7 @@ class DenseTable:
     name: str
     shape: tuple[int, int]
     dtype: str
-    bytes: int
+    nbytes: int
     share: float
     confidence: float
     reason: str
@@ -78,7 +74,7 @@ class DenseReport:
         file_bytes: size of all its files.
         num_tensors: names in it, aliases not counted.
         optimizer_bytes: bytes of optimizer state, which is not carried over.
-        placeholders: objects that were not built: path and class_name.
+        unbuilt_objects: objects that were not built.
         tables: that `convert` would take.
         others: 2-D tensors that it would not, each with name, shape, confidence and reason.
         warnings: that would stop or change a conversion.
@@ -89,7 +85,7 @@ class DenseReport:
     file_bytes: int
     num_tensors: int
     optimizer_bytes: int
-    placeholders: list[dict[str, str]]
+    unbuilt_objects: tuple[UnbuiltObject, ...]
     tables: list[DenseTable]
     others: list[dict[str, Any]]
     warnings: list[str]
@@ -99,7 +95,7 @@ class DenseReport:
         return {"kind": "checkpoint_report", "schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
-def inspect_file(
+def inspect(
     path: str | Path,
     *,
     tables: Sequence[str] = (),
@@ -114,7 +110,7 @@ def inspect_file(
         tables: as for `convert`.
         exclude: as for `convert`.
         quick: names and shapes alone; the tables are not read.
-        progress: told of the work.
+        progress: told of the work; bars where stderr is a terminal, if None.
 
     Raises:
         CheckpointError: not a file that can be described.
@@ -122,9 +118,9 @@ def inspect_file(
     path = Path(path)
     if path.suffix == ".json" and not path.name.endswith(".index.json"):
         return _saved_report(path)
-    with open_checkpoint(path) as checkpoint:
+    with shown(progress) as progress, open_checkpoint(path) as checkpoint:
         if is_compressed(checkpoint):
-            return _with_evaluation(report_of(CompressedCheckpoint.of(checkpoint)))
+            return _with_evaluation(report_of(CompressedFile.from_checkpoint(checkpoint)))
         named = with_table_names(checkpoint, compare=not quick)
         candidates = find_tables(named, tables, exclude)
         warnings = []
@@ -139,10 +135,9 @@ def inspect_file(
             file_bytes=named.file_bytes,
             num_tensors=len(named.entries),
             optimizer_bytes=named.optimizer_bytes,
-            placeholders=[{"path": m.path, "class_name": m.class_name} for m in named.placeholders],
+            unbuilt_objects=named.unbuilt_objects,
             tables=[
-                _describe(c, named.entries[c.name], named.file_bytes, quick, warnings, progress or Silent())
-                for c in found
+                _describe(c, named.entries[c.name], named.file_bytes, quick, warnings, progress) for c in found
             ],
             others=[
                 {"name": c.name, "shape": list(c.shape), "confidence": c.confidence, "reason": c.reason}
@@ -189,7 +184,7 @@ def _describe(
         "name": candidate.name,
         "shape": candidate.shape,
         "dtype": candidate.dtype,
-        "bytes": candidate.nbytes,
+        "nbytes": candidate.nbytes,
         "share": share,
         "confidence": candidate.confidence,
         "reason": candidate.reason,
@@ -233,7 +228,7 @@ def _count_duplicates(entry: TensorEntry, progress: Progress) -> int:
     weights = torch.randint(-(2**62), 2**62, (width,), generator=generator) | 1
     hashes = torch.empty(N, dtype=torch.int64)
     for start, stop in row_blocks(N, 4 * width):
-        content = entry.lazy.read_rows(start, stop).view(torch.uint8).to(torch.int64)
+        content = entry.stored.read_rows(start, stop).view(torch.uint8).to(torch.int64)
         hashes[start:stop] = (content * weights).sum(1)
         progress.advance(stop - start)
     return N - len(torch.unique(hashes))
@@ -241,7 +236,7 @@ def _count_duplicates(entry: TensorEntry, progress: Progress) -> int:
 
 def _estimate(scan: ScannedTable, ratio: int) -> float | None:
     try:
-        error = estimate_ratio(scan, Request(method="pq", ratio=ratio))
+        error = estimate_ratio(scan, ConvertOptions(method="pq", ratio=ratio))
     except (BudgetError, TableRefusedError):
         return None
     return float(f"{error:.4g}")

@@ -1,92 +1,106 @@
-"""Fit the codes and codebooks of a compressed file to its source again, over all of its rows: no data needed."""
+"""Refit a compressed file to its original, over all rows of its tables: no training data needed."""
 
 from __future__ import annotations
 
+import logging
+import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from cqr_compress.checkpoint.compressed_file import CompressedCheckpoint
-from cqr_compress.checkpoint.compressed_writer import rewrite_tables
+from cqr_compress.checkpoint.compressed_file import CompressedFile, stored_name
+from cqr_compress.checkpoint.compressed_writer import CompressedOutput, Destination
 from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.checkpoint.parts import Part, copied_part, table_part
 from cqr_compress.checkpoint.size_report import SizeReport, report_path
 from cqr_compress.checkpoint.streaming_writer import check_outputs
-from cqr_compress.errors import SpecError
+from cqr_compress.errors import CqrCompressWarning, SpecError
 from cqr_compress.planning.frequencies import Frequencies, read_frequencies
 from cqr_compress.planning.scan import ScannedTable, source_rows
-from cqr_compress.progress import Progress, Silent
-from cqr_compress.quantize.refine import can_improve, improve
-from cqr_compress.table.quality import Quality, table_quality
+from cqr_compress.progress import Progress, shown
+from cqr_compress.quantize.refine import can_refine, refine
+from cqr_compress.table.quality import table_quality
 from cqr_compress.table.spec import CodebookSpec
 from cqr_compress.table.table import CompressedTable
+
+DEFAULT_REFINE_ROUNDS = 5
+_log = logging.getLogger(__name__)
 
 
 def refit(
     source: str | Path,
     output: str | Path,
-    teacher: str | Path,
+    original: str | Path,
     *,
-    rounds: int = 5,
+    refine_rounds: int = DEFAULT_REFINE_ROUNDS,
     frequencies: Frequencies = (),
     force: bool = False,
     progress: Progress | None = None,
 ) -> SizeReport:
-    """Improve a compressed file without data: codebooks by least squares and codes by search, in turns.
+    """Re-solve all codebooks by least squares and re-encode all rows, in turns.
 
     Unlike a conversion, which fits codebooks to a sample, every row takes part in every round. A table whose error
-    does not fall stays as it was.
+    does not fall stays as it was; so do tables of integers, and those whose rotation `finetune` fitted to a task,
+    which is not orthogonal.
 
     Args:
         source: a compressed file.
-        output: the safetensors file to write, with a report beside it.
-        teacher: the dense checkpoint that was converted.
-        rounds: of solving and encoding.
-        frequencies: how often each id is used, see `read_frequencies`: errors at frequent rows cost more.
+        output: the safetensors file to write, with a report next to it.
+        original: the dense checkpoint that was converted.
+        refine_rounds: rounds of solving and re-encoding.
+        frequencies: how often each id is used, see `read_frequencies`: squared errors of rows are weighted by it.
         force: replace existing output.
-        progress: told of the work.
+        progress: told of the work; bars where stderr is a terminal, if None.
 
     Returns:
-        The size report; the file's metadata has the errors of all rounds.
+        The size report.
 
     Raises:
         CqrCompressError: see the subclasses in `errors`; nothing is left at `output`.
     """
-    source, output, teacher, progress = Path(source), Path(output), Path(teacher), progress or Silent()
-    if rounds < 1:
-        raise SpecError(f"rounds is {rounds}: it is at least 1")
-    check_outputs([output, report_path(output)], force, [source, teacher])
-    with open_checkpoint(source) as compressed, open_checkpoint(teacher) as dense:
-        opened = CompressedCheckpoint.of(compressed)
+    source, output, original = Path(source), Path(output), Path(original)
+    if refine_rounds < 1:
+        raise SpecError(f"refine_rounds is {refine_rounds}: it is at least 1")
+    check_outputs([output, report_path(output)], force, [source, original])
+    with shown(progress) as progress, open_checkpoint(source) as compressed, open_checkpoint(original) as dense:
+        opened = CompressedFile.from_checkpoint(compressed)
         counts = read_frequencies(frequencies, {n: s.num_embeddings for n, s in opened.specs.items()})
-        made: dict[str, CompressedTable] = {}
-        changes: dict[str, dict[str, Any]] = {}
+        records, parts = dict(opened.header.tables), list[Part]()
         for name, spec in opened.specs.items():
-            scan = source_rows(dense, name, opened.table(name), counts.get(name), progress)
-            table, errors = _improved(name, opened.table(name), scan, rounds, progress)
-            if table is not None:
-                made[name] = table
-                quality = _quality(table, scan)
-                changes[name] = {"quality": quality.to_json()}
-            shown = " -> ".join(f"{error:.4f}" for error in errors) or "nothing to refit"
-            progress.say(f"{name} {spec.method} {spec.layout}: relative squared error {shown}")
-        return rewrite_tables(opened, made, changes, output, force, progress)
+            table = opened.table(name)
+            scan = source_rows(dense, name, table, counts.get(name), progress)
+            refined, errors = _refined(name, table, scan, refine_rounds, progress)
+            if refined is None:
+                parts += [
+                    copied_part(compressed.entries[stored_name(name, short)]) for short in spec.tensor_shapes()
+                ]
+            else:
+                quality = table_quality(scan.blocks(), refined.decode, spec.num_embeddings, scan.weights)
+                records[name] = replace(records[name], quality=quality)
+                parts.append(table_part(name, spec, refined.tensors))
+            listed = " -> ".join(f"{error:.4f}" for error in errors) or "nothing to refit"
+            _log.info("%s %s %s: relative squared error %s", name, spec.method, spec.layout, listed)
+        parts += [copied_part(entry) for entry in opened.dense_entries.values()]
+        header = replace(opened.header, tables=records)
+        destination = Destination(path=output, force=force, reading=[*compressed.files, *dense.files])
+        return CompressedOutput(destination, header, parts, compressed.metadata).write(progress)
 
 
-def _improved(
-    name: str, table: CompressedTable, scan: ScannedTable, rounds: int, progress: Progress
+def _refined(
+    name: str, table: CompressedTable, scan: ScannedTable, refine_rounds: int, progress: Progress
 ) -> tuple[CompressedTable | None, tuple[float, ...]]:
     spec = table.spec
     if not isinstance(spec, CodebookSpec):
         return None, ()
     body = {short: table.tensors[short] for short in ("codes", "codebooks", "rotation") if short in table.tensors}
-    if not can_improve(spec, body):
-        progress.warn(f"{name}: its rotation was fitted to a task and is not orthogonal, so it stays as it is")
+    if not can_refine(spec, body):
+        warnings.warn(
+            f"{name}: its rotation was fitted to a task and is not orthogonal, so it stays as it is",
+            CqrCompressWarning,
+            stacklevel=3,
+        )
         return None, ()
-    progress.start(f"refitting {name}", rounds, "rounds")
-    found = improve(scan, spec, body, rounds, progress.advance)
+    progress.start(f"refitting {name}", refine_rounds, "rounds")
+    found = refine(scan, spec, body, refine_rounds, progress.advance)
     if not found.errors[-1] < found.errors[0]:
         return None, found.errors
     return CompressedTable(spec, {**table.tensors, **found.tensors}), found.errors
-
-
-def _quality(table: CompressedTable, scan: ScannedTable) -> Quality:
-    return table_quality(scan.blocks(), table.decode, table.spec.num_embeddings, scan.weights)

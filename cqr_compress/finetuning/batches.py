@@ -31,21 +31,21 @@ class Step:
 
 @dataclass(frozen=True)
 class Batches:
-    """Deals a task's batches: a step takes `accumulate` of them for each process, in turns.
+    """Deals a task's batches: a step takes `gradient_accumulation_steps` of them for each process, in turns.
 
     Random numbers of the data are drawn from a stream that the seed and the epoch determine, whatever the model
     draws in between.
     """
 
     task: Task
-    accumulate: int
+    gradient_accumulation_steps: int
     seed: int
     device: torch.device
 
     def steps(self, epoch: int, skip: int = 0) -> Iterator[Step]:
         """Give the steps of an epoch, without the first `skip`."""
         world, rank = distributed.world_size(), distributed.rank()
-        width = self.accumulate * world
+        width = self.gradient_accumulation_steps * world
         group: list[Any] = []
         count = 0
         for index, batch in enumerate(self._all(epoch)):
@@ -77,7 +77,7 @@ class Batches:
             count = len(batches)  # type: ignore[arg-type]
         except TypeError:
             return None
-        return -(-count // (self.accumulate * distributed.world_size()))
+        return -(-count // (self.gradient_accumulation_steps * distributed.world_size()))
 
     def _all(self, epoch: int) -> Iterator[Any]:
         stream = RandomStream.seeded(self.seed, _DATA, epoch)

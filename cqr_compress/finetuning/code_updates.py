@@ -22,7 +22,7 @@ class CodeChanges:
     """Changes the codes of a model's tables.
 
     Attributes:
-        model: changed in place.
+        model: changed in slot.
         tables: its layers by the names of their tables.
         options: when and how.
         counts: how often ids are used, (N,) by table, where that is known.
@@ -46,7 +46,7 @@ class CodeChanges:
             TaskError: it needs the losses of examples.
         """
         asked = self.options.codes
-        needs_losses = self.options.informed or asked == "reassign"
+        needs_losses = self.options.gradient_informed or asked == "reassign"
         if asked == "auto":
             if per_example and reassignable_layers(self.model):
                 return "reassign"
@@ -65,8 +65,8 @@ class CodeChanges:
 
     def is_due(self, epoch: int) -> bool:
         """Whether codes change after so many epochs; 0 is before the first."""
-        last = int(self.options.epochs * self.options.until + 1e-9)
-        return self.options.until > 0 and epoch <= last and epoch < self.options.epochs
+        last = int(self.options.epochs * self.options.codes_until + 1e-9)
+        return self.options.codes_until > 0 and epoch <= last and epoch < self.options.epochs
 
     def change(self, kind: str, losses: Losses, optimizer: torch.optim.Optimizer) -> str:
         """Cluster or reassign; what was done, in a few words."""
@@ -79,7 +79,7 @@ class CodeChanges:
                 if named.get(id(layer)) in self.counts
             }
             done = cluster_(
-                self.model, losses if self.options.informed else None, counts=counts, optimizer=optimizer,
+                self.model, losses if self.options.gradient_informed else None, counts=counts, optimizer=optimizer,
                 options=clustering, progress=self.progress,
             )  # fmt: skip
             return "reclustered, " + ", ".join(f"{d.name} {d.moved:.0%} of ids moved" for d in done)

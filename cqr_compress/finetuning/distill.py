@@ -110,14 +110,14 @@ class _Comparing:
     wanted: Tensor
     errors: list[Tensor]
 
-    def looked_up(self, ids: Tensor, rows: Tensor) -> Tensor:
+    def on_lookup(self, ids: Tensor, rows: Tensor) -> Tensor:
         target = self.wanted[ids].to(rows)
         error = (rows - target).float().square().sum()
         self.errors.append(error / target.float().square().sum().clamp_min(1e-12))
         return rows
 
-    def multiplied(self, h: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
-        return h @ self.looked_up(ids, rows).T
+    def on_matmul(self, h: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+        return h @ self.on_lookup(ids, rows).T
 
 
 def _divergence(mine: Tensor, wanted: Tensor) -> Tensor:

@@ -18,20 +18,20 @@ class Evaluation:
     Attributes:
         step: of the optimizer.
         epoch: finished epochs.
-        what: "as given", "refit" or "trained".
-        figures: by name.
+        stage: "as given", "refit" or "trained".
+        metrics: by name.
         best: whether it was better than all before.
     """
 
     step: int
     epoch: int
-    what: str
-    figures: dict[str, float]
+    stage: str
+    metrics: dict[str, float]
     best: bool
 
 
 @dataclass
-class Guard:
+class EarlyStopping:
     """Keeps the best weights, the given ones first: what is handed back is never worse than what was given.
 
     Attributes:
@@ -39,14 +39,14 @@ class Guard:
         patience: evaluations in a row without a better one after which to stop.
         history: all evaluations.
         best: the weights of the best one.
-        without_gain: evaluations since then.
+        num_bad_evaluations: evaluations since then.
     """
 
     task: Task
     patience: int
     history: list[Evaluation] = field(default_factory=list)
     best: Snapshot | None = None
-    without_gain: int = 0
+    num_bad_evaluations: int = 0
 
     @property
     def given(self) -> Evaluation:
@@ -66,24 +66,24 @@ class Guard:
     @property
     def exhausted(self) -> bool:
         """Whether patience has run out."""
-        return self.without_gain >= self.patience
+        return self.num_bad_evaluations >= self.patience
 
-    def offer(self, step: int, epoch: int, what: str, figures: Mapping[str, float]) -> bool:
+    def offer(self, step: int, epoch: int, stage: str, metrics: Mapping[str, float]) -> bool:
         """Take an evaluation in; whether it is the best so far, so that its weights shall be kept.
 
         Raises:
             TaskError: the first one's metric is not a number.
         """
         if not self.history:
-            value = figures[self.task.metric]
+            value = metrics[self.task.metric]
             if value != value:
                 raise TaskError(f"evaluate gave {self.task.metric} = nan for the weights as they were given")
             better = True
         else:
-            better = self.task.is_better(figures, self.best_evaluation.figures)
-        self.history.append(Evaluation(step, epoch, what, dict(figures), better))
-        if what != "refit":
-            self.without_gain = 0 if better else self.without_gain + 1
+            better = self.task.is_better(metrics, self.best_evaluation.metrics)
+        self.history.append(Evaluation(step, epoch, stage, dict(metrics), better))
+        if stage != "refit":
+            self.num_bad_evaluations = 0 if better else self.num_bad_evaluations + 1
         return better
 
     def to_plain(self) -> dict[str, Any]:
@@ -91,10 +91,10 @@ class Guard:
         return {
             "history": [asdict(evaluation) for evaluation in self.history],
             "best": self.best,
-            "without_gain": self.without_gain,
+            "num_bad_evaluations": self.num_bad_evaluations,
         }
 
     def load_plain(self, plain: Mapping[str, Any]) -> None:
         """Go on from `to_plain`."""
         self.history = [Evaluation(**evaluation) for evaluation in plain["history"]]
-        self.best, self.without_gain = plain["best"], plain["without_gain"]
+        self.best, self.num_bad_evaluations = plain["best"], plain["num_bad_evaluations"]

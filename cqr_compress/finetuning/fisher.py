@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from cqr_compress import distributed
-from cqr_compress.clustering.observe import Losses, backpropagate, observed, shares
+from cqr_compress.clustering.observe import Losses, backpropagate, observed, usage
 from cqr_compress.errors import NonFiniteError, SpecError
 from cqr_compress.nn.table_layer import TableLayer
-from cqr_compress.progress import Progress, Silent
+from cqr_compress.progress import NoProgress, Progress
 
 _FLOOR = 0.1
 
 
 @dataclass
-class Curvature:
+class FisherMatrix:
     """The empirical Fisher information matrix that all rows of a table share.
 
     Attributes:
@@ -30,7 +30,7 @@ class Curvature:
     counts: Tensor
 
     @classmethod
-    def zeros(cls, layer: TableLayer) -> Curvature:
+    def zeros(cls, layer: TableLayer) -> FisherMatrix:
         """Begin a pass; on the layer's device."""
         D, device = layer.embedding_dim, layer.device
         return cls(
@@ -39,7 +39,7 @@ class Curvature:
         )
 
     def add(self, ids: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
-        """Count occurrences in; see `Sums.add`. The matrix is that of rows after rotation."""
+        """Count occurrences in; see `GradientAccumulator.add`. The matrix is that of rows after rotation."""
         gradient = gradient.float()
         self.matrix += (gradient.T @ gradient).double()
         self.counts.index_add_(0, ids, torch.ones_like(gradient[:, 0]))
@@ -48,9 +48,9 @@ class Curvature:
         """Count products of queries and rows in; see `RowGradients.add_products`."""
         weighted = queries.float() * gradient.float().square().sum(1, keepdim=True).sqrt()
         self.matrix += (weighted.T @ weighted).double()
-        self.counts.index_add_(0, ids, shares(gradient.float()))
+        self.counts.index_add_(0, ids, usage(gradient.float()))
 
-    def basis(self, num_blocks: int = 1) -> Tensor:
+    def metric_sqrt(self, num_blocks: int = 1) -> Tensor:
         """Find A such that ||x @ A - y @ A||**2 is what a difference of two rows costs.
 
         A is the symmetric square root of the matrix, scaled to a mean eigenvalue of 1 and with 0.1 added to each,
@@ -65,17 +65,17 @@ class Curvature:
         D = len(self.matrix)
         S = D // num_blocks
         matrix = self.matrix.cpu() / (self.matrix.trace().cpu() / D).clamp_min(1e-300)
-        basis = torch.zeros(D, D, dtype=torch.float64)
+        metric_sqrt = torch.zeros(D, D, dtype=torch.float64)
         for start in range(0, D, S):
             block = slice(start, start + S)
             values, vectors = torch.linalg.eigh(matrix[block, block])
-            basis[block, block] = (vectors * (values.clamp_min(0) + _FLOOR).sqrt()) @ vectors.T
-        return basis.float()
+            metric_sqrt[block, block] = (vectors * (values.clamp_min(0) + _FLOOR).sqrt()) @ vectors.T
+        return metric_sqrt.float()
 
 
-def measure_curvature(
+def measure_fisher(
     model: nn.Module, layers: Mapping[str, TableLayer], losses: Losses, progress: Progress | None = None
-) -> dict[str, Curvature]:
+) -> dict[str, FisherMatrix]:
     """Pass over training data, and sum the Fisher information of some layers' rows.
 
     Args:
@@ -92,15 +92,15 @@ def measure_curvature(
         SpecError: reduced losses, or no gradient reached any layer.
         NonFiniteError: gradients with NaN or infinity.
     """
-    progress = progress or Silent()
-    sums = {layer: Curvature.zeros(layer) for layer in layers.values()}
-    progress.start("measuring curvature", 0, "batches")
+    progress = progress or NoProgress()
+    sums = {layer: FisherMatrix.zeros(layer) for layer in layers.values()}
+    progress.start("measuring fisher", 0, "batches")
     with observed(sums):
         backpropagate(model, losses, progress.advance)
     for name, layer in layers.items():
         found = sums[layer]
-        distributed.add_up(found.matrix)
-        distributed.add_up(found.counts)
+        distributed.all_reduce_(found.matrix)
+        distributed.all_reduce_(found.counts)
         if not found.matrix.isfinite().all():
             raise NonFiniteError(f"gradients at the rows of {name!r} have NaN or infinity")
     reached = {name: sums[layer] for name, layer in layers.items() if sums[layer].counts.any()}

@@ -1,4 +1,4 @@
-"""Fit a teacher's rows anew, where an error of a row costs what the task's loss says, at the bytes there are."""
+"""Fit a original's rows anew, where an error of a row costs what the task's loss says, at the bytes there are."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ import torch
 from torch import Tensor
 
 from cqr_compress import distributed
-from cqr_compress.checkpoint.base import LazyTensor, TensorEntry
+from cqr_compress.checkpoint.base import StoredTensor, TensorEntry
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import BudgetError
-from cqr_compress.finetuning.fisher import Curvature
+from cqr_compress.finetuning.fisher import FisherMatrix
 from cqr_compress.finetuning.tuned_model import TunedModel
 from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.planning.choose import plan_table
 from cqr_compress.planning.scan import ScannedTable, source_rows
 from cqr_compress.progress import Progress
 from cqr_compress.quantize.base import TableRows
-from cqr_compress.quantize.options import Request
-from cqr_compress.quantize.refine import _in_dtypes
-from cqr_compress.quantize.registry import effort_for, fit
+from cqr_compress.quantize.options import ConvertOptions
+from cqr_compress.quantize.refine import in_dtypes
+from cqr_compress.quantize.registry import method_of
 from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec
 
 _ADDITIVE = ("pq", "rq", "prq")
 
 
 @dataclass(frozen=True)
-class Refit:
-    """Fits of a teacher's rows, to be tried one after another.
+class FisherFit:
+    """Fits of a original's rows, to be tried one after another.
 
     Attributes:
         tuned: the model; its tables change.
-        teacher: the dense checkpoint.
-        curvature: what the task says about each table; others stay as they are.
+        original: the dense checkpoint.
+        fisher: what the task says about each table; others stay as they are.
         counts: how often ids are used, by table.
         method: that the conversion was asked for.
         budgets: bytes that each table may have; its own if it is not named.
@@ -44,8 +44,8 @@ class Refit:
     """
 
     tuned: TunedModel
-    teacher: Path
-    curvature: Mapping[str, Curvature]
+    original: Path
+    fisher: Mapping[str, FisherMatrix]
     counts: Mapping[str, Tensor]
     method: str
     budgets: Mapping[str, int]
@@ -70,20 +70,20 @@ class Refit:
             What was done.
 
         Raises:
-            TableNotFoundError: the teacher lacks a table.
+            TableNotFoundError: the original lacks a table.
             ShapeError: it has another shape there.
         """
-        given = {name: layer.spec for name, layer in self.tables(self.tuned).items() if name in self.curvature}
+        given = {name: layer.spec for name, layer in self.tables(self.tuned).items() if name in self.fisher}
         for weighted, rotated in itertools.product((False, True), self._ways(given)):
             layouts = []
-            with open_checkpoint(self.teacher) as checkpoint:
+            with open_checkpoint(self.original) as checkpoint:
                 for name, spec in given.items():
                     assert isinstance(spec, CodebookSpec)
-                    layer, curvature = self.tuned.tables[name], self.curvature[name]
-                    counts = self.counts.get(name, curvature.counts.cpu()) if weighted else None
+                    layer, fisher = self.tuned.tables[name], self.fisher[name]
+                    counts = self.counts.get(name, fisher.counts.cpu()) if weighted else None
                     scan = source_rows(checkpoint, name, layer.table(), counts, self.progress)
-                    made = self._fit(name, scan, curvature, spec, rotated) if distributed.rank() == 0 else None
-                    found, tensors = distributed.object_from_first(made) or (spec, {})
+                    made = self._fit(name, scan, fisher, spec, rotated) if distributed.rank() == 0 else None
+                    found, tensors = distributed.broadcast_object(made) or (spec, {})
                     kept = {s: t for s, t in layer.table_tensors().items() if s.startswith("kept_")}
                     self.tuned.install(name, found, {**tensors, **kept})
                     layouts.append(f"{name} {found.layout}")
@@ -96,24 +96,24 @@ class Refit:
         return (False, True) if some else (False,)
 
     def _fit(
-        self, name: str, scan: ScannedTable, curvature: Curvature, spec: CodebookSpec, rotated: bool
+        self, name: str, scan: ScannedTable, fisher: FisherMatrix, spec: CodebookSpec, rotated: bool
     ) -> tuple[CodebookSpec, dict[str, Tensor]]:
         """Choose a layout and fit it."""
         budget = max(spec.nbytes, self.budgets.get(name, 0))
         rotated = spec.rotation is not None or (rotated and _may_rotate(spec))
         whole = rotated or spec.num_columns == 1
-        basis = curvature.basis(1 if whole else spec.num_columns)
-        moved, found = in_basis(scan, basis), spec
+        metric_sqrt = fisher.metric_sqrt(1 if whole else spec.num_columns)
+        moved, found = transformed(scan, metric_sqrt), spec
         if whole and (spec.method in _ADDITIVE or rotated):
             self.progress.start(f"choosing a layout for {name}", 0, "trials")
             found = _replanned(moved, spec, self.method, rotated, budget, self.progress)
         if found.rotation is None and found.num_columns != spec.num_columns:
-            found = spec  # the basis is that of the columns there were
+            found = spec  # the metric_sqrt is that of the columns there were
         if found is spec and rotated and spec.rotation is None:  # no such layout fits
-            basis = curvature.basis(spec.num_columns)
-            moved = in_basis(scan, basis)
+            metric_sqrt = fisher.metric_sqrt(spec.num_columns)
+            moved = transformed(scan, metric_sqrt)
         self.progress.start(f"fitting {name}", 0, "steps")
-        return found, fit_in_basis(moved, found, basis, self.progress.advance)
+        return found, fit_transformed(moved, found, metric_sqrt, self.progress.advance)
 
 
 def _may_rotate(spec: CodebookSpec) -> bool:
@@ -125,7 +125,7 @@ def _replanned(
 ) -> CodebookSpec:
     """The layout of least error within a budget; the given one where there is none."""
     additive = spec.method if spec.method in _ADDITIVE else "pq"
-    request = Request(
+    options = ConvertOptions(
         method="auto" if method == "auto" and rotated else additive,
         ratio=max(1.0001, spec.dense_nbytes / (budget + 0.5)),
         rotation="opq" if rotated else None,
@@ -135,7 +135,7 @@ def _replanned(
         seed=spec.seed,
     )
     try:
-        found = plan_table(rows, request, progress.advance).spec
+        found = plan_table(rows, options, progress.advance).spec
     except BudgetError:
         return spec
     if not isinstance(found, CodebookSpec) or found.nbytes > budget:
@@ -144,10 +144,10 @@ def _replanned(
     return replace(found, **{name: getattr(spec, name) for name in same})
 
 
-def in_basis(scan: ScannedTable, basis: Tensor) -> ScannedTable:
-    """The same table with every row multiplied by a matrix, (D, D) float32, block by block as it is read."""
-    moved = _Multiplied(scan.entry.lazy, basis)
-    sample = scan.sample @ basis
+def transformed(scan: ScannedTable, metric_sqrt: Tensor) -> ScannedTable:
+    """The same table with every row on_matmul by a matrix, (D, D) float32, block by block as it is read."""
+    moved = _Multiplied(scan.entry.stored, metric_sqrt)
+    sample = scan.sample @ metric_sqrt
     return replace(
         scan,
         entry=TensorEntry(scan.entry.name, moved),
@@ -159,10 +159,10 @@ def in_basis(scan: ScannedTable, basis: Tensor) -> ScannedTable:
 
 @dataclass(frozen=True)
 class _Multiplied:
-    """A `LazyTensor` of rows times a matrix; its values are float32, whatever dtype the source has."""
+    """A `StoredTensor` of rows times a matrix; its values are float32, whatever dtype the source has."""
 
-    source: LazyTensor
-    basis: Tensor
+    source: StoredTensor
+    metric_sqrt: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -173,34 +173,35 @@ class _Multiplied:
         return self.source.dtype
 
     def read(self) -> Tensor:
-        return self.source.read().float() @ self.basis
+        return self.source.read().float() @ self.metric_sqrt
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        return self.source.read_rows(start, stop).float() @ self.basis
+        return self.source.read_rows(start, stop).float() @ self.metric_sqrt
 
 
-def fit_in_basis(
-    rows: TableRows, spec: CodebookSpec, basis: Tensor, step: Callable[[], None] = lambda: None
+def fit_transformed(
+    rows: TableRows, spec: CodebookSpec, metric_sqrt: Tensor, step: Callable[[], None] = lambda: None
 ) -> dict[str, Tensor]:
-    """Fit a layout afresh to rows that were multiplied by a basis, and take the codebooks back out of it.
+    """Fit a layout afresh to rows that were on_matmul by a metric_sqrt, and take the codebooks back out of it.
 
-    The error of a decoded row y of x is then ||(x - y) @ basis||, and takes no bytes: where the layout has a
-    rotation, or one column, the basis goes into the rotation or the codebooks as a whole; else it has to be zero
-    between columns.
+    The error of a decoded row y of x is then ||(x - y) @ metric_sqrt||, and takes no bytes: where the layout has a
+    rotation, or one column, the metric_sqrt goes into the rotation or the codebooks as a whole; else it has to be
+    zero between columns.
 
     Args:
-        rows: the table's source, times `basis`.
+        rows: the table's source, times `metric_sqrt`.
         spec: the layout.
-        basis: (D, D) float32, invertible.
+        metric_sqrt: (D, D) float32, invertible.
         step: called after each unit of work.
 
     Returns:
         `codes`, `codebooks` and `rotation` where the spec has them, in its dtypes.
     """
     C, S = spec.num_columns, spec.sub_dim
-    back = torch.linalg.inv(basis.double()).float()
+    back = torch.linalg.inv(metric_sqrt.double()).float()
     wide = replace(spec, codebook_dtype="float32", rotation="opq" if spec.rotation else None)
-    quantizer = fit(rows, wide, effort_for(wide), step)
+    method = method_of(spec.method)
+    quantizer = method.fit(rows, wide, method.effort(wide, None), step)
     made = dict(quantizer.shared_tensors())
     parts: dict[str, list[Tensor]] = {}
     for start, block in rows.blocks():
@@ -212,4 +213,4 @@ def fit_in_basis(
         blocks = [back[c * S : (c + 1) * S, c * S : (c + 1) * S] for c in range(C)]
         made["codebooks"] = torch.stack([made["codebooks"][c] @ blocks[c] for c in range(C)])
     made |= {short: torch.cat(tensors) for short, tensors in parts.items()}
-    return _in_dtypes(made, spec.tensor_shapes())
+    return in_dtypes(made, spec.tensor_shapes())

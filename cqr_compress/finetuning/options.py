@@ -2,92 +2,125 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from cqr_compress.clustering.options import ClusterOptions
 from cqr_compress.errors import SpecError
+from cqr_compress.option_fields import check_fields, documented, option, option_infos, parsed
 
-TRAIN = ("codebooks", "all")
-
-
+TRAINABLE = ("codebooks", "all")
 CODES = ("auto", "frozen", "recluster", "reassign")
-
-
 DISTILL = ("outputs", "rows")
-
-
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+_TRAINING, _ORIGINAL, _CODES = "Training", "Original", "Codes"
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions:
     """How a model is fine-tuned; the defaults were chosen by measurement.
 
-    Attributes:
-        epochs: passes over the training data, at most.
-        max_steps: steps of the optimizer, at most; None for no limit.
-        learning_rate: of AdamW, at its height; not of an optimizer that the task makes.
-        warmup_steps: steps in which the learning rate rises to its height; it falls as a cosine to a tenth at the
-            end.
-        weight_decay: of AdamW.
-        accumulate: batches of each process whose gradients make one step.
-        train: "codebooks", or "all" parameters of the model.
-        eval_every: steps between evaluations; None for one after each epoch.
-        patience: evaluations in a row without a better one after which training stops.
-        codes: "frozen"; "recluster" tables of one stored level between epochs; "reassign" codes between epochs;
-            "auto" to reassign where all codes are stored, recluster where others are hashed, and freeze them
-            where the losses of examples are not known.
-        informed: whether clusterings are gradient-informed; without it, rows themselves are clustered.
-        until: part of the training after which codes rest.
-        max_moved: share of ids that a reassignment may move, in each column.
-        pass_batches: batches of a pass for clusterings and refits, at most, in each process; None for an epoch.
-        refit: with a teacher, fit its rows anew before training, where errors cost as much as the task says.
-        distill: with a teacher, add its "outputs" or "rows" to the loss, or None.
-        distill_weight: of what is added.
-        precision: of forward and backward; "auto" is bfloat16 on CUDA devices that have it, float32 elsewhere.
-        seed: of every random choice.
-        save_every: steps between states that `resume` can go on from, besides one at each evaluation; None for one
-            in five minutes.
-        clustering: of `recluster` and `reassign`.
+    `clustering` holds the `ClusterOptions` of reclusterings and reassignments.
     """
 
-    epochs: int = 5
-    max_steps: int | None = None
-    learning_rate: float = 3e-4
-    warmup_steps: int = 50
-    weight_decay: float = 0.0
-    accumulate: int = 1
-    train: str = "codebooks"
-    eval_every: int | None = None
-    patience: int = 3
-    codes: str = "auto"
-    informed: bool = True
-    until: float = 0.75
-    max_moved: float = 0.3
-    pass_batches: int | None = None
-    refit: bool = True
-    distill: str | None = None
-    distill_weight: float = 1.0
-    precision: str = "auto"
-    seed: int = 0
-    save_every: int | None = None
+    epochs: int = option(5, "Passes over the training data, at most.", panel=_TRAINING, low=1)
+    learning_rate: float = option(
+        3e-4, "Highest learning rate of AdamW; not of an optimizer that the task makes.", panel=_TRAINING, above=0
+    )
+    trainable: str = option(
+        "codebooks", "What is trained; the rest is frozen.", panel=_TRAINING, choices=TRAINABLE
+    )
+    distill: str | None = option(
+        None,
+        "Add distillation from the original as a teacher to the loss: KL of its logits, or error of its rows.",
+        panel=_ORIGINAL,
+        choices=DISTILL,
+        shown_default="none",
+    )
+    codes: str = option(
+        "auto",
+        "Between epochs: reassign codes, recluster tables of one stored level, or keep codes frozen.",
+        panel=_CODES,
+        choices=CODES,
+    )
+    patience: int = option(
+        3, "Evaluations in a row without a better one after which training stops.", panel=_TRAINING, low=1
+    )
+    seed: int = option(0, "Seed of every random choice.", panel=_TRAINING, low=0)
+    max_steps: int | None = option(
+        None, "Optimizer steps, at most.", panel=_TRAINING, low=1, shown_default="no limit"
+    )
+    warmup_steps: int = option(50, "Steps of linear warm-up; a cosine to a tenth follows.", panel=_TRAINING, low=0)
+    weight_decay: float = option(0.0, "Weight decay of AdamW.", panel=_TRAINING, low=0)
+    gradient_accumulation_steps: int = option(
+        1, "Batches of each process whose gradients make one step.", panel=_TRAINING, low=1
+    )
+    eval_every: int | None = option(
+        None, "Steps between evaluations.", panel=_TRAINING, low=1, shown_default="an epoch"
+    )
+    precision: str = option(
+        "auto",
+        "Precision of forward and backward; auto is bfloat16 on CUDA devices that have it.",
+        panel=_TRAINING,
+        choices=PRECISIONS,
+    )
+    save_every: int | None = option(
+        None,
+        "Steps between states that a killed run resumes from, besides one at each evaluation.",
+        panel=_TRAINING,
+        low=1,
+        shown_default="one in five minutes",
+    )
+    refit: bool = option(
+        True,
+        "With the original, re-quantize its rows under Fisher-weighted error before training.",
+        panel=_ORIGINAL,
+    )
+    distill_weight: float = option(1.0, "Weight of the distillation loss.", panel=_ORIGINAL, above=0)
+    evaluate_original: bool = option(True, "Load the dense model and report its metrics.", panel=_ORIGINAL)
+    gradient_informed: bool = option(True, "Recluster by gradients, not by rows alone.", panel=_CODES)
+    codes_until: float = option(0.75, "Part of the training after which codes stay.", panel=_CODES, low=0, high=1)
+    max_moved: float = option(
+        0.3, "Share of ids that one reassignment may move, in each column.", panel=_CODES, above=0, high=1
+    )
+    pass_batches: int | None = option(
+        None,
+        "Batches of a pass that gathers gradients, at most, in each process.",
+        panel=_CODES,
+        low=1,
+        shown_default="an epoch",
+    )
     clustering: ClusterOptions = field(default_factory=ClusterOptions)
 
     def __post_init__(self) -> None:
-        choices = {"train": TRAIN, "codes": CODES, "precision": PRECISIONS, "distill": (None, *DISTILL)}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise SpecError(f"{name} is {getattr(self, name)!r}: choose from {', '.join(map(str, allowed))}")
-        counts = ("epochs", "max_steps", "accumulate", "eval_every", "patience", "pass_batches", "save_every")
-        for name in counts:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise SpecError(f"{name} is {value}: it is at least 1")
-        if not self.learning_rate > 0 or self.warmup_steps < 0 or self.weight_decay < 0:
-            raise SpecError("learning_rate is above 0, warmup_steps and weight_decay are at least 0")
-        if not 0 <= self.until <= 1 or not 0 < self.max_moved <= 1 or not self.distill_weight > 0:
-            raise SpecError("until and max_moved are shares from 0 to 1, distill_weight is above 0")
+        check_fields(self)
+
+    @classmethod
+    def from_strings(cls, given: Mapping[str, str], **known: Any) -> FinetuneOptions:
+        """Read options from text, such as `epochs=3` and, of the clustering, `step_size=0.1`.
+
+        Args:
+            given: values as text, by name: fields of `FinetuneOptions`, or of `ClusterOptions`.
+            **known: fields that have their values.
+
+        Raises:
+            SpecError: an unknown name, or a value of another type.
+        """
+        mine, theirs = option_infos(cls), option_infos(ClusterOptions)
+        if unknown := sorted(set(given) - set(mine) - set(theirs)):
+            raise SpecError(f"there is no option {', '.join(unknown)}: choose from {', '.join(option_names())}")
+        own = {name: parsed(cls, name, text) for name, text in given.items() if name in mine}
+        other = {name: parsed(ClusterOptions, name, text) for name, text in given.items() if name not in mine}
+        return cls(**{**known, **own}, clustering=ClusterOptions(**other))
 
     def to_json(self) -> dict[str, Any]:
         """All settings, as JSON has them."""
         return asdict(self)
+
+
+def option_names() -> list[str]:
+    """Every name that `FinetuneOptions.from_strings` takes."""
+    own = [f.name for f in fields(FinetuneOptions) if f.name != "clustering"]
+    return [*own, *(name for name in option_infos(ClusterOptions) if name not in own)]

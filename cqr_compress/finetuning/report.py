@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cqr_compress.checkpoint.size_report import SizeReport
+from cqr_compress.finetuning.early_stopping import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +18,11 @@ class TuningReport:
         task: its name.
         metric: the figure that decided.
         mode: "max" or "min".
-        dense: figures of the teacher, where there is one that was evaluated.
-        before: figures of the file as it was given.
-        after: figures of the file that was written.
+        dense: metrics of the original, where there is one that was evaluated.
+        before: metrics of the file as it was given.
+        after: metrics of the file that was written.
         improved: whether anything was better than what was given; if not, the given weights were written.
-        verdict: that in a sentence, with the reason why training ended.
+        summary: that in a sentence, with the reason why training ended.
         best_step: step of the weights that were written.
         steps: of the optimizer in all.
         history: every evaluation.
@@ -38,10 +39,10 @@ class TuningReport:
     before: dict[str, float]
     after: dict[str, float]
     improved: bool
-    verdict: str
+    summary: str
     best_step: int
     steps: int
-    history: list[dict[str, Any]]
+    history: list[Evaluation]
     log: list[str]
     options: Mapping[str, Any]
     seconds: float
@@ -51,9 +52,9 @@ class TuningReport:
         """A JSON object."""
         values = {name: value for name, value in asdict(self).items() if name != "size"}
         size = {} if self.size is None else {"size": self.size.to_json()}
-        return {"kind": "tuning_report", "schema_version": 1, **values, **size}
+        return {"kind": "tuning_report", "schema_version": 2, **values, **size}
 
     def in_file(self) -> dict[str, Any]:
         """What the file's metadata keep."""
-        kept = ("task", "metric", "mode", "dense", "before", "after", "improved", "verdict", "best_step", "steps")
+        kept = ("task", "metric", "mode", "dense", "before", "after", "improved", "summary", "best_step", "steps")
         return {name: getattr(self, name) for name in kept}

@@ -14,8 +14,6 @@ from cqr_compress.errors import StateError
 from cqr_compress.finetuning.rng import RandomState
 
 STATE_VERSION = 1
-
-
 _ANEW = ", or begin anew: leave out --resume and pass --force"
 
 
@@ -52,7 +50,7 @@ def save_state(path: Path, identity: dict[str, Any], position: Position, parts: 
         position: how far this one is.
         parts: tensors and plain values.
     """
-    random_states = distributed.of_all(RandomState.current().to_plain())
+    random_states = distributed.all_gather_object(RandomState.current().to_plain())
     if distributed.rank() != 0:
         return
     state = {
@@ -83,5 +81,5 @@ def load_state(path: Path, identity: dict[str, Any]) -> tuple[Position, dict[str
     if differing:
         listed = "; ".join(f"{name} was {was!r} and is {now!r}" for name, (was, now) in differing.items())
         raise StateError(f"{str(path)!r} is of a run with other settings ({listed}): use those{_ANEW}")
-    RandomState.of_plain(state["random"][distributed.rank()]).set()
+    RandomState.from_plain(state["random"][distributed.rank()]).set()
     return Position(**state["position"]), state

@@ -59,7 +59,7 @@ class RandomState:
         }
 
     @classmethod
-    def of_plain(cls, plain: dict[str, Any]) -> RandomState:
+    def from_plain(cls, plain: dict[str, Any]) -> RandomState:
         """Back from `to_plain`."""
         name, keys, *rest = plain["numpy"]
         version, internal, gauss_next = plain["python"]

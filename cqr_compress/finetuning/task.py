@@ -25,7 +25,7 @@ class Task:
             `loss` takes. Called again with the same number it has to give the same batches if random numbers are
             drawn from `torch`, `numpy.random` or `random`, which are seeded alike.
         loss: of a model and a batch: the losses of its examples, (B,), or their mean.
-        evaluate: of a model in eval mode, without gradients: figures by name, on held-out data.
+        evaluate: of a model in eval mode, without gradients: metrics by name, on held-out data.
         metric: the figure that decides.
         mode: "max" if more of it is better, or "min".
         logits: of a model and a batch: scores of candidates, (n, V), whose softmax distillation of outputs
@@ -52,24 +52,24 @@ class Task:
         if self.mode not in MODES:
             raise TaskError(f"mode is {self.mode!r}: give 'max' if more of {self.metric!r} is better, or 'min'")
 
-    def figures(self, model: nn.Module) -> dict[str, float]:
+    def measure(self, model: nn.Module) -> dict[str, float]:
         """Evaluate a model.
 
         Raises:
-            TaskError: the metric is not among the figures, or one of them is not a number.
+            TaskError: the metric is not among the metrics, or one of them is not a number.
         """
         found = self.evaluate(model)
         if not isinstance(found, Mapping):
-            raise TaskError(f"evaluate gave a {type(found).__name__}: it returns figures by name")
+            raise TaskError(f"evaluate gave a {type(found).__name__}: it returns metrics by name")
         try:
-            figures = {str(name): float(value) for name, value in found.items()}
+            metrics = {str(name): float(value) for name, value in found.items()}
         except (TypeError, ValueError) as e:
             raise TaskError(f"evaluate gave {found!r}: its values are numbers") from e
-        if self.metric not in figures:
-            raise TaskError(f"metric is {self.metric!r} and evaluate gave {', '.join(figures) or 'nothing'}")
-        return figures
+        if self.metric not in metrics:
+            raise TaskError(f"metric is {self.metric!r} and evaluate gave {', '.join(metrics) or 'nothing'}")
+        return metrics
 
-    def is_better(self, figures: Mapping[str, float], than: Mapping[str, float]) -> bool:
+    def is_better(self, metrics: Mapping[str, float], than: Mapping[str, float]) -> bool:
         """Whether the metric is better; NaN never is."""
-        new, old = figures[self.metric], than[self.metric]
+        new, old = metrics[self.metric], than[self.metric]
         return new > old if self.mode == "max" else new < old

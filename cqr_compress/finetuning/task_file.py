@@ -17,11 +17,7 @@ from cqr_compress.errors import TaskError, UserCodeError
 from cqr_compress.finetuning.task import Task
 
 _NEEDED = ("model", "train_batches", "loss", "evaluate")
-
-
 _OPTIONAL = ("logits", "frequencies", "optimizer")
-
-
 TEMPLATE = '''"""My model and data, for `cqr-compress finetune SMALL.safetensors --task THIS_FILE -o TUNED`."""
 
 import torch
@@ -54,7 +50,7 @@ def evaluate(model):
 
 
 # def logits(model, batch):
-#     """Scores of classes or items, (n, V): --distill outputs compares their softmax with the teacher's. Without
+#     """Scores of classes or items, (n, V): --distill outputs compares their softmax with the original's. Without
 #     this it compares what model(...) returns."""
 
 

@@ -15,7 +15,7 @@ from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import SpecError, TaskError
 from cqr_compress.finetuning.rng import RandomStream
 from cqr_compress.finetuning.task import Task
-from cqr_compress.model.load import load_checkpoint, load_compressed, parameters_on_meta
+from cqr_compress.model.load import init_empty_weights, load_checkpoint, load_compressed
 
 
 def own_device(asked: torch.device | str | None = None) -> torch.device:
@@ -50,7 +50,7 @@ def load_model(task: Task, path: Path, seed: int, device: torch.device) -> nn.Mo
         compressed = is_compressed(checkpoint)
     if compressed:
         try:
-            with parameters_on_meta():
+            with init_empty_weights():
                 model, drawn = _build(task, seed)
             if not drawn:
                 load_compressed(model, path, device=device)
@@ -93,6 +93,6 @@ def evaluate_task(task: Task, model: nn.Module, seed: int) -> dict[str, float]:
     """Evaluate a model, random numbers drawn from a stream of their own; means over all processes."""
     model.eval()
     with torch.no_grad(), RandomStream.seeded(seed, _EVALUATION).active():
-        mine = task.figures(model)
-    every = distributed.of_all(mine)
-    return {name: sum(figures[name] for figures in every) / len(every) for name in mine}
+        mine = task.measure(model)
+    every = distributed.all_gather_object(mine)
+    return {name: sum(metrics[name] for metrics in every) / len(every) for name in mine}

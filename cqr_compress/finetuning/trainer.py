@@ -18,9 +18,9 @@ from cqr_compress.errors import TaskError
 from cqr_compress.finetuning.batches import Batches, Step
 from cqr_compress.finetuning.code_updates import CodeChanges
 from cqr_compress.finetuning.distill import OutputDistillation, RowDistillation
-from cqr_compress.finetuning.early_stopping import Guard
-from cqr_compress.finetuning.fisher import measure_curvature
-from cqr_compress.finetuning.fisher_fit import Refit
+from cqr_compress.finetuning.early_stopping import EarlyStopping
+from cqr_compress.finetuning.fisher import measure_fisher
+from cqr_compress.finetuning.fisher_fit import FisherFit
 from cqr_compress.finetuning.options import FinetuneOptions
 from cqr_compress.finetuning.resume_state import Position, load_state, save_state
 from cqr_compress.finetuning.rng import RandomStream
@@ -30,14 +30,8 @@ from cqr_compress.finetuning.tuned_model import TunedModel
 from cqr_compress.progress import Progress
 
 _SAVE_EVERY_S = 300.0
-
-
 _TELL_EVERY = 10
-
-
 _LOWEST = 0.1
-
-
 _REFITS = 2
 
 
@@ -52,7 +46,7 @@ class Trainer:
         changes: of codes.
         device: where the model is.
         distillation: adds a part to the loss, or None.
-        teacher: the dense checkpoint that rows are fitted to, or None.
+        original: the dense checkpoint that rows are fitted to, or None.
         method: that the conversion was asked for.
         budgets: bytes that tables may have.
         state_file: where the state goes.
@@ -66,19 +60,21 @@ class Trainer:
     changes: CodeChanges
     device: torch.device
     distillation: OutputDistillation | RowDistillation | None
-    teacher: Path | None
+    original: Path | None
     method: str
     budgets: Mapping[str, int]
     state_file: Path
     identity: dict[str, Any]
     progress: Progress
-    guard: Guard = field(init=False)
+    early_stopping: EarlyStopping = field(init=False)
     position: Position = field(default_factory=Position)
     log: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.guard = Guard(self.task, self.options.patience)
-        self._batches = Batches(self.task, self.options.accumulate, self.options.seed, self.device)
+        self.early_stopping = EarlyStopping(self.task, self.options.patience)
+        self._batches = Batches(
+            self.task, self.options.gradient_accumulation_steps, self.options.seed, self.device
+        )
         self._precision = _precision(self.options.precision, self.device)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._precision is torch.float16)
         self._saved = time.monotonic()
@@ -97,15 +93,15 @@ class Trainer:
         RandomStream.seeded(self.options.seed, _TRAINING, distributed.rank()).state.set()
         if resume and self.state_file.exists():
             self._load()
-            self._say(f"going on from step {self.position.step}")
+            self._log(f"going on from step {self.position.step}")
         try:
             reason = self._train()
         except KeyboardInterrupt:
-            if not self.guard.history:
+            if not self.early_stopping.history:
                 raise
             reason = "interrupted"
-        assert self.guard.best is not None
-        self.tuned.restore(self.guard.best)
+        assert self.early_stopping.best is not None
+        self.tuned.restore(self.early_stopping.best)
         return reason
 
     def _train(self) -> str:
@@ -117,12 +113,12 @@ class Trainer:
             raise TaskError("train_batches(0) gave no batch")
         self._per_example = first.ndim == 1
         self.changes.kind(self._per_example)  # complain before the work
-        if not self.guard.history:
+        if not self.early_stopping.history:
             self._evaluate("as given")
-            if self.teacher is not None and options.refit and self._per_example:
-                self._refit(self.teacher)
+            if self.original is not None and options.refit and self._per_example:
+                self._refit(self.original)
             self._begin_optimizer()
-        if self.guard.exhausted:
+        if self.early_stopping.exhausted:
             return self._patience()
         for epoch in range(position.epoch, options.epochs):
             if self._steps_are_done:  # as the state says that was gone on from
@@ -139,7 +135,7 @@ class Trainer:
                     return f"the loss is not finite after step {position.step}"
                 if options.eval_every is not None and position.step % options.eval_every == 0:
                     self._evaluate("trained")
-                    if self.guard.exhausted:
+                    if self.early_stopping.exhausted:
                         return self._patience()
                     self._save()
                 elif self._save_is_due():
@@ -154,7 +150,7 @@ class Trainer:
             position.epoch, position.step_of_epoch, position.codes_changed = epoch + 1, 0, False
             if options.eval_every is None or epoch + 1 == options.epochs:
                 self._evaluate_once()
-            if self.guard.exhausted:
+            if self.early_stopping.exhausted:
                 return self._patience()
             self._save()
         return f"{options.epochs} epochs are done"
@@ -168,14 +164,14 @@ class Trainer:
         return f"{self.options.max_steps} steps are done"
 
     def _evaluate_once(self) -> None:
-        if self.guard.history[-1].step != self.position.step:
+        if self.early_stopping.history[-1].step != self.position.step:
             self._evaluate("trained")
 
     def _step(self, step: Step) -> bool:
         """Make one step of the optimizer; whether its loss was finite."""
         position, parameters = self.position, self.tuned.parameters
-        for group, height in zip(self._optimizer.param_groups, self._heights, strict=True):
-            group["lr"] = height * self._rate()
+        for group, base_lr in zip(self._optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base_lr * self.lr_factor()
         self._optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for batch in step.batches:
@@ -183,12 +179,12 @@ class Trainer:
             self._scaler.scale(loss / step.count).backward()  # type: ignore[no-untyped-call]
             total += loss.detach() / step.count
         _add_up_gradients(parameters)
-        distributed.add_up(total)
+        distributed.all_reduce_(total)
         position.step += 1
         position.step_of_epoch += 1
         if position.step % _TELL_EVERY == 1 or self._scaler.is_enabled():
             self._loss = total.item()
-            self.progress.tell(f"loss {self._loss:.4f}, {self._best_so_far()}")
+            self.progress.status(f"loss {self._loss:.4f}, {self._best_so_far()}")
         self.progress.advance()
         if not self._scaler.is_enabled() and not bool(total.isfinite()):
             return False
@@ -206,8 +202,8 @@ class Trainer:
             losses, extra = self.distillation.loss(batch)
             return losses.mean() + self.options.distill_weight * extra
 
-    def _rate(self) -> float:
-        """The learning rate beside its height: a linear rise, then a cosine to a tenth."""
+    def lr_factor(self) -> float:
+        """The learning rate beside its base_lr: a linear rise, then a cosine to a tenth."""
         position, options = self.position, self.options
         rise = min(1.0, (position.step + 1) / max(1, options.warmup_steps))
         per_epoch = position.steps_per_epoch
@@ -217,38 +213,38 @@ class Trainer:
         part = 0.0 if total is None else min(1.0, position.step / total)
         return rise * (_LOWEST + (1 - _LOWEST) * (1 + math.cos(math.pi * part)) / 2)
 
-    def _evaluate(self, what: str) -> bool:
+    def _evaluate(self, stage: str) -> bool:
         """Look at held-out data, with weights as the file will hold them, and keep them if they are the best."""
         self.tuned.model.eval()
         with self.tuned.as_written():
-            figures = evaluate_task(self.task, self.tuned.model, self.options.seed)
-            better = self.guard.offer(self.position.step, self.position.epoch, what, figures)
+            metrics = evaluate_task(self.task, self.tuned.model, self.options.seed)
+            better = self.early_stopping.offer(self.position.step, self.position.epoch, stage, metrics)
             if better:
-                self.guard.best = self.tuned.snapshot()
+                self.early_stopping.best = self.tuned.snapshot()
         self.tuned.train_mode()
-        shown = ", ".join(f"{name} {value:.5g}" for name, value in figures.items())
-        given = len(self.guard.history) == 1
-        self._say(f"step {self.position.step}, {what}: {shown}{'' if given else ' (best)' if better else ''}")
+        shown = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+        given = len(self.early_stopping.history) == 1
+        self._log(f"step {self.position.step}, {stage}: {shown}{'' if given else ' (best)' if better else ''}")
         return better
 
-    def _refit(self, teacher: Path) -> None:
-        """Try fits of the teacher's rows, and go on from whatever is best."""
-        tables = Refit.tables(self.tuned)
+    def _refit(self, original: Path) -> None:
+        """Try fits of the original's rows, and go on from whatever is best."""
+        tables = FisherFit.tables(self.tuned)
         if not tables:
             return
         for _ in range(_REFITS):
             self.tuned.model.eval()
-            curvature = measure_curvature(self.tuned.model, tables, self._losses(0), self.progress)
+            fisher = measure_fisher(self.tuned.model, tables, self._losses(0), self.progress)
             better = False
-            refit = Refit(
-                self.tuned, teacher, curvature, self.changes.counts, self.method, self.budgets, self.progress
+            refit = FisherFit(
+                self.tuned, original, fisher, self.changes.counts, self.method, self.budgets, self.progress
             )
             for done in refit.candidates():
-                self._say(done)
+                self._log(done)
                 better |= self._evaluate("refit")
-            assert self.guard.best is not None
-            self.tuned.restore(self.guard.best)
-            if not better:  # curvature at these weights has been measured
+            assert self.early_stopping.best is not None
+            self.tuned.restore(self.early_stopping.best)
+            if not better:  # fisher at these weights has been measured
                 return
 
     def _change_codes(self, epoch: int) -> None:
@@ -256,7 +252,7 @@ class Trainer:
         kind = self.changes.kind(self._per_example)
         if kind != "frozen" and self.changes.is_due(epoch):
             self.tuned.model.eval()
-            self._say(self.changes.change(kind, self._losses(epoch), self._optimizer))
+            self._log(self.changes.change(kind, self._losses(epoch), self._optimizer))
         self.position.codes_changed = True
 
     def _losses(self, epoch: int) -> Callable[[], Iterator[Tensor]]:
@@ -271,7 +267,7 @@ class Trainer:
 
     def _begin_optimizer(self) -> None:
         self._optimizer = self._make_optimizer()
-        self._heights = [group["lr"] for group in self._optimizer.param_groups]
+        self.base_lrs = [group["lr"] for group in self._optimizer.param_groups]
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         if self.task.optimizer is None:
@@ -292,7 +288,7 @@ class Trainer:
     def _save(self) -> None:
         self._saved = time.monotonic()
         parts = {
-            "guard": self.guard.to_plain(),
+            "early_stopping": self.early_stopping.to_plain(),
             "tuned": self.tuned.snapshot(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
@@ -302,23 +298,23 @@ class Trainer:
 
     def _load(self) -> None:
         self.position, state = load_state(self.state_file, self.identity)
-        self.guard.load_plain(state["guard"])
+        self.early_stopping.load_plain(state["early_stopping"])
         self.tuned.restore(state["tuned"])
         self._begin_optimizer()
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self.log = list(state["log"])
 
-    def _say(self, line: str) -> None:
+    def _log(self, line: str) -> None:
         if line:
             self.log.append(line)
-            self.progress.say(line)
+            distributed.log_on_first(line)
 
     def _patience(self) -> str:
         return f"nothing was better in {self.options.patience} evaluations"
 
     def _best_so_far(self) -> str:
-        return f"best {self.task.metric} {self.guard.best_evaluation.figures[self.task.metric]:.5g}"
+        return f"best {self.task.metric} {self.early_stopping.best_evaluation.metrics[self.task.metric]:.5g}"
 
 
 def _losses(task: Task, model: nn.Module, batch: Any) -> Tensor:
@@ -340,7 +336,7 @@ def _add_up_gradients(parameters: list[nn.Parameter]) -> None:
         by_dtype.setdefault(parameter.grad.dtype, []).append(parameter)
     for same in by_dtype.values():
         flat = torch.cat([parameter.grad.reshape(-1) for parameter in same if parameter.grad is not None])
-        distributed.add_up(flat)
+        distributed.all_reduce_(flat)
         for parameter, part in zip(same, torch.split(flat, [p.numel() for p in same]), strict=True):
             assert parameter.grad is not None
             parameter.grad.copy_(part.view_as(parameter))

@@ -10,17 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cqr_compress.checkpoint.compressed_file import CompressedCheckpoint
+from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.errors import TableNotFoundError
 from cqr_compress.model.load import model_tensors
-from cqr_compress.model.surgery import computed, drop
+from cqr_compress.model.surgery import drop_tensor, table_attributes
 from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.table.spec import AnySpec, CodebookSpec, spec_from_json
 from cqr_compress.table.table import CompressedTable
 
 _TRAINED = ("codebooks", "row_scale", "row_offset")
-
-
 Snapshot = dict[str, Any]
 
 
@@ -41,16 +39,16 @@ class TunedModel:
     dense_dtypes: dict[Tensor, torch.dtype]
 
     @classmethod
-    def of(cls, model: nn.Module, opened: CompressedCheckpoint, everything: bool) -> TunedModel:
+    def from_model(cls, model: nn.Module, opened: CompressedFile, everything: bool) -> TunedModel:
         """Widen what is trained to float32, and freeze the rest.
 
         Raises:
             TableNotFoundError: there is no table to train.
         """
-        places = model_tensors(model, opened)
+        slots = model_tensors(model, opened)
         tables: dict[str, TableLayer] = {}
         for name in opened.specs:
-            layer = computed(places[name].module).get(places[name].attribute) if name in places else None
+            layer = table_attributes(slots[name].module).get(slots[name].attribute) if name in slots else None
             if layer is not None:
                 tables[name] = layer.owner
         if not tables:
@@ -58,9 +56,9 @@ class TunedModel:
         dense: dict[Tensor, torch.dtype] = {}
         if everything:
             model.float()
-            for name, place in places.items():
-                if name in opened.dense_entries and place.tensor.is_floating_point():
-                    dense[place.tensor] = opened.dense_entries[name].dtype
+            for name, slot in slots.items():
+                if name in opened.dense_entries and slot.tensor.is_floating_point():
+                    dense[slot.tensor] = opened.dense_entries[name].dtype
         else:
             model.requires_grad_(False)
         for layer in tables.values():
@@ -92,7 +90,7 @@ class TunedModel:
         layer = self.tables[name]
         dtype, device = layer.dtype, layer.device
         for short in layer.spec.tensor_shapes():
-            drop(layer, short)
+            drop_tensor(layer, short)
         shapes = spec.tensor_shapes()
         exact = {short: tensor.to(shapes[short].dtype, copy=True) for short, tensor in tensors.items()}
         layer.hold_table(CompressedTable(spec, exact), device, dtype)
@@ -149,7 +147,7 @@ class TunedModel:
             now = others.get(name)
             if now is not None and now.shape == value.shape and 0 not in now.stride():
                 now.data.copy_(value)
-            elif now is not None:  # a buffer that a forward put into the place of another one
+            elif now is not None:  # a buffer that a forward put into the slot of another one
                 path, _, attribute = name.rpartition(".")
                 self.model.get_submodule(path)._buffers[attribute] = value.to(now.device, copy=True)
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 _SOURCE = Path(__file__).with_name("lookup.c")
-
-
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-ffp-contract=off")
 
 
@@ -60,15 +58,15 @@ def _declare(library: ctypes.CDLL) -> None:
     pointer: Any = ctypes.c_void_p
     integer: Any = ctypes.c_int
     long: Any = ctypes.c_int64
-    library.codebook_rows.restype = library.rowwise_rows.restype = library.all_codes.restype = long
-    library.codebook_gradient.restype = None
+    library.lookup_codewords.restype = library.lookup_integers.restype = library.all_codes.restype = long
+    library.lookup_backward.restype = None
     batch = [pointer, integer, long]  # ids, is_int64, B
-    library.codebook_rows.argtypes = [pointer, *batch, long, pointer, long, pointer, *[integer] * 7]
-    library.codebook_gradient.argtypes = [pointer, pointer, *batch, pointer, long, *[integer] * 6]
+    library.lookup_codewords.argtypes = [pointer, *batch, long, pointer, long, pointer, *[integer] * 7]
+    library.lookup_backward.argtypes = [pointer, pointer, *batch, pointer, long, *[integer] * 6]
     library.all_codes.argtypes = [
         pointer, *batch, long, pointer, long, integer, pointer, integer, long, integer
     ]  # fmt: skip
-    library.rowwise_rows.argtypes = [pointer, *batch, long, pointer, long, pointer, pointer, *[integer] * 4]
+    library.lookup_integers.argtypes = [pointer, *batch, long, pointer, long, pointer, pointer, *[integer] * 4]
 
 
 def _build(compiler: str, more_flags: tuple[str, ...]) -> Path:

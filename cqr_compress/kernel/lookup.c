@@ -65,7 +65,7 @@ INLINE uint32_t code_at(const uint8_t *row, int64_t m, int n_bits) {
     return word >> shift & ((1u << n_bits) - 1);
 }
 
-/* Sums over the levels of S dimensions from s on, in vectors of `width` floats, onto what `to` holds if `more`. */
+/* GradientAccumulator over the levels of S dimensions from s on, in vectors of `width` floats, onto what `to` holds if `more`. */
 #define SUM_LEVELS(vector, width, load)                                                                \
     for (; s + width <= S; s += width) {                                                               \
         vector sum = load(words[0] + s);                                                               \
@@ -133,7 +133,7 @@ DEFINE_ROWS(float)
 DEFINE_ROWS(half)
 
 /* out (B, D) = rows of ids; codebooks (C, L, K, S) float or half. Returns the place of a bad id, or -1. */
-int64_t codebook_rows(float *out, const void *ids, int is_int64, int64_t B, int64_t N, const uint8_t *codes,
+int64_t lookup_codewords(float *out, const void *ids, int is_int64, int64_t B, int64_t N, const uint8_t *codes,
                       int64_t width, const void *codebooks, int is_half, int C, int L, int K, int S, int n_bits,
                       int threads) {
     int64_t bad = first_bad_id(ids, is_int64, B, N);
@@ -163,7 +163,7 @@ INLINE void add_codewords(float *grad, const float *g, const void *ids, int is_i
 }
 
 /* grad (C, L, K, S) += what the rows' gradients g (B, D) give their codewords; ids are rows of the table. */
-void codebook_gradient(float *grad, const float *g, const void *ids, int is_int64, int64_t B,
+void lookup_backward(float *grad, const float *g, const void *ids, int is_int64, int64_t B,
                        const uint8_t *codes, int64_t width, int C, int L, int K, int S, int n_bits, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int t = 0; t < threads; t++) {
@@ -196,7 +196,7 @@ INLINE void integer_rows(float *out, const void *ids, int is_int64, int64_t a, i
 }
 
 /* out (B, D) = offset + scale * integers of n_bits 8 or 4. Returns the place of a bad id, or -1. */
-int64_t rowwise_rows(float *out, const void *ids, int is_int64, int64_t B, int64_t N, const uint8_t *codes,
+int64_t lookup_integers(float *out, const void *ids, int is_int64, int64_t B, int64_t N, const uint8_t *codes,
                      int64_t width, const void *scale, const void *offset, int is_half, int D, int n_bits,
                      int threads) {
     int64_t bad = first_bad_id(ids, is_int64, B, N);

@@ -15,13 +15,11 @@ from cqr_compress.table.hashing import hash_coefficients
 from cqr_compress.table.spec import HASHED, CodebookSpec
 
 _FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults of torch are
-
-
 _ROWS_PER_THREAD = 256
 """Rows that are worth waking a thread for."""
 
 
-def codebook_rows(ids: Tensor, codes: Tensor, codebooks: Tensor, num_rows: int, n_bits: int) -> Tensor | None:
+def lookup_codewords(ids: Tensor, codes: Tensor, codebooks: Tensor, num_rows: int, n_bits: int) -> Tensor | None:
     """Look rows up; the codebook formula for stored codes.
 
     Args:
@@ -47,21 +45,21 @@ def codebook_rows(ids: Tensor, codes: Tensor, codebooks: Tensor, num_rows: int, 
         )
     values, is_half = _readable(codebooks)
     out = torch.empty(B, C * S, **_FLOAT)
-    bad = _library().codebook_rows(
+    bad = _library().lookup_codewords(
         out.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B, num_rows,
         codes.data_ptr(), codes.shape[1], values.data_ptr(), is_half, C, L, K, S, n_bits, _threads(B),
     )  # fmt: skip
     return out if bad < 0 else None
 
 
-def codebook_gradient(
+def lookup_backward(
     grad_rows: Tensor, ids: Tensor, codes: Tensor, shape: tuple[int, int, int, int], n_bits: int
 ) -> Tensor:
     """Sum the gradients of looked-up rows into their codewords.
 
     Args:
         grad_rows: (B, D) float32, contiguous.
-        ids: (B,) as `codebook_rows` took them.
+        ids: (B,) as `lookup_codewords` took them.
         codes: (N, width) uint8.
         shape: (C, L, K, S).
         n_bits: of a code.
@@ -72,7 +70,7 @@ def codebook_gradient(
     C, L, K, S = shape
     B = ids.shape[0]
     grad = torch.zeros(shape, **_FLOAT)
-    _library().codebook_gradient(
+    _library().lookup_backward(
         grad.data_ptr(), grad_rows.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B,
         codes.data_ptr(), codes.shape[1], C, L, K, S, n_bits, min(_threads(B), C * L),
     )  # fmt: skip
@@ -118,7 +116,7 @@ def _coefficients(seed: int, num_columns: int, sources: tuple[str, ...]) -> Tens
     return all_ * is_hashed[:, None]
 
 
-def rowwise_rows(
+def lookup_integers(
     ids: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, num_rows: int, dim: int, n_bits: int
 ) -> Tensor | None:
     """Look up rows of integers with a scale and an offset for each.
@@ -145,7 +143,7 @@ def rowwise_rows(
             f"{tuple(offset.shape)} do not make a table of {num_rows} x {dim}"
         )
     out = torch.empty(B, dim, **_FLOAT)
-    bad = _library().rowwise_rows(
+    bad = _library().lookup_integers(
         out.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B, num_rows,
         codes.data_ptr(), codes.shape[1], scale.data_ptr(), offset.data_ptr(), scale.dtype == torch.float16,
         dim, n_bits, _threads(B),

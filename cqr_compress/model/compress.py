@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cqr_compress.checkpoint.base import Checkpoint, TensorEntry
-from cqr_compress.errors import BudgetError, SpecError, TableNotFoundError
-from cqr_compress.model.swap import embedding_places, refuse_wrapper, swap_embeddings_
+from cqr_compress.errors import SpecError, TableNotFoundError
+from cqr_compress.model.swap import embedding_slots, refuse_wrapper, swap_embeddings_
 from cqr_compress.nn.table_layer import TableLayer
-from cqr_compress.planning.choose import TablePlan, plan_table
-from cqr_compress.planning.encode import encode_table
+from cqr_compress.option_fields import merged
 from cqr_compress.planning.find import find_tables
 from cqr_compress.planning.frequencies import Frequencies, read_frequencies
-from cqr_compress.planning.scan import ScannedTable, scan_table
-from cqr_compress.progress import Progress, Silent
-from cqr_compress.quantize.kmeans import row_weights
-from cqr_compress.quantize.options import Request
+from cqr_compress.planning.plan_tables import PlannedTable, plan_tables
+from cqr_compress.progress import Progress, shown
+from cqr_compress.quantize.base import row_weights
+from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.decode import PER_ROW
 from cqr_compress.table.quality import Quality
 from cqr_compress.table.spec import AnySpec, CodebookSpec, RowwiseSpec
@@ -29,7 +29,7 @@ from cqr_compress.table.table import CompressedTable
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """What became of one table of a model.
+    """What `compress_` did with one table of a model.
 
     Attributes:
         name: of the tensor in the state_dict.
@@ -46,27 +46,31 @@ class CompressedLayer:
 
 def compress_(
     model: nn.Module,
-    request: Request | AnySpec | float | None = None,
+    options: ConvertOptions | AnySpec | None = None,
     *,
     tables: Sequence[str] = (),
     exclude: Sequence[str] = (),
     frequencies: Frequencies = (),
     progress: Progress | None = None,
+    **option_fields: Any,
 ) -> list[CompressedLayer]:
     """Compress the embedding layers of a model, in place.
+
+        cqr.compress_(model, ratio=8)
 
     Every table is planned before the first is compressed, and all are compressed before the model is changed:
     dense and compressed tables are in memory together for a while.
 
     Args:
         model: changed in place; make its optimizer after this call.
-        request: method and budget; or a spec, whose layout each table gets (its shape and rows do not count); or
-            the ratio of bytes before / after; 2 bits for each value if None.
+        options: method and budget; or a spec, whose layout each table gets (its shape and rows do not count); 2
+            bits for each value if None.
         tables: globs or "re:" patterns of tensors to take instead of the weights of all embedding layers; they may
             name bare parameters.
         exclude: the same, of tensors to leave.
         frequencies: how often each id is used, (N,) by tensor, or files; see `convert`.
-        progress: told of the work.
+        progress: told of the work; bars where stderr is a terminal, if None.
+        **option_fields: fields of `ConvertOptions`, such as `ratio=8`; they replace those of `options`.
 
     Returns:
         One entry for each table that was looked at, in the order of the state_dict.
@@ -76,89 +80,63 @@ def compress_(
         SpecError: a spec without stored codes, or a layout that a table's shape cannot have.
         BudgetError: tables for which no layout fits; the model is as it was.
     """
-    progress = progress or Silent()
-    request = _as_request(request)
+    chosen = _options_of(options) if isinstance(options, (CodebookSpec, RowwiseSpec)) else options
+    chosen = merged(ConvertOptions, chosen, option_fields)
     refuse_wrapper(model)
     entries = _entries(model, tables)
     checkpoint = Checkpoint(path=Path(type(model).__name__), format="live model", entries=entries)
-    selected = [c.name for c in find_tables(checkpoint, tables or list(entries), exclude) if c.selected]
+    selected = [c for c in find_tables(checkpoint, tables or list(entries), exclude) if c.selected]
     if not selected:
         raise TableNotFoundError(f"{type(model).__name__} has no embedding layer: name its tables")
-    counts = read_frequencies(frequencies, {name: entries[name].shape[0] for name in selected})
+    counts = read_frequencies(frequencies, {c.name: c.shape[0] for c in selected})
     weights = {name: row_weights(count) for name, count in counts.items()}
-    plans: list[TablePlan] = []
-    problems = []
-    for name in selected:
-        scan = _scan(entries[name], request, weights.get(name))
-        progress.start(f"choosing a layout for {name}", 0, "trials")
-        try:
-            plans.append(plan_table(scan, request, progress.advance))
-        except BudgetError as e:
-            problems.append(str(e))
-    if problems:
-        raise BudgetError("\n".join(problems))
-    if all(plan.spec is None for plan in plans):
-        reasons = "; ".join(f"{plan.name}: {plan.reason}" for plan in plans)
-        raise TableNotFoundError(f"no table of {type(model).__name__} would gain from compression ({reasons})")
-    made: dict[str, CompressedTable] = {}
-    layers = []
-    for plan in plans:
-        if plan.spec is None:
-            layers.append(CompressedLayer(plan.name, None, plan.reason))
-            continue
-        made[plan.name], quality = _compressed(entries[plan.name], plan, request, weights.get(plan.name), progress)
-        layers.append(CompressedLayer(plan.name, plan.spec, plan.reason, quality))
+    with shown(progress) as progress:
+        planned = plan_tables(checkpoint, selected, chosen, weights, progress)
+        layers = {item.name: CompressedLayer(item.name, None, item.reason) for item in planned.left_dense}
+        made: dict[str, CompressedTable] = {}
+        for name, table in planned.tables.items():
+            made[name], quality = _encoded(table, progress)
+            layers[name] = CompressedLayer(name, table.spec, table.plan.reason, quality)
     swap_embeddings_(model, made)
-    return layers
+    return [layers[candidate.name] for candidate in selected]
 
 
-def _as_request(wanted: Request | AnySpec | float | None) -> Request:
-    if isinstance(wanted, RowwiseSpec):
-        return Request(method=wanted.method, codebook_dtype=wanted.scale_dtype)
-    if isinstance(wanted, CodebookSpec):
-        if not wanted.num_stored_levels:
-            raise SpecError(
-                f"a spec of {wanted.method} fixes no size for other tables: give a Request with a ratio"
-            )
-        return Request(
-            method=wanted.method,
-            num_columns=wanted.num_columns,
-            num_levels=wanted.num_levels,
-            n_bits=wanted.n_bits,
-            rotation=wanted.rotation,
-            rank=wanted.rank,
-            codebook_dtype=wanted.codebook_dtype,
-            seed=wanted.seed,
-        )
-    return wanted if isinstance(wanted, Request) else Request(ratio=None if wanted is None else float(wanted))
-
-
-def _scan(entry: TensorEntry, request: Request, weights: Tensor | None) -> ScannedTable:
-    scan = scan_table(entry, request.keep_rows, request.nonfinite, request.seed, request.max_sample)
-    return replace(scan, weights=weights)
-
-
-def _compressed(
-    entry: TensorEntry, plan: TablePlan, request: Request, weights: Tensor | None, progress: Progress
-) -> tuple[CompressedTable, Quality]:
-    assert plan.spec is not None
-    scan = _scan(entry, request, weights)
-    blocks: dict[str, list[Tensor]] = {}
-    meter = encode_table(
-        scan, plan, request.seed, lambda short, t: blocks.setdefault(short, []).append(t), progress
+def _options_of(spec: AnySpec) -> ConvertOptions:
+    """The options that give tables of other shapes the layout of a spec."""
+    if isinstance(spec, RowwiseSpec):
+        return ConvertOptions(method=spec.method, codebook_dtype=spec.scale_dtype)
+    if not spec.num_stored_levels:
+        raise SpecError(f"a spec of {spec.method} fixes no size for other tables: give a ratio")
+    helpers = {(): "none", ("stored",): "stored", ("hashed",): "hashed"}
+    clustered = spec.method == "cqr"
+    return ConvertOptions(
+        method=spec.method,
+        num_columns=spec.num_columns,
+        num_levels=None if clustered else spec.num_levels,
+        helper=helpers[spec.code_sources[1:]] if clustered else None,
+        n_bits=spec.n_bits,
+        rotation=spec.rotation,
+        rank=spec.rank,
+        codebook_dtype=spec.codebook_dtype,
+        seed=spec.seed,
     )
+
+
+def _encoded(table: PlannedTable, progress: Progress) -> tuple[CompressedTable, Quality]:
+    blocks: dict[str, list[Tensor]] = {}
+    meter = table.encode(lambda short, tensor: blocks.setdefault(short, []).append(tensor), progress)
     tensors = {short: torch.cat(parts) if short in PER_ROW else parts[0] for short, parts in blocks.items()}
-    return CompressedTable(plan.spec, tensors), meter.result()
+    return CompressedTable(table.spec, tensors), meter.result()
 
 
 def _entries(model: nn.Module, tables: Sequence[str]) -> Mapping[str, TensorEntry]:
     """Tensors that may be tables, each once: weights of embedding layers, or all where patterns choose."""
     entries: dict[str, TensorEntry] = {}
     seen: set[int] = set()
-    for place in embedding_places(model):
-        if not isinstance(place.module, TableLayer) and place.key not in seen:
-            seen.add(place.key)
-            entries[place.name] = TensorEntry(place.name, _InMemory(place.tensor.detach()))
+    for slot in embedding_slots(model):
+        if not isinstance(slot.module, TableLayer) and slot.key not in seen:
+            seen.add(slot.key)
+            entries[slot.name] = TensorEntry(slot.name, _InMemory(slot.tensor.detach()))
     if tables:
         for name, parameter in model.named_parameters():
             if id(parameter) not in seen and parameter.ndim == 2:
@@ -168,7 +146,7 @@ def _entries(model: nn.Module, tables: Sequence[str]) -> Mapping[str, TensorEntr
 
 @dataclass(frozen=True)
 class _InMemory:
-    """A `LazyTensor` over a tensor of the model, on any device."""
+    """A `StoredTensor` over a tensor of the model, on any device."""
 
     tensor: Tensor
 

@@ -13,28 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from cqr_compress.checkpoint.base import Checkpoint, read_blocks
-from cqr_compress.checkpoint.compressed_file import CompressedCheckpoint, is_compressed
+from cqr_compress.checkpoint.compressed_file import CompressedFile, is_compressed
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import SwapError
 from cqr_compress.model.swap import (
-    Place,
     Swap,
+    TensorSlot,
     apply_swap,
-    compressed_places,
-    embedding_places,
-    find_place,
-    places_of,
+    compressed_slots,
+    embedding_slots,
+    find_slot,
+    names_inside_tables,
     plan_swaps,
     refuse_wrapper,
+    slots_of,
 )
-from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.planning.find import with_table_names
 from cqr_compress.table.blocks import BLOCK_BYTES
 from cqr_compress.table.table import CompressedTable
 
 _WRAPPERS = ("module.", "_orig_mod.")
-
-
 _LISTED = 10
 
 
@@ -61,14 +59,14 @@ def load_compressed(
     strict: bool = True,
     prefix: str | None = None,
 ) -> Loaded:
-    """Load a compressed file into a model, in place: the model then runs on the compressed tables.
+    """Load a compressed file into a model, in slot: the model then runs on the compressed tables.
 
     Embedding layers become compressed ones (see `swap_embeddings_`), all other tensors are loaded as
     `load_state_dict` would. All checks come before the first change. Make the optimizer after this call.
 
     Args:
         model: of the architecture that the checkpoint was made of; on the meta device no dense table is ever in
-            memory (see `parameters_on_meta`).
+            memory (see `init_empty_weights`).
         path: a file, index or folder that `convert` wrote.
         device: where the model goes; its tensors stay where they are, if None (on the CPU, if on meta).
         strict: whether it is an error if the file and the model do not have the same tensors.
@@ -80,18 +78,18 @@ def load_compressed(
     """
     model = _unwrapped(model)
     with open_checkpoint(path) as checkpoint:
-        opened = CompressedCheckpoint.of(checkpoint)
+        opened = CompressedFile.from_checkpoint(checkpoint)
         plan = _plan(model, opened, strict, prefix)
-        fill = device or ("cpu" if any(place.tensor.is_meta for _, place in places_of(model)) else None)
-        for place in plan.separated:
-            old = place.tensor
-            place.module._parameters[place.attribute] = nn.Parameter(torch.empty_like(old), old.requires_grad)
+        fill = device or ("cpu" if any(slot.tensor.is_meta for _, slot in slots_of(model)) else None)
+        for slot in plan.separated:
+            old = slot.tensor
+            slot.module._parameters[slot.attribute] = nn.Parameter(torch.empty_like(old), old.requires_grad)
         for swap in plan.swaps:
             apply_swap(swap, fill)
         _load_dense(model, opened, plan.dense, fill)
     if device is not None:
         model.to(device)
-    tables = tuple(place.name for swap in plan.swaps for place in swap.places)
+    tables = tuple(slot.name for swap in plan.swaps for slot in swap.slots)
     return Loaded(tables, tuple(plan.missing), tuple(plan.unexpected))
 
 
@@ -113,36 +111,36 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 @torch.no_grad()
 def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Load a dense checkpoint as load_state_dict does, large tensors block by block."""
-    places = _places(model)
-    aliases = {name: to for name, to in checkpoint.aliases.items() if name not in checkpoint.extras}
-    names = {name: name for name in checkpoint.entries if name not in checkpoint.extras} | aliases
-    entries = {name: checkpoint.entries[source] for name, source in _renamed(names, places, None).items()}
+    slots = _slots(model)
+    aliases = {name: to for name, to in checkpoint.aliases.items() if name not in checkpoint.outside_model}
+    names = {name: name for name in checkpoint.entries if name not in checkpoint.outside_model} | aliases
+    entries = {name: checkpoint.entries[source] for name, source in _renamed(names, slots, None).items()}
     large = {
         name: entry
         for name, entry in entries.items()
-        if name in places and entry.nbytes > BLOCK_BYTES and tuple(places[name].tensor.shape) == tuple(entry.shape)
+        if name in slots and entry.nbytes > BLOCK_BYTES and tuple(slots[name].tensor.shape) == tuple(entry.shape)
     }
-    small = {name: entry.lazy.read() for name, entry in entries.items() if name not in large}
+    small = {name: entry.stored.read() for name, entry in entries.items() if name not in large}
     try:
         found = nn.Module.load_state_dict(model, small, strict=False)
     except RuntimeError as e:
         raise SwapError(f"{str(checkpoint.path)!r} does not fit the model: {e}") from e
     problems = _list("the model does not have these tensors of the file", found.unexpected_keys)
-    filled = {places[name].key for name in entries if name in places}  # tied names need not be in the file
-    missing = [name for name in found.missing_keys if name not in places or places[name].key not in filled]
+    filled = {slots[name].key for name in entries if name in slots}  # tied names need not be in the file
+    missing = [name for name in found.missing_keys if name not in slots or slots[name].key not in filled]
     problems += _list("the file does not have these tensors of the model", missing)
     if problems:
         raise SwapError("\n  ".join([f"{str(checkpoint.path)!r} does not fit the model:", *problems]))
     for name, entry in large.items():
         for start, block in read_blocks(entry, BLOCK_BYTES):
-            places[name].tensor[start : start + len(block)] = block
+            slots[name].tensor[start : start + len(block)] = block
 
 
 @contextlib.contextmanager
-def parameters_on_meta() -> Iterator[None]:
+def init_empty_weights() -> Iterator[None]:
     """Build models without memory for their parameters, for `load_compressed` to fill.
 
-        with cqr.parameters_on_meta():
+        with cqr.init_empty_weights():
             model = MyModel()
         cqr.load_compressed(model, "small.safetensors")
 
@@ -172,40 +170,40 @@ class _LoadPlan:
     """A checked load.
 
     Attributes:
-        swaps: tables and their places.
+        swaps: tables and their slots.
         dense: names of the model's tensors, each with the file's tensor (or table, to be decoded) that it gets.
-        separated: places that the model ties to a table and the file does not.
+        separated: slots that the model ties to a table and the file does not.
         missing: tensors of the model that the file does not have.
         unexpected: tensors of the file that the model does not have.
     """
 
     swaps: list[Swap]
     dense: dict[str, str]
-    separated: list[Place]
+    separated: list[TensorSlot]
     missing: list[str]
     unexpected: list[str]
 
 
-def _plan(model: nn.Module, opened: CompressedCheckpoint, strict: bool, prefix: str | None) -> _LoadPlan:
+def _plan(model: nn.Module, opened: CompressedFile, strict: bool, prefix: str | None) -> _LoadPlan:
     """Decide where every tensor of the file goes, and check that it fits.
 
     Raises:
         SwapError: all problems at once.
     """
-    places = _places(model)
-    sources = _renamed(_sources(opened), places, prefix)
-    tables, dense = _assign(sources, places, opened)
-    held = {places[name].key for name in tables}
-    holders = {id(places[name].module) for name in tables}
+    slots = _slots(model)
+    sources = _renamed(_sources(opened), slots, prefix)
+    tables, dense = _assign(sources, slots, opened)
+    held = {slots[name].key for name in tables}
+    holders = {id(slots[name].module) for name in tables}
     dense = {
         name: source
         for name, source in dense.items()
-        if id(places[name].module) not in holders or places[name].key not in held
+        if id(slots[name].module) not in holders or slots[name].key not in held
     }
-    separated = [places[name] for name in dense if places[name].key in held]
-    tied = [name for name, place in places.items() if place.key in held]
-    missing = sorted(set(places) - set(tied) - set(dense))
-    unexpected = [name for name in sources if name not in places]
+    separated = [slots[name] for name in dense if slots[name].key in held]
+    tied = [name for name, slot in slots.items() if slot.key in held]
+    missing = sorted(set(slots) - set(tied) - set(dense))
+    unexpected = [name for name in sources if name not in slots]
     problems = []
     if strict:
         lost = [name for name in unexpected if sources[name] in opened.specs]
@@ -215,22 +213,22 @@ def _plan(model: nn.Module, opened: CompressedCheckpoint, strict: bool, prefix: 
     for name, source in dense.items():
         spec = opened.specs.get(source)
         shape = (spec.num_embeddings, spec.embedding_dim) if spec else opened.dense_entries[source].shape
-        have = tuple(places[name].tensor.shape)
+        have = tuple(slots[name].tensor.shape)
         if shape != have:
             problems.append(f"{name!r} is {list(shape)} in the file and {list(have)} in the model")
     filled = {*tied, *dense}
-    empty = [name for name, place in places_of(model) if place.tensor.is_meta and name not in filled]
+    empty = [name for name, slot in slots_of(model) if slot.tensor.is_meta and name not in filled]
     problems += _list("these tensors are on the meta device and nothing fills them", sorted({*empty} - {*missing}))
-    swaps, against = plan_swaps(model, tables, {place.name for place in separated})
+    swaps, against = plan_swaps(model, tables, {slot.name for slot in separated})
     problems += against
     if problems:
         listed = "\n  ".join(problems)
-        advice = _advice(model, sources, places) if missing or unexpected else ""
-        raise SwapError(f"{str(opened.checkpoint.path)!r} does not fit the model:\n  {listed}{advice}")
+        advice = _advice(model, sources, slots) if missing or unexpected else ""
+        raise SwapError(f"{opened.name!r} does not fit the model:\n  {listed}{advice}")
     return _LoadPlan(swaps, dense, separated, missing, unexpected)
 
 
-def model_tensors(model: nn.Module, opened: CompressedCheckpoint, prefix: str | None = None) -> dict[str, Place]:
+def model_tensors(model: nn.Module, opened: CompressedFile, prefix: str | None = None) -> dict[str, TensorSlot]:
     """Find the model's tensor for each name of a file.
 
     Args:
@@ -241,23 +239,23 @@ def model_tensors(model: nn.Module, opened: CompressedCheckpoint, prefix: str | 
     Returns:
         Places by the file's names, aliases left out; names that the model does not have are not in it.
     """
-    places = _places(model)
+    slots = _slots(model)
     return {
-        source: places[name]
-        for name, source in reversed(_renamed(_sources(opened), places, prefix).items())
-        if name in places
+        source: slots[name]
+        for name, source in reversed(_renamed(_sources(opened), slots, prefix).items())
+        if name in slots
     }
 
 
-def _sources(opened: CompressedCheckpoint) -> dict[str, str]:
+def _sources(opened: CompressedFile) -> dict[str, str]:
     """All names of the model's tensors in the file, each with the table or tensor it stands for."""
-    extras = set(opened.header["extras"])
-    own = {name: name for name in (*opened.specs, *opened.dense_entries) if name not in extras}
-    return own | {alias: target for alias, target in opened.aliases.items() if alias not in extras}
+    outside_model = set(opened.header.outside_model)
+    own = {name: name for name in (*opened.specs, *opened.dense_entries) if name not in outside_model}
+    return own | {alias: target for alias, target in opened.aliases.items() if alias not in outside_model}
 
 
 def _assign(
-    sources: Mapping[str, str], places: Mapping[str, Place], opened: CompressedCheckpoint
+    sources: Mapping[str, str], slots: Mapping[str, TensorSlot], opened: CompressedFile
 ) -> tuple[dict[str, CompressedTable], dict[str, str]]:
     """Split the tensors that the model has into tables for its layers and dense tensors.
 
@@ -269,52 +267,47 @@ def _assign(
     held: set[int] = set()
     given: set[str] = set()
     for name, source in sources.items():
-        if name not in places:
+        if name not in slots:
             continue
-        place = places[name]
+        slot = slots[name]
         if source not in opened.specs:
             dense[name] = source
-        elif place.key not in held:
-            if source in given and not place.is_layer:
+        elif slot.key not in held:
+            if source in given and not slot.is_layer:
                 dense[name] = source
                 continue
             tables[name] = opened.table(source)
             given.add(source)
-            held.add(place.key)
+            held.add(slot.key)
     return tables, dense
 
 
-def _places(model: nn.Module) -> dict[str, Place]:
+def _slots(model: nn.Module) -> dict[str, TensorSlot]:
     """All tensors of the model's state_dict, computed ones under the names they had as dense ones."""
-    layers = {
-        f"{path}.{short}" if path else short
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, TableLayer)
-        for short in (*module.spec.tensor_shapes(), "hash_seed")
-    }
-    names = [name for name in model.state_dict(keep_vars=True) if name not in layers]
-    computed = [place.name for place in compressed_places(model, every_path=True)]
-    found = {name: find_place(model, name) for name in (*computed, *names)}
-    return {name: place for name, place in found.items() if place is not None}
+    inside = names_inside_tables(model)
+    names = [name for name in model.state_dict(keep_vars=True) if name not in inside]
+    compressed = [slot.name for slot in compressed_slots(model, every_path=True)]
+    found = {name: find_slot(model, name) for name in (*compressed, *names)}
+    return {name: slot for name, slot in found.items() if slot is not None}
 
 
-def _renamed(sources: dict[str, str], places: Mapping[str, Place], prefix: str | None) -> dict[str, str]:
+def _renamed(sources: dict[str, str], slots: Mapping[str, TensorSlot], prefix: str | None) -> dict[str, str]:
     """Take a prefix off the names."""
     prefixes = _WRAPPERS if prefix is None else (prefix,)
     for each in prefixes:
         begin = [name for name in sources if name.startswith(each)]
-        if prefix is not None or (len(begin) == len(sources) and not places.keys() & sources.keys()):
+        if prefix is not None or (len(begin) == len(sources) and not slots.keys() & sources.keys()):
             sources = {name.removeprefix(each): source for name, source in sources.items()}
     return sources
 
 
-def _advice(model: nn.Module, sources: Mapping[str, str], places: Mapping[str, Place]) -> str:
+def _advice(model: nn.Module, sources: Mapping[str, str], slots: Mapping[str, TensorSlot]) -> str:
     """Say what would make the names fit, where something simple would."""
     for name in sources:
         for cut in (i + 1 for i, letter in enumerate(name) if letter == "."):
-            if name[cut:] in places and name not in places:
+            if name[cut:] in slots and name not in slots:
                 return f"\nThe file's names begin with {name[:cut]!r}: pass prefix={name[:cut]!r}."
-    layers = ", ".join(place.name for place in embedding_places(model)) or "none"
+    layers = ", ".join(slot.name for slot in embedding_slots(model)) or "none"
     return f"\nThe model's embedding layers: {layers}. strict=False loads what fits."
 
 
@@ -326,31 +319,31 @@ def _list(what: str, names: Sequence[str]) -> list[str]:
 
 
 def _load_dense(
-    model: nn.Module, opened: CompressedCheckpoint, dense: Mapping[str, str], device: torch.device | str | None
+    model: nn.Module, opened: CompressedFile, dense: Mapping[str, str], device: torch.device | str | None
 ) -> None:
     """Fill all other tensors; those on the meta device get memory, one by one, and stay tied where they were."""
-    on_meta = {name: place for name, place in places_of(model) if place.tensor.is_meta}
+    on_meta = {name: slot for name, slot in slots_of(model) if slot.tensor.is_meta}
     held = {source: _read(opened, source) for name, source in dense.items() if name not in on_meta}
     in_place = {name: held[dense[name]] for name in dense if name not in on_meta}
     nn.Module.load_state_dict(model, in_place, strict=False)  # whatever a subclass makes of it
     filled: dict[int, Tensor] = {}
-    for name, place in on_meta.items():
-        old, key = place.tensor, place.key
+    for name, slot in on_meta.items():
+        old, key = slot.tensor, slot.key
         if name in dense and key not in filled:
             value = _read(opened, dense[name]).to(device=device, dtype=old.dtype)
             filled[key] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
-    for place in on_meta.values():
-        if place.key in filled:
-            module, attribute = place.module, place.attribute
+    for slot in on_meta.values():
+        if slot.key in filled:
+            module, attribute = slot.module, slot.attribute
             where: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
-            where[attribute] = filled[place.key]
+            where[attribute] = filled[slot.key]
 
 
-def _read(opened: CompressedCheckpoint, source: str) -> Tensor:
+def _read(opened: CompressedFile, source: str) -> Tensor:
     """Read a tensor into memory, or decode a table that no layer of the model can hold."""
     if source in opened.specs:
         return opened.table(source).decode()
-    return opened.dense_entries[source].lazy.read()
+    return opened.dense_entries[source].stored.read()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -20,21 +20,21 @@ DENSE_LAYERS: tuple[tuple[type[nn.Module], type[TableLayer]], ...] = (
 )
 
 
-def become_layer(module: nn.Module) -> TableLayer:
+def to_compressed_class(module: nn.Module) -> TableLayer:
     """Give a dense embedding layer the class that computes its rows."""
     cls: Any = type(module)
     dense, compressed = next(pair for pair in DENSE_LAYERS if isinstance(module, pair[0]))
     if getattr(module, "sparse", False):
         warnings.warn(f"{cls.__name__}: sparse=True has no effect any more, gradients are dense", stacklevel=5)
-    drop(module, "weight")
+    drop_tensor(module, "weight")
     module.__class__ = compressed if cls is dense else _extended(cls, cast(Any, compressed))
     return cast(TableLayer, module)
 
 
-def become_dense(layer: TableLayer) -> None:
+def to_dense_class(layer: TableLayer) -> None:
     """Give a compressed layer its dense class back, without a weight."""
     for short in (*layer.__dict__.get("_names", ()), "_like"):
-        drop(layer, short)
+        drop_tensor(layer, short)
     layer._non_persistent_buffers_set.discard("_like")
     for attribute in ("_spec", "_owner", "_names"):
         layer.__dict__.pop(attribute, None)
@@ -43,16 +43,16 @@ def become_dense(layer: TableLayer) -> None:
     layer.__class__ = dense
 
 
-def compute(module: nn.Module, attribute: str, owner: TableLayer) -> None:
+def attach_table(module: nn.Module, attribute: str, owner: TableLayer) -> None:
     """Let a module compute an attribute from a compressed layer instead of holding it."""
-    drop(module, attribute)
+    drop_tensor(module, attribute)
     sources = {**module.__dict__.get("_cqr_sources", {}), attribute: owner}
     module.__dict__["_cqr_sources"] = sources
     module.__class__ = _computing(cast(Any, _plain_class(type(module))), tuple(sorted(sources)))
 
 
-def stop_computing(module: nn.Module, attribute: str) -> None:
-    """Undo `compute`, without giving the module a tensor."""
+def detach_table(module: nn.Module, attribute: str) -> None:
+    """Undo `attach_table`, without giving the module a tensor."""
     sources = {name: layer for name, layer in module.__dict__["_cqr_sources"].items() if name != attribute}
     module._modules.pop(hidden_name(attribute), None)
     plain: Any = _plain_class(type(module))
@@ -64,7 +64,7 @@ def stop_computing(module: nn.Module, attribute: str) -> None:
         module.__class__ = plain
 
 
-def computed(module: nn.Module) -> dict[str, TableLayer]:
+def table_attributes(module: nn.Module) -> dict[str, TableLayer]:
     """Attributes that a module computes, with the layers they come from."""
     sources = cast("dict[str, TableLayer]", module.__dict__.get("_cqr_sources", {}))
     return {"weight": module, **sources} if isinstance(module, TableLayer) else sources
@@ -75,7 +75,7 @@ def hidden_name(attribute: str) -> str:
     return f"{attribute}_compressed"
 
 
-def drop(module: nn.Module, attribute: str) -> None:
+def drop_tensor(module: nn.Module, attribute: str) -> None:
     """Remove a parameter or buffer, where there is one."""
     module._parameters.pop(attribute, None)
     module._buffers.pop(attribute, None)
@@ -99,11 +99,11 @@ def _computing(cls: Any, attributes: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of a module's class in which some tensors are computed from compressed layers."""
 
     def read(module: nn.Module, attribute: str) -> Tensor:
-        return cast(Tensor, computed(module)[attribute].weight)
+        return cast(Tensor, table_attributes(module)[attribute].weight)
 
     def assign(module: nn.Module, name: str, value: Any) -> None:
         if name in attributes:
-            computed(module)[name].weight = value  # refused unless it is that layer's weight
+            table_attributes(module)[name].weight = value  # refused unless it is that layer's weight
         else:
             cls.__setattr__(module, name, value)
 

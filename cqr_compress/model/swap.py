@@ -1,6 +1,6 @@
 """Put compressed tables into the layers of a live model, and dense ones back.
 
-A layer is changed in place: the object stays, with its hooks, its attributes and every reference to it, and gets
+A layer is changed in slot: the object stays, with its hooks, its attributes and every reference to it, and gets
 a class that computes rows from codes. So tied layers stay one object, and a subclass of nn.Embedding keeps its own
 `forward`, whose `super().forward(ids)` now reads the compressed table.
 """
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from cqr_compress.errors import SwapError
 from cqr_compress.model.surgery import (
     DENSE_LAYERS,
-    become_dense,
-    become_layer,
-    compute,
-    computed,
-    drop,
+    attach_table,
+    detach_table,
+    drop_tensor,
     hidden_name,
-    stop_computing,
+    table_attributes,
+    to_compressed_class,
+    to_dense_class,
 )
 from cqr_compress.nn.embedding import CompressedEmbedding
 from cqr_compress.nn.table_layer import TableLayer
@@ -31,7 +31,7 @@ from cqr_compress.table.table import CompressedTable
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorSlot:
     """Where a tensor stands in a model.
 
     Attributes:
@@ -56,8 +56,8 @@ class Place:
 
     @property
     def key(self) -> int:
-        """Equal for places that read one tensor or one compressed table, and different for others."""
-        layer = computed(self.module).get(self.attribute)
+        """Equal for slots that read one tensor or one compressed table, and different for others."""
+        layer = table_attributes(self.module).get(self.attribute)
         return id(self.tensor) if layer is None else id(layer.owner)
 
     @property
@@ -68,23 +68,23 @@ class Place:
 
 @dataclass(frozen=True)
 class Swap:
-    """One table and the places that will read it: the first holds it, the others are tied to it."""
+    """One table and the slots that will read it: the first holds it, the others are tied to it."""
 
     table: CompressedTable
-    places: tuple[Place, ...]
+    slots: tuple[TensorSlot, ...]
 
 
 def swap_embeddings_(model: nn.Module, tables: Mapping[str, CompressedTable]) -> list[str]:
-    """Replace the weights of embedding layers by compressed tables, in place.
+    """Replace the weights of embedding layers by compressed tables, in slot.
 
     nn.Embedding becomes `CompressedEmbedding`, nn.EmbeddingBag `CompressedEmbeddingBag`; a subclass of one of them
-    keeps its own methods. Any other module whose parameter a table names gets a compressed layer in the place of
-    the parameter, and reading the attribute decodes it. Other places of the same parameter (a tied output head)
+    keeps its own methods. Any other module whose parameter a table names gets a compressed layer in the slot of
+    the parameter, and reading the attribute decodes it. Other slots of the same parameter (a tied output head)
     read the same table. Layers keep the device, the dtype and requires_grad of their weight; an optimizer that
     was made before still holds the old weights and has to be made again.
 
     Args:
-        model: changed in place.
+        model: changed in slot.
         tables: by the name of the tensor in the model's state_dict, such as "item_emb.weight". Their tensors are
             moved to the weight's device, and not copied where they are there.
 
@@ -98,14 +98,14 @@ def swap_embeddings_(model: nn.Module, tables: Mapping[str, CompressedTable]) ->
     refuse_wrapper(model)
     swaps, problems = plan_swaps(model, tables)
     if problems:
-        layers = ", ".join(place.name for place in embedding_places(model)) or "none"
+        layers = ", ".join(slot.name for slot in embedding_slots(model)) or "none"
         listed = "\n  ".join(problems)
         raise SwapError(
             f"cannot put compressed tables into the model:\n  {listed}\nIts embedding layers: {layers}."
         )
     for swap in swaps:
         apply_swap(swap)
-    return [place.name for swap in swaps for place in swap.places]
+    return [slot.name for swap in swaps for slot in swap.slots]
 
 
 def refuse_wrapper(model: nn.Module) -> None:
@@ -121,12 +121,12 @@ def refuse_wrapper(model: nn.Module) -> None:
 def plan_swaps(
     model: nn.Module, tables: Mapping[str, CompressedTable], apart: Collection[str] = ()
 ) -> tuple[list[Swap], list[str]]:
-    """Find the places of every table and check them; nothing is changed.
+    """Find the slots of every table and check them; nothing is changed.
 
     Args:
         model: where to look.
         tables: by the name of the tensor in the state_dict.
-        apart: names of places that will not read a table although the model ties them to it.
+        apart: names of slots that will not read a table although the model ties them to it.
 
     Returns:
         The swaps, and what stands against them: a line for each problem.
@@ -135,21 +135,21 @@ def plan_swaps(
     swaps: list[Swap] = []
     taken: dict[int, str] = {}
     for name, table in tables.items():
-        place = find_place(model, name)
-        if place is None:
+        slot = find_slot(model, name)
+        if slot is None:
             problems.append(f"{name!r}: the model has no such tensor")
             continue
-        if place.key in taken:
-            problems.append(f"{name!r}: the model ties it to {taken[place.key]!r}, another table")
+        if slot.key in taken:
+            problems.append(f"{name!r}: the model ties it to {taken[slot.key]!r}, another table")
             continue
-        taken[place.key] = name
-        places = tuple(each for each in _all_places(model, place) if each.name not in apart)
-        problems += [problem for each in places if (problem := _problem(each, table))]
-        swaps.append(Swap(table, places))
+        taken[slot.key] = name
+        slots = tuple(each for each in _all_slots(model, slot) if each.name not in apart)
+        problems += [problem for each in slots if (problem := _problem(each, table))]
+        swaps.append(Swap(table, slots))
     return swaps, problems
 
 
-def find_place(model: nn.Module, name: str) -> Place | None:
+def find_slot(model: nn.Module, name: str) -> TensorSlot | None:
     """Find a parameter, buffer or compressed weight by its name in the state_dict."""
     path, _, attribute = name.rpartition(".")
     try:
@@ -157,41 +157,41 @@ def find_place(model: nn.Module, name: str) -> Place | None:
     except AttributeError:
         return None
     if attribute in module._parameters or attribute in module._buffers:
-        return Place(path, module, attribute) if isinstance(getattr(module, attribute), Tensor) else None
-    if attribute in computed(module):
-        return Place(path, module, attribute)
+        return TensorSlot(path, module, attribute) if isinstance(getattr(module, attribute), Tensor) else None
+    if attribute in table_attributes(module):
+        return TensorSlot(path, module, attribute)
     return None
 
 
-def embedding_places(model: nn.Module) -> Iterator[Place]:
+def embedding_slots(model: nn.Module) -> Iterator[TensorSlot]:
     """Weights of all embedding layers, dense and compressed; layers at several paths stand once."""
     for path, module in model.named_modules():
-        place = Place(path, module, "weight")
-        if place.is_layer:
-            yield place
+        slot = TensorSlot(path, module, "weight")
+        if slot.is_layer:
+            yield slot
 
 
 def apply_swap(swap: Swap, device: torch.device | str | None = None) -> None:
     """Change the layers of one checked swap; the table goes to `device`, or where the weight was."""
-    first, *others = swap.places
+    first, *others = swap.slots
     old = first.tensor
     device, dtype, requires_grad = device or old.device, old.dtype, old.requires_grad
     holder = _holder(first)
     if holder is None:
         holder = CompressedEmbedding(swap.table, device=device, dtype=dtype).requires_grad_(requires_grad)
-        compute(first.module, first.attribute, holder)
+        attach_table(first.module, first.attribute, holder)
         first.module.add_module(hidden_name(first.attribute), holder)
     else:
         holder.hold_table(swap.table, device, dtype, requires_grad)
-    for place in others:
-        if place.is_layer:
-            become_layer(place.module).tie_to(holder)
+    for slot in others:
+        if slot.is_layer:
+            to_compressed_class(slot.module).tie_to(holder)
         else:
-            compute(place.module, place.attribute, holder)
+            attach_table(slot.module, slot.attribute, holder)
 
 
 def decompress_(model: nn.Module) -> list[str]:
-    """Turn all compressed layers of a model back into dense ones, in place.
+    """Turn all compressed layers of a model back into dense ones, in slot.
 
     Layers get their old classes back, and weights decoded on their device in their dtype; tied layers share one
     Parameter again.
@@ -199,7 +199,7 @@ def decompress_(model: nn.Module) -> list[str]:
     Returns:
         Names of the dense weights.
     """
-    found = [(place, computed(place.module)[place.attribute]) for place in compressed_places(model)]
+    found = [(slot, table_attributes(slot.module)[slot.attribute]) for slot in compressed_slots(model)]
     weights: dict[int, nn.Parameter] = {}
     for _, layer in found:
         owner = layer.owner
@@ -207,74 +207,74 @@ def decompress_(model: nn.Module) -> list[str]:
             trains = any(t.requires_grad for t in owner.table_tensors().values())
             with torch.no_grad():
                 weights[id(owner)] = nn.Parameter(owner.decode(), trains)
-    new = [(place, weights[id(layer.owner)]) for place, layer in found]
-    for place, weight in sorted(new, key=lambda pair: pair[0].attribute == "weight"):  # the class goes last
-        if isinstance(place.module, TableLayer) and place.attribute == "weight":
-            become_dense(place.module)
+    new = [(slot, weights[id(layer.owner)]) for slot, layer in found]
+    for slot, weight in sorted(new, key=lambda pair: pair[0].attribute == "weight"):  # the class goes last
+        if isinstance(slot.module, TableLayer) and slot.attribute == "weight":
+            to_dense_class(slot.module)
         else:
-            stop_computing(place.module, place.attribute)
-        others = dict(place.module._parameters)
-        place.module._parameters.clear()
-        place.module._parameters.update({place.attribute: weight, **others})
-    return [place.name for place, _ in found]
+            detach_table(slot.module, slot.attribute)
+        others = dict(slot.module._parameters)
+        slot.module._parameters.clear()
+        slot.module._parameters.update({slot.attribute: weight, **others})
+    return [slot.name for slot, _ in found]
 
 
-def places_of(model: nn.Module) -> Iterator[tuple[str, Place]]:
-    """All parameters and buffers of a model that are held and not computed, by all their names."""
+def slots_of(model: nn.Module) -> Iterator[tuple[str, TensorSlot]]:
+    """All parameters and buffers of a model that are held and not table_attributes, by all their names."""
     for path, module in model.named_modules(remove_duplicate=False):
         computed_from = (
             {*module._names, "_like"} if isinstance(module, TableLayer) and module.owner is module else ()
         )
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and attribute not in computed_from:
-                place = Place(path, module, attribute)
-                yield place.name, place
+                slot = TensorSlot(path, module, attribute)
+                yield slot.name, slot
 
 
-def _all_places(model: nn.Module, found: Place) -> tuple[Place, ...]:
-    """The places of one tensor: an embedding layer first, as it can hold a table, and the others."""
-    if isinstance(found.module, TableLayer) or found.attribute in computed(found.module):
+def _all_slots(model: nn.Module, found: TensorSlot) -> tuple[TensorSlot, ...]:
+    """The slots of one tensor: an embedding layer first, as it can hold a table, and the others."""
+    if isinstance(found.module, TableLayer) or found.attribute in table_attributes(found.module):
         return (found,)
     target = found.tensor
-    places: dict[tuple[int, str], Place] = {}
-    for _, each in places_of(model):
+    slots: dict[tuple[int, str], TensorSlot] = {}
+    for _, each in slots_of(model):
         if each.tensor is target:
-            places.setdefault((id(each.module), each.attribute), each)
-    return tuple(sorted(places.values(), key=lambda place: (not place.is_layer, place.name != found.name)))
+            slots.setdefault((id(each.module), each.attribute), each)
+    return tuple(sorted(slots.values(), key=lambda slot: (not slot.is_layer, slot.name != found.name)))
 
 
-def _problem(place: Place, table: CompressedTable) -> str | None:
-    spec, tensor = table.spec, place.tensor
+def _problem(slot: TensorSlot, table: CompressedTable) -> str | None:
+    spec, tensor = table.spec, slot.tensor
     if tuple(tensor.shape) != (spec.num_embeddings, spec.embedding_dim):
         have = " x ".join(str(n) for n in tensor.shape)
-        return f"{place.name!r}: the table is {spec.num_embeddings} x {spec.embedding_dim}, the model's is {have}"
-    cls = type(place.module)
-    if place.is_layer and not isinstance(place.module, TableLayer):
-        dense = next(dense for dense, _ in DENSE_LAYERS if isinstance(place.module, dense))
+        return f"{slot.name!r}: the table is {spec.num_embeddings} x {spec.embedding_dim}, the model's is {have}"
+    cls = type(slot.module)
+    if slot.is_layer and not isinstance(slot.module, TableLayer):
+        dense = next(dense for dense, _ in DENSE_LAYERS if isinstance(slot.module, dense))
         between = cls.__mro__[: cls.__mro__.index(dense)]
         if any("weight" in vars(c) for c in between):
-            return f"{place.name!r}: {cls.__name__} defines its own `weight`, so it cannot read a compressed one"
+            return f"{slot.name!r}: {cls.__name__} defines its own `weight`, so it cannot read a compressed one"
         if type(cls) is not type:
-            return f"{place.name!r}: {cls.__name__} has the metaclass {type(cls).__name__}, and cannot be extended"
-    hidden = hidden_name(place.attribute)
-    if not place.is_layer and place.attribute not in computed(place.module) and hasattr(place.module, hidden):
-        return f"{place.name!r}: {cls.__name__} has an attribute {hidden!r} already"
+            return f"{slot.name!r}: {cls.__name__} has the metaclass {type(cls).__name__}, and cannot be extended"
+    hidden = hidden_name(slot.attribute)
+    if not slot.is_layer and slot.attribute not in table_attributes(slot.module) and hasattr(slot.module, hidden):
+        return f"{slot.name!r}: {cls.__name__} has an attribute {hidden!r} already"
     return None
 
 
-def _holder(place: Place) -> TableLayer | None:
-    """The layer at a place, emptied for another table; None at a bare parameter."""
-    module, attribute = place.module, place.attribute
-    layer = computed(module).get(attribute)
+def _holder(slot: TensorSlot) -> TableLayer | None:
+    """The layer at a slot, emptied for another table; None at a bare parameter."""
+    module, attribute = slot.module, slot.attribute
+    layer = table_attributes(module).get(attribute)
     if layer is not None:
         layer = layer.owner
         for short in layer.spec.tensor_shapes():
-            drop(layer, short)
+            drop_tensor(layer, short)
         return layer
-    return become_layer(module) if place.is_layer else None
+    return to_compressed_class(module) if slot.is_layer else None
 
 
-def compressed_places(model: nn.Module, every_path: bool = False) -> Iterator[Place]:
+def compressed_slots(model: nn.Module, every_path: bool = False) -> Iterator[TensorSlot]:
     """All tensors of a model that are computed; the layer beside a bare parameter is not one itself.
 
     Args:
@@ -284,10 +284,20 @@ def compressed_places(model: nn.Module, every_path: bool = False) -> Iterator[Pl
     hidden = {
         id(layer)
         for module in model.modules()
-        for name, layer in computed(module).items()
+        for name, layer in table_attributes(module).items()
         if module._modules.get(hidden_name(name)) is layer
     }
     for path, module in model.named_modules(remove_duplicate=not every_path):
         if id(module) not in hidden:
-            for attribute in computed(module):
-                yield Place(path, module, attribute)
+            for attribute in table_attributes(module):
+                yield TensorSlot(path, module, attribute)
+
+
+def names_inside_tables(model: nn.Module) -> set[str]:
+    """Names in the state_dict of tensors that belong to compressed layers."""
+    return {
+        f"{path}.{short}" if path else short
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, TableLayer)
+        for short in (*module.spec.tensor_shapes(), "hash_seed")
+    }

@@ -17,7 +17,7 @@ from cqr_compress.table.tracing import is_intercepted, is_tracing
 _FLOATS = (torch.float16, torch.float32)
 
 
-def fast_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
+def lookup_cpu(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
     """Compute rows in one pass over their codes, where that is possible.
 
     It is on the CPU in eager mode, for codebooks up to float32.
@@ -48,7 +48,7 @@ def fast_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tens
         if trains and codebooks.requires_grad:
             rows: Tensor | None = _CodebookRows.apply(codebooks, codes, ids, N, n_bits)  # type: ignore
             return rows
-        return ops.codebook_rows(ids, codes, codebooks, N, n_bits)
+        return ops.lookup_codewords(ids, codes, codebooks, N, n_bits)
     assert codes is not None, "integers are stored"
     scale, offset = tensors["row_scale"], tensors["row_offset"]
     if trains and (scale.requires_grad or offset.requires_grad):
@@ -57,7 +57,7 @@ def fast_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tens
         return None
     if scale.dtype == torch.float16 and not ops.has_half():
         return None
-    return ops.rowwise_rows(ids, codes, scale, offset, N, spec.embedding_dim, spec.n_bits)
+    return ops.lookup_integers(ids, codes, scale, offset, N, spec.embedding_dim, spec.n_bits)
 
 
 def _computed(spec: CodebookSpec, codes: Tensor | None, ids: Tensor) -> Tensor | None:
@@ -92,7 +92,7 @@ class _CodebookRows(torch.autograd.Function):
         """Look up rows (B, D)."""
         ctx.save_for_backward(codes, ids)
         ctx.shape, ctx.dtype, ctx.sizes = tuple(codebooks.shape), codebooks.dtype, (num_rows, n_bits)
-        return ops.codebook_rows(ids, codes, codebooks, num_rows, n_bits)
+        return ops.lookup_codewords(ids, codes, codebooks, num_rows, n_bits)
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -112,7 +112,7 @@ class _CodewordSums(torch.autograd.Function):
         """Sum into (C, L, K, S) float32."""
         ctx.save_for_backward(codes, ids)
         ctx.dtype, ctx.sizes = rows.dtype, (N, n_bits)
-        return ops.codebook_gradient(rows.float().contiguous(), ids, codes, shape, n_bits)
+        return ops.lookup_backward(rows.float().contiguous(), ids, codes, shape, n_bits)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 def reduce_bags(
-    rows_of: Callable[[Tensor], Tensor],
+    lookup: Callable[[Tensor], Tensor],
     input: Tensor,
     offsets: Tensor | None,
     mode: str,
@@ -21,7 +21,7 @@ def reduce_bags(
     """Reduce each bag of ids to one row, as F.embedding_bag does with the rows of a weight.
 
     Args:
-        rows_of: computes rows (T, D) from ids (T,).
+        lookup: computes rows (T, D) from ids (T,).
         input: (B, n) ids, B bags of n; or (T,) ids of all bags, split at `offsets`.
         offsets: (B,) first position of each bag; (B + 1,) with `include_last_offset`.
         mode: "sum", "mean" or "max".
@@ -40,7 +40,7 @@ def reduce_bags(
         ids = torch.cat([ids, ids.new_full((1,), padding_idx)])
     return F.embedding_bag(
         places.view(input.shape),
-        rows_of(ids),
+        lookup(ids),
         offsets,
         mode=mode,
         per_sample_weights=per_sample_weights,

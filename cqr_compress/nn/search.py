@@ -1,6 +1,6 @@
 """Inner products of queries with all rows of a compressed table, and the best of them, row block by row block.
 
-The product of a query with a row is the sum of its products with the row's codewords. So each query is multiplied
+The product of a query with a row is the sum of its products with the row's codewords. So each query is on_matmul
 with the codebooks once, and a row costs one addition for each of its codes instead of D multiplications
 (asymmetric distances, Jegou et al. 2011, doi:10.1109/TPAMI.2010.57; for recommenders RecJPQ and PQTopK, Petrov &
 Macdonald 2024, arXiv:2312.06165 and arXiv:2408.09992). The products of several queries with one codeword lie side
@@ -23,11 +23,7 @@ from cqr_compress.table.spec import AnySpec, CodebookSpec
 from cqr_compress.table.tracing import is_tracing
 
 BLOCK_ROWS = 16_384
-
-
 BLOCK_QUERIES = 64
-
-
 _ALIGNED = 8  # embedding_bag is vectorized over queries, and slow where they are fewer
 
 
@@ -128,7 +124,7 @@ def _blocks(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor) -> It
         else:
             here = {short: tensors[short][start : start + rows] for short in spec.body_shapes()}
             scores = decode_rows(spec, here, ids).to(queries.dtype) @ queries.t()
-        yield start, _with_kept_rows(spec, tensors, queries, start, scores)
+        yield start, _with_exact_rows(spec, tensors, queries, start, scores)
 
 
 def _codeword_products(spec: CodebookSpec, tensors: Mapping[str, Tensor], queries: Tensor) -> Tensor:
@@ -143,7 +139,7 @@ def _codeword_products(spec: CodebookSpec, tensors: Mapping[str, Tensor], querie
     return products.reshape(spec.num_levels * C * spec.codebook_size, queries.shape[0])
 
 
-def _with_kept_rows(
+def _with_exact_rows(
     spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor, start: int, scores: Tensor
 ) -> Tensor:
     if "kept_ids" not in tensors:

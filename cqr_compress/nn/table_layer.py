@@ -11,18 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from cqr_compress.errors import RowIndexError, ShapeError, WeightWriteError
-from cqr_compress.nn.autograd import fast_rows
+from cqr_compress.nn.autograd import lookup_cpu
 from cqr_compress.nn.search import TopK, search_scores, search_topk
 from cqr_compress.nn.table_weight import TableWeight
-from cqr_compress.table.blocks import row_blocks, work_width
-from cqr_compress.table.decode import PER_ROW, decode_block, decode_rows, rotated, with_kept_rows
+from cqr_compress.table.blocks import row_blocks
+from cqr_compress.table.decode import PER_ROW, decode, decode_rows, rotated, with_exact_rows
 from cqr_compress.table.spec import HASHED, AnySpec, CodebookSpec, dtype_name
 from cqr_compress.table.table import CompressedTable
 from cqr_compress.table.tracing import is_intercepted, is_tracing
 
 _LIKE = "_like"
-
-
 _SEED = "hash_seed"
 """Buffer of a layer whose hashes were drawn anew since its table was made."""
 
@@ -30,10 +28,10 @@ _SEED = "hash_seed"
 class Observer(Protocol):
     """Sees each use of a layer's rows, and gives the model what it goes on with."""
 
-    def looked_up(self, ids: Tensor, rows: Tensor) -> Tensor:
+    def on_lookup(self, ids: Tensor, rows: Tensor) -> Tensor:
         """The rows (B, D) that are used for ids (B,), of what was looked up."""
 
-    def multiplied(self, h: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    def on_matmul(self, h: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
         """The products (..., V) of queries (..., D) with rows (V, D) of ids (V,)."""
 
 
@@ -118,7 +116,7 @@ class TableLayer(nn.Module):
         return cast(Tensor, self.owner._buffers[_LIKE]).device
 
     @property
-    def num_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of the table's tensors in memory; 0 if they belong to another layer."""
         return 0 if self.owner is not self else sum(t.nbytes for t in self.table_tensors().values())
 
@@ -144,7 +142,7 @@ class TableLayer(nn.Module):
         spec = replace(self.spec, dtype=dtype_name(self.dtype), **dtypes)  # type: ignore[arg-type]
         return CompressedTable(spec, tensors)
 
-    def decode_ids(self, ids: Tensor) -> Tensor:
+    def lookup(self, ids: Tensor) -> Tensor:
         """Compute the rows of some ids; differentiable.
 
         Args:
@@ -156,16 +154,16 @@ class TableLayer(nn.Module):
         Raises:
             RowIndexError: an id outside [0, N) (an IndexError); on CUDA the device asserts, as for nn.Embedding.
         """
-        rows = self._decode_ids(ids)
+        rows = self._lookup_unobserved(ids)
         observer = self.owner.observer
-        return rows if observer is None else observer.looked_up(ids, rows)
+        return rows if observer is None else observer.on_lookup(ids, rows)
 
-    def _decode_ids(self, ids: Tensor) -> Tensor:
+    def _lookup_unobserved(self, ids: Tensor) -> Tensor:
         tensors = self.table_tensors()
-        rows = fast_rows(self.spec, tensors, ids)
+        rows = lookup_cpu(self.spec, tensors, ids)
         if rows is not None:
             rows = rotated(tensors, rows).to(self.dtype)
-            return with_kept_rows(self.spec, tensors, ids, rows) if "kept_ids" in tensors else rows
+            return with_exact_rows(self.spec, tensors, ids, rows) if "kept_ids" in tensors else rows
         if "codes" not in tensors and not is_tracing():
             self._check_range(ids)
         if "codes" in tensors and tensors["codes"].dtype != torch.uint8:
@@ -175,10 +173,10 @@ class TableLayer(nn.Module):
         here = {
             short: _gather(self, tensor, ids) if short in PER_ROW else tensor for short, tensor in tensors.items()
         }
-        return decode_block(self.spec, here, ids, self.dtype)
+        return decode(self.spec, here, ids, self.dtype)
 
     @torch.no_grad()
-    def column_rows(self, ids: Tensor) -> Tensor:
+    def lookup_unrotated(self, ids: Tensor) -> Tensor:
         """Evaluate the codebook formula alone, before rotation and without rows that are kept apart.
 
         Args:
@@ -188,7 +186,7 @@ class TableLayer(nn.Module):
             (B, width) float32.
         """
         tensors = {short: t for short, t in self.table_tensors().items() if short in ("codes", "codebooks")}
-        rows = fast_rows(self.spec, tensors, ids)
+        rows = lookup_cpu(self.spec, tensors, ids)
         if rows is None:
             here = {short: t[ids] if short in PER_ROW else t for short, t in tensors.items()}
             rows = decode_rows(self.spec, here, ids)
@@ -212,8 +210,8 @@ class TableLayer(nn.Module):
         Without gradients the work is done in row blocks: memory beside the result is bounded.
         """
         if is_tracing():
-            return self.decode_ids(torch.arange(self.num_embeddings, device=self.device))
-        blocks = (self.decode_ids(torch.arange(a, b, device=self.device)) for a, b in self._row_blocks())
+            return self.lookup(torch.arange(self.num_embeddings, device=self.device))
+        blocks = (self.lookup(torch.arange(a, b, device=self.device)) for a, b in self._row_blocks())
         if torch.is_grad_enabled() and any(t.requires_grad for t in self.table_tensors().values()):
             return torch.cat(list(blocks))
         out = torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.dtype, device=self.device)
@@ -229,7 +227,7 @@ class TableLayer(nn.Module):
         `F.embedding(ids, layer.weight)`, work without decoding the whole table; anything else decodes it.
         Writing to it is refused.
         """
-        return self.decode() if is_tracing() else TableWeight.of(self)
+        return self.decode() if is_tracing() else TableWeight.from_layer(self)
 
     @weight.setter
     def weight(self, value: Any) -> None:
@@ -260,11 +258,11 @@ class TableLayer(nn.Module):
             return search_scores(self.spec, self.table_tensors(), h)
         if ids is None:
             blocks = [torch.arange(a, b, device=self.device) for a, b in self._row_blocks()]
-            ids, rows = torch.cat(blocks), torch.cat([self._decode_ids(block) for block in blocks])
+            ids, rows = torch.cat(blocks), torch.cat([self._lookup_unobserved(block) for block in blocks])
         else:
-            rows = self._decode_ids(ids)
+            rows = self._lookup_unobserved(ids)
         rows = rows.to(h.dtype)
-        return h @ rows.T if observer is None else observer.multiplied(h, ids, rows)
+        return h @ rows.T if observer is None else observer.on_matmul(h, ids, rows)
 
     def topk(self, h: Tensor, k: int) -> TopK:
         """Find the k rows with the largest inner product for each query, in bounded memory.
@@ -278,7 +276,7 @@ class TableLayer(nn.Module):
         """
         return search_topk(self.spec, self.table_tensors(), h, k)
 
-    def rows_of(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
         """Rows of ids of any shape, with what the arguments of nn.Embedding ask of them.
 
         Args:
@@ -288,7 +286,7 @@ class TableLayer(nn.Module):
             (..., D) in the layer's dtype.
         """
         flat = ids.reshape(-1)
-        rows = self.decode_ids(flat)
+        rows = self.lookup(flat)
         trains = torch.is_grad_enabled() and rows.requires_grad
         if trains or torch._C._get_tracing_state() is not None:
             if self.padding_idx is not None:
@@ -331,7 +329,7 @@ class TableLayer(nn.Module):
         return self.dtype not in half and any(p.dtype in half for p in parameters)
 
     def _row_blocks(self) -> Iterator[tuple[int, int]]:
-        return row_blocks(self.num_embeddings, work_width(self.spec))
+        return row_blocks(self.num_embeddings, self.spec.work_width)
 
     def _check_range(self, ids: Tensor) -> None:
         """Refuse ids outside the table.

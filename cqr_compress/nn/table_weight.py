@@ -38,17 +38,9 @@ _ABOUT = frozenset(
 
 _WHERE = frozenset({*map(_getter, ("device", "is_cpu", "is_cuda", "is_meta")), Tensor.get_device})
 """Questions about the device, which the layer answers: the stand-in itself is on meta, where nothing reads it."""
-
-
-_TURNED = frozenset({Tensor.t, torch.t, _getter("T"), _getter("mT")})
-
-
+_TRANSPOSES = frozenset({Tensor.t, torch.t, _getter("T"), _getter("mT")})
 _TRANSPOSED = frozenset({Tensor.transpose, torch.transpose})
-
-
 _PRODUCTS = frozenset({Tensor.matmul, Tensor.__matmul__, torch.matmul, torch.mm, Tensor.mm})
-
-
 _DETACHED = frozenset({Tensor.detach, _getter("data")})
 
 
@@ -73,24 +65,24 @@ class TableWeight(torch.Tensor):
 
     Attributes:
         layer: the compressed layer.
-        turned: whether this is the transpose.
+        transposed: whether this is the transpose.
         detached: whether gradients stop here.
     """
 
     layer: TableLayer
-    turned: bool
+    transposed: bool
     detached: bool
     _is_param = True  # nn.Module.get_parameter and tie_weights of transformers ask for a Parameter
 
     @staticmethod
-    def of(layer: TableLayer, turned: bool = False, detached: bool = False) -> Tensor:
+    def from_layer(layer: TableLayer, transposed: bool = False, detached: bool = False) -> Tensor:
         """Make the stand-in for a layer's weight; inside a tensor mode that cannot hold one, decode it."""
         shape = (layer.num_embeddings, layer.embedding_dim)
         value = torch.empty(shape, dtype=layer.dtype, device="meta")
         if type(value) is not Tensor:
-            return layer.decode().t() if turned else layer.decode()
-        weight = (value.t() if turned else value).as_subclass(TableWeight)
-        weight.layer, weight.turned, weight.detached = layer, turned, detached
+            return layer.decode().t() if transposed else layer.decode()
+        weight = (value.t() if transposed else value).as_subclass(TableWeight)
+        weight.layer, weight.transposed, weight.detached = layer, transposed, detached
         return weight
 
     def decode(self) -> Tensor:
@@ -100,16 +92,16 @@ class TableWeight(torch.Tensor):
                 rows = self.layer.decode()
         else:
             rows = self.layer.decode()
-        return rows.t() if self.turned else rows
+        return rows.t() if self.transposed else rows
 
     def has_row(self, row: int | None) -> bool:
         """Whether a number is a row, negative ones counting from the end; None is."""
         return row is None or -self.layer.num_embeddings <= row < self.layer.num_embeddings
 
-    def rows_of(self, ids: Tensor, padding_idx: int | None) -> Tensor:
+    def lookup(self, ids: Tensor, padding_idx: int | None) -> Tensor:
         """Look ids (...) up without decoding the table; the padding row gets no gradient."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
-            rows = self.layer.decode_ids(ids.reshape(-1)).view(*ids.shape, self.layer.embedding_dim)
+            rows = self.layer.lookup(ids.reshape(-1)).view(*ids.shape, self.layer.embedding_dim)
         if padding_idx is None or not rows.requires_grad:
             return rows
         is_padding = ids == padding_idx % self.layer.num_embeddings
@@ -145,9 +137,9 @@ class TableWeight(torch.Tensor):
             if func == _GRAD:
                 return None
             if func in _DETACHED:
-                return TableWeight.of(first.layer, first.turned, detached=True)
-            if func in _TURNED or (func in _TRANSPOSED and _swaps_both(args[1:], kwargs)):
-                return TableWeight.of(first.layer, not first.turned, first.detached)
+                return TableWeight.from_layer(first.layer, first.transposed, detached=True)
+            if func in _TRANSPOSES or (func in _TRANSPOSED and _swaps_both(args[1:], kwargs)):
+                return TableWeight.from_layer(first.layer, not first.transposed, first.detached)
         if _holds_one(kwargs.get("out")) or (_holds_one(first) and _writes(func)):
             raise WeightWriteError(
                 f"{func.__name__} would write to the weight of a compressed layer, whose rows are computed "
@@ -189,17 +181,17 @@ def _through_layer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
     """Do a lookup or a product with all rows through the layer, or return None."""
     if func in _PRODUCTS and len(args) == 2 and not kwargs:
         h, weight = args
-        if isinstance(weight, TableWeight) and weight.turned and not isinstance(h, TableWeight) and h.ndim:
+        if isinstance(weight, TableWeight) and weight.transposed and not isinstance(h, TableWeight) and h.ndim:
             return _scores(weight, h)
     if func is F.linear and len(args) >= 2:
         h, weight, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
-        if isinstance(weight, TableWeight) and not weight.turned and not isinstance(h, TableWeight):
+        if isinstance(weight, TableWeight) and not weight.transposed and not isinstance(h, TableWeight):
             scores = _scores(weight, h)
             return scores if scores is None or bias is None else scores + bias
-    if func is Tensor.__getitem__ and isinstance(args[0], TableWeight) and not args[0].turned:
+    if func is Tensor.__getitem__ and isinstance(args[0], TableWeight) and not args[0].transposed:
         return _rows_at(*args)
-    if func in _SELECTED and len(args) == 3 and isinstance(args[0], TableWeight) and not args[0].turned:
-        return args[0].rows_of(args[2], None) if args[1] == 0 else None
+    if func in _SELECTED and len(args) == 3 and isinstance(args[0], TableWeight) and not args[0].transposed:
+        return args[0].lookup(args[2], None) if args[1] == 0 else None
     if func is F.embedding:
         return _lookup(*args, **kwargs)
     if func is F.embedding_bag:
@@ -211,12 +203,12 @@ def _rows_at(weight: TableWeight, index: Any) -> Tensor | None:
     """Rows by a number, a slice or a tensor of ids, negative ones counting from the end."""
     N, device = weight.layer.num_embeddings, weight.device
     if isinstance(index, slice):
-        return weight.rows_of(torch.arange(N, device=device)[index], None)
+        return weight.lookup(torch.arange(N, device=device)[index], None)
     if isinstance(index, int) and not isinstance(index, bool) and -N <= index < N:
-        return weight.rows_of(torch.tensor(index % N, device=device), None)
+        return weight.lookup(torch.tensor(index % N, device=device), None)
     if isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32):
         ids = index.to(device)
-        return weight.rows_of(torch.where(ids < 0, ids + N, ids), None)
+        return weight.lookup(torch.where(ids < 0, ids + N, ids), None)
     return None
 
 
@@ -230,9 +222,9 @@ def _lookup(
     sparse: bool = False,
 ) -> Tensor | None:
     """F.embedding of a weight that is not decoded; gradients are dense."""
-    if not isinstance(weight, TableWeight) or weight.turned or max_norm is not None or scale_grad_by_freq:
+    if not isinstance(weight, TableWeight) or weight.transposed or max_norm is not None or scale_grad_by_freq:
         return None
-    return weight.rows_of(input, padding_idx) if weight.has_row(padding_idx) else None
+    return weight.lookup(input, padding_idx) if weight.has_row(padding_idx) else None
 
 
 def _bags(
@@ -249,16 +241,16 @@ def _bags(
     padding_idx: int | None = None,
 ) -> Tensor | None:
     """F.embedding_bag of a weight that is not decoded; gradients are dense."""
-    if not isinstance(weight, TableWeight) or weight.turned or max_norm is not None or scale_grad_by_freq:
+    if not isinstance(weight, TableWeight) or weight.transposed or max_norm is not None or scale_grad_by_freq:
         return None
     if not weight.has_row(padding_idx):
         return None
     padding_idx = None if padding_idx is None else padding_idx % weight.layer.num_embeddings
 
-    def rows_of(ids: Tensor) -> Tensor:
-        return weight.rows_of(ids, padding_idx)
+    def lookup(ids: Tensor) -> Tensor:
+        return weight.lookup(ids, padding_idx)
 
-    return reduce_bags(rows_of, input, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
+    return reduce_bags(lookup, input, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
 
 
 def _scores(weight: TableWeight, h: Tensor) -> Tensor | None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from cqr_compress.errors import BudgetError, TableRefusedError
-from cqr_compress.planning.layouts import budget_bytes, impossible, layouts
 from cqr_compress.planning.scan import ScannedTable
-from cqr_compress.quantize.additive import Effort
-from cqr_compress.quantize.options import Request
-from cqr_compress.quantize.registry import effort_for, fit
+from cqr_compress.quantize.base import Effort
+from cqr_compress.quantize.layouts import budget_bytes, over_budget
+from cqr_compress.quantize.options import ConvertOptions
+from cqr_compress.quantize.registry import method_of
 from cqr_compress.table.decode import decode_rows
 from cqr_compress.table.spec import AnySpec, CodebookSpec
 
@@ -21,15 +21,9 @@ _SMALLEST_VALUE, _LARGEST_VALUE = 1e-15, 1e15
 
 
 _FIRST_TRIAL_ROWS = 4096
-
-
 _SECOND_TRIAL_ROWS = 16384
-
-
 _FINALISTS = 4
-
-
-_BRIEF = Effort(kmeans_iterations=4, rounds=0, beam=1)
+_BRIEF = Effort(kmeans_iterations=4, refine_rounds=0, beam=1)
 
 
 @dataclass(frozen=True)
@@ -49,12 +43,12 @@ class TablePlan:
     effort: Effort = field(default_factory=Effort)
 
 
-def plan_table(table: ScannedTable, request: Request, step: Callable[[], None] = lambda: None) -> TablePlan:
+def plan_table(table: ScannedTable, options: ConvertOptions, step: Callable[[], None] = lambda: None) -> TablePlan:
     """Choose the spec of one table, by trial fits on its sample where several layouts are possible.
 
     Args:
         table: from `scan_table`.
-        request: what the user asked.
+        options: what the user asked.
         step: called after each trial.
 
     Raises:
@@ -62,32 +56,27 @@ def plan_table(table: ScannedTable, request: Request, step: Callable[[], None] =
         SpecError: an explicit layout that the table's shape cannot have.
         TableRefusedError: values whose squares float32 cannot hold.
     """
-    N, _ = table.shape
     name = table.entry.name
-    if request.min_rows > N:
-        return TablePlan(name, None, f"{N} rows are fewer than min_rows = {request.min_rows}")
     _check_magnitude(table)
-    budget = budget_bytes(table, request)
-    specs = list(layouts(request, table))
+    method, facts = method_of(options.method), table.facts
+    budget = budget_bytes(facts, options)
+    specs = list(method.layouts(options, facts))
     smallest = min(specs, key=lambda spec: spec.nbytes, default=None)
     if smallest is not None and smallest.nbytes >= smallest.dense_nbytes:
         return TablePlan(name, None, f"the smallest layout takes {smallest.nbytes} bytes, no fewer than it has")
-    limit = table.entry.nbytes - 1 if budget is None else min(budget, table.entry.nbytes - 1)
+    limit = facts.nbytes - 1 if budget is None else min(budget, facts.nbytes - 1)
     fitting = [spec for spec in specs if spec.nbytes <= limit]
     if not fitting:
-        message = impossible(table, request, limit, smallest)
-        if request.has_budget or smallest is None:
+        message = over_budget(facts, options, limit, smallest)
+        if options.has_budget or smallest is None:
             raise BudgetError(message)
         return TablePlan(name, None, message)
     largest = _largest_of_each(fitting)
     if len(largest) == 1:
         spec, reason = largest[0], "the one layout that was asked for"
     else:
-        spec, reason = _choose(table, largest, request, step)
-    effort = effort_for(spec, request.rounds) if isinstance(spec, CodebookSpec) else Effort()
-    if request.method == "auto" and request.rounds is None:
-        effort = replace(effort, rounds=max(effort.rounds, 8))
-    return TablePlan(name, spec, reason, effort)
+        spec, reason = _choose(table, largest, options, step)
+    return TablePlan(name, spec, reason, method.effort(spec, options.refine_rounds))
 
 
 def _check_magnitude(table: ScannedTable) -> None:
@@ -117,7 +106,7 @@ def _largest_of_each(specs: list[AnySpec]) -> list[AnySpec]:
 
 
 def _choose(
-    table: ScannedTable, specs: list[AnySpec], request: Request, step: Callable[[], None]
+    table: ScannedTable, specs: list[AnySpec], options: ConvertOptions, step: Callable[[], None]
 ) -> tuple[AnySpec, str]:
     """Try all layouts briefly, the best again with more rows and work (successive halving)."""
     errors: list[tuple[float, AnySpec]] = []
@@ -132,9 +121,11 @@ def _choose(
     finalists = [spec for _, spec in errors[:_FINALISTS]]
     longer = []
     for spec in finalists:
-        rounds = 4 if isinstance(spec, CodebookSpec) and spec.rotation == "opq" else 1
+        refine_rounds = 4 if isinstance(spec, CodebookSpec) and spec.rotation == "opq" else 1
         effort = Effort(
-            kmeans_iterations=10, rounds=rounds if request.rounds is None else request.rounds, restarts=1
+            kmeans_iterations=10,
+            refine_rounds=refine_rounds if options.refine_rounds is None else options.refine_rounds,
+            restarts=1,
         )
         longer.append((estimate_error(table, spec, effort, _SECOND_TRIAL_ROWS), spec))
         step()
@@ -176,7 +167,7 @@ def estimate_error(table: ScannedTable, spec: AnySpec, effort: Effort, num_rows:
     weights = None if table.weights is None else table.weights[table.sample_ids][order]
     rows = _SampleRows(fitted, None if weights is None else weights[:num_rows])
     small = replace(spec, num_embeddings=max(len(fitted), 1), num_kept_rows=0, num_zero_rows=0)
-    quantizer = fit(rows, small, effort)
+    quantizer = method_of(spec.method).fit(rows, small, effort, lambda: None)
 
     def error(part: Tensor, cost: Tensor | None) -> float:
         body = {**quantizer.shared_tensors(), **quantizer.encode(part, 0)}
@@ -193,8 +184,8 @@ def estimate_error(table: ScannedTable, spec: AnySpec, effort: Effort, num_rows:
     return (inside + outside) / 2 - (outside - inside) / 2 * min(1.0, len(fitted) / N)
 
 
-def estimate_ratio(table: ScannedTable, request: Request) -> float:
-    """Estimate quickly what a request would cost: one brief fit of its likeliest layout.
+def estimate_ratio(table: ScannedTable, options: ConvertOptions) -> float:
+    """Estimate quickly what a options would cost: one brief fit of its likeliest layout.
 
     Returns:
         Relative squared error.
@@ -203,12 +194,12 @@ def estimate_ratio(table: ScannedTable, request: Request) -> float:
         BudgetError: no layout fits.
     """
     _check_magnitude(table)
-    budget = budget_bytes(table, request)
-    specs = list(layouts(request, table))
+    budget = budget_bytes(table.facts, options)
+    specs = list(method_of(options.method).layouts(options, table.facts))
     fitting = [spec for spec in specs if budget is None or spec.nbytes <= budget]
     if not fitting:
         raise BudgetError(
-            impossible(table, request, budget or 0, min(specs, key=lambda s: s.nbytes, default=None))
+            over_budget(table.facts, options, budget or 0, min(specs, key=lambda s: s.nbytes, default=None))
         )
     likely = max(_largest_of_each(fitting), key=lambda spec: spec.tensor_shapes()["codes"].nbytes)
     return estimate_error(table, likely, _BRIEF, _FIRST_TRIAL_ROWS)
@@ -224,7 +215,7 @@ class _SampleRows:
         return torch.arange(len(self.sample))
 
     @property
-    def skipped_ids(self) -> Tensor:
+    def stored_apart_ids(self) -> Tensor:
         return torch.empty(0, dtype=torch.int64)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:

@@ -11,8 +11,8 @@ from cqr_compress.errors import VerificationError
 from cqr_compress.planning.choose import TablePlan
 from cqr_compress.planning.scan import ScannedTable
 from cqr_compress.progress import Progress
-from cqr_compress.quantize.registry import fit, num_fit_steps
-from cqr_compress.table.decode import decode_block
+from cqr_compress.quantize.registry import method_of
+from cqr_compress.table.decode import decode
 from cqr_compress.table.quality import QualityMeter
 
 
@@ -37,12 +37,13 @@ def encode_table(
     """
     spec, name = plan.spec, plan.name
     assert spec is not None, "only a table with a spec is encoded"
-    progress.start(f"fitting {name}", num_fit_steps(spec, plan.effort), "steps")
-    quantizer = fit(scan, spec, plan.effort, progress.advance)
+    method = method_of(spec.method)
+    progress.start(f"fitting {name}", method.num_steps(spec, plan.effort), "steps")
+    quantizer = method.fit(scan, spec, plan.effort, progress.advance)
     shared = dict(quantizer.shared_tensors())
     if spec.num_kept_rows + spec.num_zero_rows:
-        shared["kept_ids"] = scan.skipped_ids.to(spec.tensor_shapes()["kept_ids"].dtype)
-        shared["kept_rows"] = kept_rows(scan)
+        shared["kept_ids"] = scan.stored_apart_ids.to(spec.tensor_shapes()["kept_ids"].dtype)
+        shared["kept_rows"] = exact_rows_of(scan)
     for short, tensor in shared.items():
         put(short, tensor)
     meter = QualityMeter.for_table(spec.num_embeddings, seed, scan.weights)
@@ -52,9 +53,9 @@ def encode_table(
         for short, tensor in encoded.items():
             put(short, tensor)
         ids = torch.arange(start, start + len(rows))
-        decoded = decode_block(spec, {**shared, **encoded}, ids)
+        decoded = decode(spec, {**shared, **encoded}, ids)
         lost = ids[~decoded.isfinite().all(1)]
-        if not torch.isin(lost, scan.kept_ids).all():
+        if not torch.isin(lost, scan.exact_ids).all():
             raise VerificationError(
                 f"row {int(lost[0])} of {name!r} leaves the range of its dtype. Pass --codebook-dtype float32."
             )
@@ -63,7 +64,7 @@ def encode_table(
     return meter
 
 
-def kept_rows(scan: ScannedTable) -> Tensor:
+def exact_rows_of(scan: ScannedTable) -> Tensor:
     """Read the rows that are stored verbatim."""
-    rows = [scan.entry.lazy.read_rows(int(i), int(i) + 1) for i in scan.kept_ids]
+    rows = [scan.entry.stored.read_rows(int(i), int(i) + 1) for i in scan.exact_ids]
     return torch.cat([torch.empty(0, scan.shape[1], dtype=scan.entry.dtype), *rows])

@@ -22,7 +22,7 @@ THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class Candidate:
-    """One 2-D floating-point tensor and the verdict on it.
+    """One 2-D floating-point tensor and the summary on it.
 
     Attributes:
         name: its name in the checkpoint.
@@ -123,7 +123,7 @@ def with_table_names(checkpoint: Checkpoint, compare: bool = True) -> Checkpoint
         best = max(group, key=lambda name: (_by_name(name)[0], -group.index(name)))
         if best != canonical:
             entries = {
-                (best if name == canonical else name): (TensorEntry(best, e.lazy) if name == canonical else e)
+                (best if name == canonical else name): (TensorEntry(best, e.stored) if name == canonical else e)
                 for name, e in entries.items()
             }
             aliases = {name: (best if to == canonical else to) for name, to in aliases.items() if name != best}

@@ -68,7 +68,7 @@ def _read(path: Path, name: str | None, num_rows: Mapping[str, int]) -> dict[str
         return {name or _only_table(path, num_rows, len(counts) if counts.ndim == 1 else None): counts}
     if path.suffix == ".safetensors":
         with open_checkpoint(path) as opened:
-            read = {key: entry.lazy.read() for key, entry in opened.entries.items()}
+            read = {key: entry.stored.read() for key, entry in opened.entries.items()}
         if name is None:
             return read
         if len(read) != 1:

@@ -31,8 +31,6 @@ def _pattern(regex: str, reason: str, confidence: float = 0.0) -> Pattern:
 
 
 _START = r"(?:^|\.)"
-
-
 TABLES = (
     _pattern(_START + r"emb_l\.\d+$", "DLRM emb_l.N", 0.99),
     _pattern(_START + r"token_embedding_table\.embedding$", "RecBole fused token fields", 0.99),

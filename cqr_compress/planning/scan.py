@@ -12,7 +12,7 @@ from cqr_compress.checkpoint.base import Checkpoint, TensorEntry
 from cqr_compress.errors import NonFiniteError, ShapeError, SpecError, TableNotFoundError
 from cqr_compress.planning.find import with_table_names
 from cqr_compress.progress import Progress
-from cqr_compress.quantize.kmeans import row_weights
+from cqr_compress.quantize.base import TableFacts, row_weights
 from cqr_compress.quantize.options import MAX_SAMPLE_ROWS
 from cqr_compress.table.blocks import row_blocks
 from cqr_compress.table.table import CompressedTable
@@ -29,7 +29,7 @@ class ScannedTable:
         entry: where the rows are.
         sample: (n, D) float32, the rows that fits are made on.
         sample_ids: (n,) int64, which rows they are, ascending.
-        kept_ids: (r,) int64 ascending, rows stored verbatim: asked for, not finite, or of zeros with signs.
+        exact_ids: (r,) int64 ascending, rows stored verbatim: asked for, not finite, or of zeros with signs.
         zero_ids: (z,) int64 ascending, all-zero rows among the others.
         nonfinite_rows: number of rows with NaN or infinity.
         largest: largest magnitude of the finite values.
@@ -40,7 +40,7 @@ class ScannedTable:
     entry: TensorEntry
     sample: Tensor
     sample_ids: Tensor
-    kept_ids: Tensor
+    exact_ids: Tensor
     zero_ids: Tensor
     nonfinite_rows: int
     largest: float
@@ -48,9 +48,9 @@ class ScannedTable:
     weights: Tensor | None = None
 
     @property
-    def skipped_ids(self) -> Tensor:
+    def stored_apart_ids(self) -> Tensor:
         """Rows that need not be fitted, because they are stored apart."""
-        return torch.cat([self.kept_ids, self.zero_ids])
+        return torch.cat([self.exact_ids, self.zero_ids])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -58,11 +58,25 @@ class ScannedTable:
         N, D = self.entry.shape
         return N, D
 
+    @property
+    def facts(self) -> TableFacts:
+        """What choosing a layout needs."""
+        return TableFacts(
+            name=self.entry.name,
+            shape=self.shape,
+            dtype=self.entry.dtype,
+            nbytes=self.entry.nbytes,
+            num_exact_rows=len(self.exact_ids),
+            num_zero_rows=len(self.zero_ids),
+            largest=self.largest,
+            mean_square=self.mean_square,
+        )
+
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Pass over all rows in float32; rows that are not finite come as zeros."""
         N, D = self.shape
         for start, stop in row_blocks(N, D):
-            rows = self.entry.lazy.read_rows(start, stop).float()
+            rows = self.entry.stored.read_rows(start, stop).float()
             if self.nonfinite_rows:
                 rows[~rows.isfinite().all(1)] = 0.0
             yield start, rows
@@ -70,7 +84,7 @@ class ScannedTable:
 
 def scan_table(
     entry: TensorEntry,
-    keep_rows: Sequence[int] = (),
+    exact_rows: Sequence[int] = (),
     nonfinite: str = "error",
     seed: int = 0,
     max_sample: int = MAX_SAMPLE_ROWS,
@@ -80,7 +94,7 @@ def scan_table(
 
     Args:
         entry: a 2-D floating-point tensor.
-        keep_rows: ids of rows to store verbatim; negative ids count from the end.
+        exact_rows: ids of rows to store verbatim; negative ids count from the end.
         nonfinite: "error", or "keep" to store rows with NaN or infinity verbatim.
         seed: draws the sample.
         max_sample: rows of the sample, at most.
@@ -88,10 +102,10 @@ def scan_table(
 
     Raises:
         NonFiniteError: NaN or infinity (also a float64 value beyond float32) and `nonfinite` is "error".
-        SpecError: an id of `keep_rows` outside the table.
+        SpecError: an id of `exact_rows` outside the table.
     """
     N, D = entry.shape
-    asked = _check_ids(keep_rows, N, entry.name)
+    asked = _check_ids(exact_rows, N, entry.name)
     limit = max(1, min(max_sample, MAX_SAMPLE_BYTES // (4 * D)))
     generator = torch.Generator().manual_seed(seed)
     ids = torch.arange(N) if limit >= N else torch.randperm(N, generator=generator)[:limit].sort().values
@@ -102,7 +116,7 @@ def scan_table(
     signed: list[Tensor] = []  # rows of zeros with a minus sign somewhere, kept verbatim
     largest, total = 0.0, 0.0
     for start, stop in row_blocks(N, D):
-        source = entry.lazy.read_rows(start, stop)
+        source = entry.stored.read_rows(start, stop)
         rows = source.float()
         finite = rows.isfinite().all(1)
         is_zero = (source == 0).all(1)
@@ -136,7 +150,7 @@ def scan_table(
         entry=entry,
         sample=sample,
         sample_ids=ids,
-        kept_ids=kept,
+        exact_ids=kept,
         zero_ids=zero_ids,
         nonfinite_rows=len(bad_ids),
         largest=largest,
@@ -144,11 +158,11 @@ def scan_table(
     )
 
 
-def _check_ids(keep_rows: Sequence[int], N: int, name: str) -> Tensor:
-    outside = [row for row in keep_rows if not -N <= row < N]
+def _check_ids(exact_rows: Sequence[int], N: int, name: str) -> Tensor:
+    outside = [row for row in exact_rows if not -N <= row < N]
     if outside:
         raise SpecError(f"cannot keep row {outside[0]} of {name!r}: it has rows 0 to {N - 1}")
-    return torch.tensor([row % N for row in keep_rows], dtype=torch.int64)
+    return torch.tensor([row % N for row in exact_rows], dtype=torch.int64)
 
 
 def source_rows(
@@ -168,7 +182,7 @@ def source_rows(
     if entry.shape != (spec.num_embeddings, spec.embedding_dim):
         here = spec.num_embeddings, spec.embedding_dim
         raise ShapeError(f"{name!r} is {entry.shape} in {str(checkpoint.path)!r}, and {here} in compressed")
-    kept = table.tensors.get("kept_ids")
+    kept = table.tensors.get("exact_ids")
     keep = [] if kept is None else kept[: spec.num_kept_rows].tolist()
     progress.start(f"reading {name}", spec.num_embeddings, "rows")
     scan = scan_table(entry, keep, "keep", getattr(spec, "seed", 0), step=progress.advance)

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cqr_compress.quantize.base import Effort, TableFacts, TableRows, refuse_others
+from cqr_compress.quantize.layouts import budget_bytes, table_fields, value_dtype
+from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.blocks import row_blocks
 from cqr_compress.table.codes import computed_codes
 from cqr_compress.table.decode import decode_codes
-from cqr_compress.table.spec import FLOAT_DTYPES, CodebookSpec
+from cqr_compress.table.spec import FLOAT_DTYPES, HASHED, QUOTIENT, REMAINDER, AnySpec, CodebookSpec
 
 _CG_ITERATIONS = 30
-
-
 _CG_TOLERANCE = 1e-5
 
 
@@ -45,7 +46,7 @@ class SketchQuantizer:
 
 def fit_sketch(
     blocks: Callable[[], Iterator[tuple[int, Tensor]]],
-    skipped_ids: Tensor,
+    stored_apart_ids: Tensor,
     spec: CodebookSpec,
     step: Callable[[], None],
     weights: Tensor | None = None,
@@ -57,7 +58,7 @@ def fit_sketch(
 
     Args:
         blocks: starts a pass over the table: (first row, (B, D) float32) pairs.
-        skipped_ids: (r,) int64, rows that do not count.
+        stored_apart_ids: (r,) int64, rows that do not count.
         spec: a spec whose codes are all computed.
         step: called after the pass and after each iteration.
         weights: (N,) float32, positive: what an error at a row costs; 1 for each if None.
@@ -69,7 +70,7 @@ def fit_sketch(
     target, counts = torch.zeros(shape), torch.zeros(shape[:3])
     for first, rows in blocks():
         ids = torch.arange(first, first + len(rows))
-        wanted = ~torch.isin(ids, skipped_ids)
+        wanted = ~torch.isin(ids, stored_apart_ids)
         ids, rows = ids[wanted], rows[wanted]
         codes = computed_codes(spec, ids)
         cost = torch.ones(len(rows)) if weights is None else weights[ids]
@@ -82,7 +83,7 @@ def fit_sketch(
     solution = target * inverse
     if spec.num_levels > 1:
         solution = _conjugate_gradients(
-            lambda x: _normal_product(spec, skipped_ids, x, weights), target, solution * 0, inverse, step
+            lambda x: _normal_product(spec, stored_apart_ids, x, weights), target, solution * 0, inverse, step
         )
     return SketchQuantizer(spec, solution.to(FLOAT_DTYPES[spec.codebook_dtype]))
 
@@ -100,12 +101,14 @@ def _add_rows(out: Tensor, codes: Tensor, rows: Tensor) -> None:
             out[c, level].index_add_(0, codes[:, c, level], rows[:, c * S : (c + 1) * S])
 
 
-def _normal_product(spec: CodebookSpec, skipped_ids: Tensor, codebooks: Tensor, weights: Tensor | None) -> Tensor:
+def _normal_product(
+    spec: CodebookSpec, stored_apart_ids: Tensor, codebooks: Tensor, weights: Tensor | None
+) -> Tensor:
     """H^T W H codebooks, from the ids alone."""
     out = torch.zeros_like(codebooks)
     for start, stop in row_blocks(spec.num_embeddings, spec.embedding_dim * 2):
         ids = torch.arange(start, stop)
-        ids = ids[~torch.isin(ids, skipped_ids)]
+        ids = ids[~torch.isin(ids, stored_apart_ids)]
         codes = computed_codes(spec, ids)
         rows = decode_codes(codes, codebooks)
         _add_rows(out, codes, rows if weights is None else rows * weights[ids, None])
@@ -133,3 +136,63 @@ def _conjugate_gradients(
         energy = new_energy
         step()
     return x
+
+
+@dataclass(frozen=True)
+class HashedMethod:
+    """Codes that are computed from the ids.
+
+    Attributes:
+        code_sources: of each level.
+    """
+
+    code_sources: tuple[str, ...]
+
+    def check(self, options: ConvertOptions) -> None:
+        """The budget alone decides how many codewords there are."""
+        refuse_others(options, ("num_columns",))
+
+    def has_fixed_size(self, options: ConvertOptions) -> bool:
+        """Never."""
+        return False
+
+    def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
+        """The one codebook size that uses up the budget; quotient and remainder have to name every row."""
+        N, D = facts.shape
+        dtype = value_dtype(facts, options)
+        smallest = 1 if self.code_sources == (HASHED,) else int((N - 1) ** 0.5) + 1
+
+        def spec(size: int) -> CodebookSpec:
+            return CodebookSpec(
+                method=options.method,
+                num_columns=options.num_columns or 1,
+                num_levels=len(self.code_sources),
+                codebook_size=size,
+                code_sources=self.code_sources,
+                codebook_dtype=dtype,
+                seed=options.seed,
+                **table_fields(facts),
+            )
+
+        codeword_bytes = len(self.code_sources) * D * FLOAT_DTYPES[dtype].itemsize
+        fixed_bytes = spec(smallest).nbytes - smallest * codeword_bytes
+        size = int(((budget_bytes(facts, options) or 0.0) - fixed_bytes) // codeword_bytes)
+        yield spec(max(smallest, min(size, N)))
+
+    def effort(self, spec: AnySpec, refine_rounds: int | None) -> Effort:
+        """There is one way."""
+        return Effort()
+
+    def num_steps(self, spec: AnySpec, effort: Effort) -> int:
+        """A pass over the rows, and iterations of the solver."""
+        assert isinstance(spec, CodebookSpec)
+        return num_sketch_steps(spec)
+
+    def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> SketchQuantizer:
+        """Solve for the codebooks over all rows."""
+        assert isinstance(spec, CodebookSpec)
+        return fit_sketch(rows.blocks, rows.stored_apart_ids, spec, step, rows.weights)
+
+
+HASH = HashedMethod((HASHED,))
+QR = HashedMethod((QUOTIENT, REMAINDER))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cqr_compress.quantize.base import Effort, TableFacts, TableRows, refuse_others
+from cqr_compress.quantize.layouts import table_fields, value_dtype
+from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.bitpack import pack_codes
-from cqr_compress.table.spec import FLOAT_DTYPES, RowwiseSpec
+from cqr_compress.table.spec import FLOAT_DTYPES, AnySpec, RowwiseSpec
 
 _CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
 """Shares of a row's range that are tried; clipping the ends makes the steps smaller."""
@@ -57,3 +61,48 @@ class RowwiseQuantizer:
         codes = codes.round_().clamp_(0, levels)
         error = (offset.float()[:, None] + step * codes - rows).square().sum(1)
         return codes.to(torch.int32), scale, offset, error
+
+
+@dataclass(frozen=True)
+class IntegerMethod:
+    """Row-wise integers.
+
+    Attributes:
+        n_bits: of each value.
+    """
+
+    n_bits: int
+
+    def check(self, options: ConvertOptions) -> None:
+        """There is nothing to choose."""
+        refuse_others(options, ())
+
+    def has_fixed_size(self, options: ConvertOptions) -> bool:
+        """Always."""
+        return True
+
+    def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
+        """The one layout."""
+        yield RowwiseSpec(
+            method=options.method,
+            n_bits=self.n_bits,
+            scale_dtype=value_dtype(facts, options),
+            **table_fields(facts),
+        )
+
+    def effort(self, spec: AnySpec, refine_rounds: int | None) -> Effort:
+        """There is one way."""
+        return Effort()
+
+    def num_steps(self, spec: AnySpec, effort: Effort) -> int:
+        """Nothing is fitted."""
+        return 1
+
+    def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> RowwiseQuantizer:
+        """Nothing is fitted: rows are encoded one by one."""
+        assert isinstance(spec, RowwiseSpec)
+        step()
+        return RowwiseQuantizer(spec)
+
+
+INT8, INT4 = IntegerMethod(8), IntegerMethod(4)

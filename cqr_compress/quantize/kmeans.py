@@ -9,21 +9,7 @@ from torch import Tensor
 
 POINTS_PER_CENTROID = 256
 """Points that one centroid is fitted to; more are subsampled at random."""
-
-
 _BLOCK_VALUES = 2**24
-
-
-def row_weights(counts: Tensor) -> Tensor:
-    """What an error at a row costs, from how often the row is used: mean about 1, and never 0.
-
-    Args:
-        counts: (n,) at least 0, not all 0.
-
-    Returns:
-        (n,) float32.
-    """
-    return (counts.double() / counts.double().mean() + 1e-3).float()
 
 
 def fit_centroids(

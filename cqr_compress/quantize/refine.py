@@ -1,8 +1,8 @@
 """Fit a table's codes and codebooks anew to the rows that they stand for.
 
-`improve` goes on from what a table has, over all of its rows in blocks: codebooks jointly by least squares, codes
+`refine` goes on from what a table has, over all of its rows in blocks: codebooks jointly by least squares, codes
 by local search (Babenko & Lempitsky 2014; Martinez et al. 2018), and the rotation by Procrustes, in turns.
-`fit_in_basis` begins afresh, with the error of a row measured in another basis.
+`fit_transformed` begins afresh, with the error of a row measured in another basis.
 
 Shapes: N rows, D columns, C columns of S = D // C, L levels, K codewords.
 """
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from cqr_compress.errors import NonFiniteError
-from cqr_compress.quantize.additive import NormalEquations, beam_search, search_codes
 from cqr_compress.quantize.base import TableRows
+from cqr_compress.quantize.code_search import beam_search, search_codes
 from cqr_compress.quantize.cqr import point_rows
+from cqr_compress.quantize.normal_equations import NormalEquations
 from cqr_compress.quantize.rotation import procrustes
 from cqr_compress.table.bitpack import pack_codes
 from cqr_compress.table.codes import row_codes
@@ -32,8 +33,8 @@ _ORTHOGONAL = 0.05
 
 
 @dataclass(frozen=True)
-class Improvement:
-    """What rounds of `improve` did.
+class Refinement:
+    """What refine_rounds of `refine` did.
 
     Attributes:
         tensors: `codes`, `codebooks` and `rotation` where the spec has them, in its dtypes.
@@ -44,25 +45,25 @@ class Improvement:
     errors: tuple[float, ...]
 
 
-def improve(
+def refine(
     rows: TableRows,
     spec: CodebookSpec,
     tensors: dict[str, Tensor],
-    rounds: int,
+    refine_rounds: int,
     step: Callable[[], None] = lambda: None,
-) -> Improvement:
+) -> Refinement:
     """Re-solve codebooks and re-encode rows in turns, from the codes that a table has.
 
     Args:
         rows: the table's source; all rows are read twice in each round.
         spec: of the table.
         tensors: `codes`, `codebooks` and `rotation` where the spec has them.
-        rounds: of both.
+        refine_rounds: of both.
         step: called after each round.
     """
     C, S = spec.num_columns, spec.sub_dim
     weights = torch.ones(spec.num_embeddings) if rows.weights is None else rows.weights.clone()
-    weights[rows.skipped_ids] = 0
+    weights[rows.stored_apart_ids] = 0
     codebooks = tensors["codebooks"].float()
     packed = tensors["codes"].clone() if "codes" in tensors else None
     rotation = tensors["rotation"].float() if "rotation" in tensors else None
@@ -73,9 +74,9 @@ def improve(
         for start, block in rows.blocks():
             at = slice(start, start + len(block))
             ids = torch.arange(at.start, at.stop)
-            turned = block if rotation is None else block @ rotation.T
+            transposed = block if rotation is None else block @ rotation.T
             codes = row_codes(spec, None if packed is None else packed[at], ids).to(torch.int64)
-            yield at, block, turned.view(-1, C, S).transpose(0, 1).contiguous(), codes
+            yield at, block, transposed.view(-1, C, S).transpose(0, 1).contiguous(), codes
 
     def measure(round_: int | None) -> float:
         """The error; with a round, after encoding all rows anew. Learns the rotation on the way."""
@@ -90,10 +91,10 @@ def improve(
                 packed[at] = pack_codes(codes[:, :, stored].flatten(1), spec.n_bits)
             decoded = decode_codes(codes, codebooks)
             cost = weights[at]
-            turned = parts.transpose(0, 1).reshape(len(block), -1)
+            transposed = parts.transpose(0, 1).reshape(len(block), -1)
             energy = block.square().sum(1)
-            lost = energy - turned.square().sum(1) if spec.rank else torch.zeros(len(block))
-            error += float(((lost + (turned - decoded).square().sum(1)) * cost).sum(dtype=torch.float64))
+            lost = energy - transposed.square().sum(1) if spec.rank else torch.zeros(len(block))
+            error += float(((lost + (transposed - decoded).square().sum(1)) * cost).sum(dtype=torch.float64))
             norm += float((energy * cost).sum(dtype=torch.float64))
             if spec.rotation == "opq":
                 cross += (block * cost[:, None]).T @ decoded
@@ -102,13 +103,13 @@ def improve(
         return error / max(norm, 1e-300)
 
     errors = [measure(None)]
-    for round_ in range(rounds):
-        equations = [NormalEquations.of(codebooks[c]) for c in range(C)]
+    for round_ in range(refine_rounds):
+        equations = [NormalEquations.from_codebooks(codebooks[c]) for c in range(C)]
         for at, _, parts, codes in columns():
             for c, part in enumerate(parts):
                 equations[c].add(part, codes[:, c], weights[at])
         codebooks = torch.stack([equations[c].solve(codebooks[c]) for c in range(C)])
-        if round_ == rounds - 1:
+        if round_ == refine_rounds - 1:
             codebooks = codebooks.to(shapes["codebooks"].dtype).float()
         errors.append(measure(round_))
         step()
@@ -117,11 +118,11 @@ def improve(
         made["codes"] = packed
     if rotation is not None:
         made["rotation"] = rotation
-    return Improvement(_in_dtypes(made, shapes), tuple(errors))
+    return Refinement(in_dtypes(made, shapes), tuple(errors))
 
 
-def can_improve(spec: CodebookSpec, tensors: dict[str, Tensor]) -> bool:
-    """Whether `improve` can begin from these tensors: a rotation has orthonormal rows, to rounding."""
+def can_refine(spec: CodebookSpec, tensors: dict[str, Tensor]) -> bool:
+    """Whether `refine` can begin from these tensors: a rotation has orthonormal rows, to rounding."""
     if "rotation" not in tensors:
         return True
     rotation = tensors["rotation"].float()
@@ -149,7 +150,12 @@ def _errors(rows: Tensor, codebooks: Tensor, codes: Tensor) -> Tensor:
     return (rows - decoded).square().sum(1)
 
 
-def _in_dtypes(made: dict[str, Tensor], shapes: dict[str, TensorShape]) -> dict[str, Tensor]:
+def in_dtypes(made: dict[str, Tensor], shapes: dict[str, TensorShape]) -> dict[str, Tensor]:
+    """Round the tensors of a table to the dtypes of its spec.
+
+    Raises:
+        NonFiniteError: a value outside of the range of its dtype.
+    """
     cast = {short: tensor.to(shapes[short].dtype) for short, tensor in made.items()}
     for short, tensor in cast.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():

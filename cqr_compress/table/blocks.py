@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cqr_compress.table.spec import AnySpec, CodebookSpec
-
 BLOCK_BYTES = 16 * 2**20
 """Working memory that one block of rows may take, in float32."""
 
@@ -15,10 +13,3 @@ def row_blocks(num_rows: int, row_width: int, block_bytes: int = BLOCK_BYTES) ->
     rows = max(1, block_bytes // (4 * max(1, row_width)))
     for start in range(0, num_rows, rows):
         yield start, min(start + rows, num_rows)
-
-
-def work_width(spec: AnySpec) -> int:
-    """Float32 values that decoding one row takes, codes included."""
-    if isinstance(spec, CodebookSpec):
-        return spec.embedding_dim + 4 * spec.num_columns * spec.num_levels
-    return 3 * spec.embedding_dim

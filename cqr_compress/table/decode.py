@@ -17,9 +17,7 @@ PER_ROW = frozenset({"codes", "row_scale", "row_offset"})
 """Tensors with one entry for each row of the table."""
 
 
-def decode_block(
-    spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, dtype: torch.dtype | None = None
-) -> Tensor:
+def decode(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Decode some rows of a table and put its kept rows in their places; differentiable.
 
     Args:
@@ -32,10 +30,10 @@ def decode_block(
         (B, D) in `dtype`.
     """
     dtype = dtype or spec.torch_dtype
-    return with_kept_rows(spec, tensors, ids, decode_rows(spec, tensors, ids).to(dtype))
+    return with_exact_rows(spec, tensors, ids, decode_rows(spec, tensors, ids).to(dtype))
 
 
-def with_kept_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, rows: Tensor) -> Tensor:
+def with_exact_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, rows: Tensor) -> Tensor:
     """Put the rows that are stored verbatim in the places of those that codes give.
 
     Args:
@@ -103,7 +101,7 @@ def decode_codes(codes: Tensor, codebooks: Tensor, rotation: Tensor | None = Non
     Args:
         codes: (B, C, L) integers in [0, K).
         codebooks: (C, L, K, S) float32 or float64.
-        rotation: (C * S, D) or None; the concatenated row is multiplied by it from the right.
+        rotation: (C * S, D) or None; the concatenated row is on_matmul by it from the right.
 
     Returns:
         (B, D) in the dtype of the codebooks.

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 RECALL_BASE = 8192
-
-
 RECALL_QUERIES = 512
-
-
 RECALL_K = 10
 
 
@@ -36,8 +33,26 @@ class Quality:
     weighted_relative_mse: float | None = None
 
     def to_json(self) -> dict[str, float]:
-        """The figures that there are, rounded to 6 significant digits."""
+        """The metrics that there are, rounded to 6 significant digits."""
         return {name: float(f"{value:.6g}") for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Quality:
+        """Back from `to_json`.
+
+        Raises:
+            TypeError: a metric that is missing, unknown or no number.
+        """
+        for name, value in values.items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}, not a number")
+        return cls(**values)
+
+    @classmethod
+    def widest(cls, weighted: bool) -> Quality:
+        """Stands in a header for metrics that are measured later: no number of 6 digits is printed wider."""
+        value = -0.000123456
+        return cls(value, value, value, value if weighted else None)
 
 
 @dataclass
@@ -94,7 +109,7 @@ class QualityMeter:
         self._rows += len(cosines)
 
     def result(self) -> Quality:
-        """The figures over all rows that were added."""
+        """The metrics over all rows that were added."""
         weighted = None
         if self.weights is not None:
             weighted = self._weighted_error / (self._weighted_energy or 1.0)

@@ -22,8 +22,6 @@ QUOTIENT, REMAINDER, DIGIT = "quotient", "remainder", "digit"
 
 
 CODE_SOURCES = (STORED, HASHED, QUOTIENT, REMAINDER, DIGIT)
-
-
 FLOAT_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -130,7 +128,7 @@ class CodebookSpec(TableSpec):
         codebook_size: K codewords of each codebook; a power of two where codes are stored.
         code_sources: where the code of each level comes from, one of CODE_SOURCES per level.
         codebook_dtype: dtype of the codebooks and the rotation.
-        rotation: "opq" or "pca" when a (width, D) matrix is multiplied onto the decoded rows, else None.
+        rotation: "opq" or "pca" when a (width, D) matrix is on_matmul onto the decoded rows, else None.
         rank: dimensions that the columns make together, fewer than D, before the rotation; None for D.
         seed: seeds the hashes and the fit.
     """
@@ -219,6 +217,11 @@ class CodebookSpec(TableSpec):
         return shapes
 
     @property
+    def work_width(self) -> int:
+        """Float32 values that decoding one row takes, codes included."""
+        return self.embedding_dim + 4 * self.num_columns * self.num_levels
+
+    @property
     def layout(self) -> str:
         """The layout in short: columns x levels x bits, or the codewords where codes are hashed."""
         if not self.num_stored_levels:
@@ -226,7 +229,7 @@ class CodebookSpec(TableSpec):
         rotated = f" {self.rotation}" if self.rotation else ""
         rotated += f" rank {self.rank}" if self.rank else ""
         if self.method == "cqr":
-            helper = self.code_sources[1:] and ("fitted" if self.code_sources[1] == STORED else "random")
+            helper = self.code_sources[1:] and self.code_sources[1]
             return f"{self.num_columns}x{self.n_bits}b{rotated}, {helper or 'no'} helper"
         levels = f"x{self.num_levels}" if self.num_levels > 1 else ""
         return f"{self.num_columns}{levels}x{self.n_bits}b{rotated}"
@@ -260,6 +263,11 @@ class RowwiseSpec(TableSpec):
             "row_scale": TensorShape((N,), dtype),
             "row_offset": TensorShape((N,), dtype),
         }
+
+    @property
+    def work_width(self) -> int:
+        """Float32 values that decoding one row takes, codes included."""
+        return 3 * self.embedding_dim
 
     @property
     def layout(self) -> str:

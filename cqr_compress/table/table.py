@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cqr_compress.errors import FormatError, ShapeError
-from cqr_compress.table.blocks import row_blocks, work_width
-from cqr_compress.table.decode import PER_ROW, decode_block
+from cqr_compress.table.blocks import row_blocks
+from cqr_compress.table.decode import PER_ROW, decode
 from cqr_compress.table.spec import AnySpec
 
 
@@ -41,7 +41,7 @@ class CompressedTable:
         """Decode rows start..stop, as `lookup` does; the whole table by default."""
         stop = self.spec.num_embeddings if stop is None else stop
         out = torch.empty(stop - start, self.spec.embedding_dim, dtype=self.spec.torch_dtype)
-        for a, b in row_blocks(stop - start, work_width(self.spec)):
+        for a, b in row_blocks(stop - start, self.spec.work_width):
             out[a:b] = self.lookup(torch.arange(start + a, start + b))
         return out
 
@@ -61,4 +61,4 @@ class CompressedTable:
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= N):
             raise ShapeError(f"ids from {int(ids.min())} to {int(ids.max())} in a table of {N} rows")
         here = {name: t[ids] if name in PER_ROW else t for name, t in self.tensors.items()}
-        return decode_block(self.spec, here, ids)
+        return decode(self.spec, here, ids)

@@ -13,7 +13,7 @@ from cqr_compress.errors import TaskError
 from cqr_compress.finetuning.task import Task
 from cqr_compress.tasks.data.files import DataOptions, ExampleFiles, Examples
 from cqr_compress.tasks.data.readers import Block
-from cqr_compress.tasks.metrics import click_figures, gathered
+from cqr_compress.tasks.metrics import click_metrics, gathered
 
 _HOLD_OUT = 0.1
 
@@ -68,7 +68,7 @@ def _click_task(
         scores = gathered(found)
         if not len(scores):
             raise TaskError("there is no example to evaluate on")
-        return click_figures(scores, gathered(labels))
+        return click_metrics(scores, gathered(labels))
 
     return Task(
         name=name, model=build, train_batches=files.train_batches, loss=loss, evaluate=evaluate, metric=metric,

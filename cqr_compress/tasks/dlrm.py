@@ -24,7 +24,7 @@ class DLRM(nn.Module):
     """The deep learning recommendation model (Naumov et al., arXiv:1906.00091), with the names of its code.
 
     Dense features go through the bottom perceptron, `bot_l`; its output and the rows of the tables `emb_l` are
-    multiplied in pairs, and the top perceptron, `top_l`, takes that output and the products. Which pairs there are
+    on_matmul in pairs, and the top perceptron, `top_l`, takes that output and the products. Which pairs there are
     is read from the width of the first top layer. Without a bottom perceptron there are rows and their products
     alone, and one table may serve several fields.
     """

@@ -11,7 +11,7 @@ from cqr_compress import distributed
 def gathered(values: list[Tensor]) -> Tensor:
     """Join the parts of all processes, on the CPU: (n,)."""
     mine = torch.cat([value.detach().float().cpu() for value in values]) if values else torch.empty(0)
-    return torch.cat(distributed.of_all(mine))
+    return torch.cat(distributed.all_gather_object(mine))
 
 
 def auc(scores: Tensor, labels: Tensor) -> float:
@@ -34,13 +34,13 @@ def auc(scores: Tensor, labels: Tensor) -> float:
     return float(above / (num_positive * num_negative))
 
 
-def click_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
+def click_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """AUC, and BCE in nats, of logits (n,) and labels (n,) of 0 and 1."""
     bce = torch.nn.functional.binary_cross_entropy_with_logits(logits.double(), labels.double())
     return {"auc": auc(logits, labels), "bce": float(bce)}
 
 
-def ranking_figures(ranks: Tensor, k: int = 10) -> dict[str, float]:
+def ranking_metrics(ranks: Tensor, k: int = 10) -> dict[str, float]:
     """HR@k and NDCG@k of one wanted item for each user, whose ranks (n,) count from 0."""
     ranks = ranks.double()
     hit = ranks < k

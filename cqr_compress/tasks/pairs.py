@@ -34,7 +34,7 @@ class PairSettings:
         hold_out: share of the training files to evaluate on, where there is no other file.
         metric: "auc" or "bce".
         normalize: two-tower: whether the towers' outputs have length 1.
-        scale: two-tower: what the product is multiplied by.
+        scale: two-tower: what the product is on_matmul by.
     """
 
     user: str | None = None

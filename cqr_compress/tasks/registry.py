@@ -1,24 +1,24 @@
-"""Tasks for which nobody has to write code: common models on common data."""
+"""The built-in tasks: a line for each, with the module that makes it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cqr_compress.finetuning.task import Task
-from cqr_compress.tasks.data.files import DataOptions
-from cqr_compress.tasks.dlrm import dlrm_task
-from cqr_compress.tasks.pairs import gmf_task, two_tower_task
-from cqr_compress.tasks.sasrec import sasrec_task
-from cqr_compress.tasks.shapes import Shapes, model_shapes
+if TYPE_CHECKING:
+    from cqr_compress.finetuning.task import Task
+    from cqr_compress.tasks.data.files import DataOptions
+    from cqr_compress.tasks.shapes import Shapes
 
-BUILTIN: dict[str, Callable[[Shapes, DataOptions], Task]] = {
-    "dlrm": dlrm_task,
-    "gmf": gmf_task,
-    "sasrec": sasrec_task,
-    "two-tower": two_tower_task,
+BUILTIN: dict[str, tuple[str, str]] = {
+    "dlrm": ("dlrm", "dlrm_task"),
+    "gmf": ("pairs", "gmf_task"),
+    "sasrec": ("sasrec", "sasrec_task"),
+    "two-tower": ("pairs", "two_tower_task"),
 }
-"""Makes a task of the shapes of a model and its data, by the task's name."""
+"""By the task's name: a module of this folder, and its function of a model's shapes and data options."""
 
 
 def builtin_task(name: str, source: str | Path, options: DataOptions) -> Task:
@@ -32,4 +32,8 @@ def builtin_task(name: str, source: str | Path, options: DataOptions) -> Task:
     Raises:
         TaskError: the file or the data do not fit the task.
     """
-    return BUILTIN[name](model_shapes(source), options)
+    from cqr_compress.tasks.shapes import model_shapes
+
+    module, function = BUILTIN[name]
+    make: Callable[[Shapes, DataOptions], Task] = getattr(import_module(f"cqr_compress.tasks.{module}"), function)
+    return make(model_shapes(source), options)

@@ -18,23 +18,17 @@ from cqr_compress.finetuning.task import Task
 from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.tasks.data.files import DataOptions, ExampleFiles, Examples, parse_settings
 from cqr_compress.tasks.data.readers import opened_text
-from cqr_compress.tasks.metrics import gathered, ranking_figures
+from cqr_compress.tasks.metrics import gathered, ranking_metrics
 from cqr_compress.tasks.shapes import Shapes, refuse_rest
 
 _BLOCK_USERS = 16_384
-
-
 _RANKED_USERS = 256
-
-
 _CANDIDATES = 16_384
-
-
 _LOGITS = 2**25
 
 
 @dataclass(frozen=True)
-class SequenceSettings:
+class SasrecSettings:
     """Settings of sasrec.
 
     Attributes:
@@ -60,7 +54,7 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
     Of each user the last item is for the test, the one before for choosing, the others for training. Ranks are
     among all items that the user has not had.
     """
-    settings = parse_settings(SequenceSettings, options.settings, "sasrec")
+    settings = parse_settings(SasrecSettings, options.settings, "sasrec")
     if settings.loss not in ("bce", "ce"):
         raise TaskError(f"setting loss of task sasrec is {settings.loss!r}: give bce or ce")
     if settings.metric.removeprefix("test_") not in ("ndcg@10", "hr@10"):
@@ -133,7 +127,7 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
                         histories = [items[: len(items) - end] for items in part]
                         wanted = torch.tensor([items[len(items) - end] for items in part], device=device)
                         ranks[name].append(_ranks(model, histories, wanted, length))
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, found in ranks.items():
             joined = gathered(found)
             if not len(joined):
@@ -141,8 +135,8 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
                     "no user has three items: there is nothing to evaluate on. Lines are `user item item ...`, or "
                     "`user item` with all lines of a user together"
                 )
-            figures |= {f"{name}{figure}": value for figure, value in ranking_figures(joined).items()}
-        return figures
+            metrics |= {f"{name}{figure}": value for figure, value in ranking_metrics(joined).items()}
+        return metrics
 
     return Task(
         name="sasrec", model=build, train_batches=files.train_batches, loss=loss, logits=logits, evaluate=evaluate,  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from cqr_compress.checkpoint.compressed_file import CompressedCheckpoint
+from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import TaskError
 
@@ -17,11 +17,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 def model_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the dense model that a compressed file stands for, by name."""
     with open_checkpoint(path) as checkpoint:
-        opened = CompressedCheckpoint.of(checkpoint)
-        extras = opened.header["extras"]
+        opened = CompressedFile.from_checkpoint(checkpoint)
+        outside_model = opened.header.outside_model
         tables = {name: (spec.num_embeddings, spec.embedding_dim) for name, spec in opened.specs.items()}
         dense = {name: tuple(entry.shape) for name, entry in opened.dense_entries.items()}
-        return {name: shape for name, shape in (tables | dense).items() if name not in extras}
+        return {name: shape for name, shape in (tables | dense).items() if name not in outside_model}
 
 
 def find_table(shapes: Shapes, word: str, named: str | None) -> str:

@@ -37,7 +37,7 @@ def measure(num_rows: int, codebook_size: int, rounds: int, iterations: int) -> 
     grown = (after - before) / 1024
     print(
         f"{num_rows:>9,} {codebook_size:>9,} {statistics.median(times):8.2f} {grown:9.0f} MiB "
-        f"{layer.num_bytes / 2**20:8.1f} MiB {told.relative_error:10.4f}",
+        f"{layer.nbytes / 2**20:8.1f} MiB {told.relative_error:10.4f}",
         flush=True,
     )
 

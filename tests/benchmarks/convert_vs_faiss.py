@@ -42,8 +42,8 @@ def measure(command: list[str]) -> tuple[float, float, float, str]:
         "print(done.stdout)"
     )
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
-    figures, output = done.stdout.split("\n", 1)
-    peak, cpu = map(float, figures.split())
+    metrics, output = done.stdout.split("\n", 1)
+    peak, cpu = map(float, metrics.split())
     return time.perf_counter() - began, cpu, peak, output
 
 

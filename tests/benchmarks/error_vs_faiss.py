@@ -23,7 +23,7 @@ import numpy as np
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.commands.convert import convert
 from cqr_compress.planning.find import find_tables
-from cqr_compress.quantize.options import Request
+from cqr_compress.quantize.options import ConvertOptions
 
 SEED = 1234  # faiss's own default
 
@@ -112,7 +112,7 @@ def main() -> None:
     with open_checkpoint(args.checkpoint) as checkpoint:
         found = [c for c in find_tables(checkpoint) if c.selected]
         name = args.table or max(found, key=lambda c: c.nbytes).name
-        rows = checkpoint.entries[name].lazy.read().float().numpy()
+        rows = checkpoint.entries[name].stored.read().float().numpy()
     N, D = rows.shape
     print(f"{name} {N} x {D}")
     for bits in args.bits_per_dim:
@@ -130,7 +130,7 @@ def main() -> None:
                 report = convert(
                     args.checkpoint,
                     Path(folder) / "small.safetensors",
-                    Request(method=method, bits_per_dim=bits),
+                    ConvertOptions(method=method, bits_per_dim=bits),
                     tables=[name],
                 )
             t = report.tables[0]

@@ -8,8 +8,8 @@
 
 A dense model is trained, its epoch chosen on held-out data. Its checkpoint is converted at each ratio, the bytes of
 all compressed tables and what belongs to them beside float32, and then fine-tuned twice: with the defaults, and with
-`train="all", distill="outputs"` (bytes of the tables are the same). Everything is chosen on the validation part;
-the figures are of the test part, as means over seeds, changes beside the dense model with their spread. `--scratch`
+`trainable="all", distill="outputs"` (bytes of the tables are the same). Everything is chosen on the validation part;
+the metrics are of the test part, as means over seeds, changes beside the dense model with their spread. `--scratch`
 trains CQR and the paper's CQR from scratch, at float16 codebooks with no more bytes than the ratio gives.
 
 Models: GMF (movielens, synthetic), SASRec, DLRM without dense features (frappe) as in `sketches.py`; criteo is
@@ -46,11 +46,11 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Bench:
-    """A task of `sketches`, with figures on a validation and a test part.
+    """A task of `sketches`, with metrics on a validation and a test part.
 
     Attributes:
         task: model, training data and losses.
-        figures: of a model: the metric, and the same on the test part as "test_...".
+        metrics: of a model: the metric, and the same on the test part as "test_...".
         metric: that chooses.
         mode: "max" or "min".
         tables: to compress.
@@ -61,7 +61,7 @@ class Bench:
     """
 
     task: sketches.Task
-    figures: Callable[[nn.Module], Figures]
+    metrics: Callable[[nn.Module], Figures]
     metric: str
     mode: str
     tables: list[str]
@@ -83,7 +83,7 @@ class Bench:
         return cqr.Task(
             name="benchmark", model=lambda: copy.deepcopy(arch),
             train_batches=lambda epoch: self.task.batches(self.task.batch_size, True),
-            loss=self.task.losses, logits=self.logits, evaluate=self.figures, metric=self.metric, mode=self.mode,
+            loss=self.task.losses, logits=self.logits, evaluate=self.metrics, metric=self.metric, mode=self.mode,
         )  # fmt: skip
 
 
@@ -97,13 +97,13 @@ def split_last(batch: sketches.Batch, count: int) -> tuple[sketches.Batch, sketc
 
 def clicks(task: sketches.Task, valid: sketches.Batch, test: sketches.Batch, tables: list[str]) -> Bench:
     @torch.no_grad()
-    def figures(model: nn.Module) -> Figures:
+    def metrics(model: nn.Module) -> Figures:
         found: Figures = {}
         for name, (ids, label) in (("", valid), ("test_", test)):
             found[f"{name}auc"] = sketches.auc(sketches.predict(model, ids), label)
         return found
 
-    return Bench(task, figures, "auc", "max", tables)
+    return Bench(task, metrics, "auc", "max", tables)
 
 
 def movielens(path: Path) -> Bench:
@@ -134,7 +134,7 @@ def frappe(train: Path, test: Path) -> Bench:
 def sasrec(path: Path) -> Bench:
     lines, length = sketches.read_sequences(path), 20
 
-    def figures(model: nn.Module) -> Figures:
+    def metrics(model: nn.Module) -> Figures:
         found: Figures = {}
         for name, part in (("", [line[:-1] for line in lines]), ("test_", lines)):
             found[f"{name}ndcg@10"], found[f"{name}hr@10"] = sketches.rank_last(model, part, length)
@@ -148,7 +148,7 @@ def sasrec(path: Path) -> Bench:
 
     task = replace(sketches.sasrec(path, held_out=2), losses=softmax, epochs=15)
     everything = {"learning_rate": 1e-3, "epochs": 4, "distill_weight": 10.0, "codes": "frozen"}
-    return Bench(task, figures, "ndcg@10", "max", ["item.weight"], logits=logits, everything=everything)
+    return Bench(task, metrics, "ndcg@10", "max", ["item.weight"], logits=logits, everything=everything)
 
 
 def criteo(folder: Path) -> Bench:
@@ -167,20 +167,20 @@ def criteo(folder: Path) -> Bench:
     def losses(model: nn.Module, batch: sketches.Batch) -> Tensor:
         return F.binary_cross_entropy_with_logits(model(batch[0], batch[1]), batch[2], reduction="none")
 
-    def figures(model: nn.Module) -> Figures:
+    def metrics(model: nn.Module) -> Figures:
         valid, test = (example.evaluate(model, part, "cpu") for part in (data.valid, data.test))
         return valid | {f"test_{name}": value for name, value in test.items()}
 
     train = (data.train.dense, data.train.ids, data.train.label)
-    task = sketches.Task(Adapter, train, losses, lambda model: -figures(model)["bce"], 2048, 4, (), "BCE")
+    task = sketches.Task(Adapter, train, losses, lambda model: -metrics(model)["bce"], 2048, 4, (), "BCE")
     tables = [f"emb_l.{field}.weight" for field in range(example.NUM_IDS)]
-    return Bench(task, figures, "bce", "min", tables, example.maker("full", 0, 0), learning_rate=2e-3)
+    return Bench(task, metrics, "bce", "min", tables, example.maker("full", 0, 0), learning_rate=2e-3)
 
 
 # runs
 
 
-def train(bench: Bench, make: sketches.MakeTable, seed: int, eta: float = 0.3) -> tuple[nn.Module, Figures]:
+def train(bench: Bench, make: sketches.MakeTable, seed: int, step_size: float = 0.3) -> tuple[nn.Module, Figures]:
     """Train from scratch; the epoch that is best on the validation part. Layers of CQR are clustered every epoch."""
     torch.manual_seed(seed)
     task = bench.task
@@ -194,7 +194,12 @@ def train(bench: Bench, make: sketches.MakeTable, seed: int, eta: float = 0.3) -
                 yield task.losses(model, batch)
 
         schedule = cqr.ClusterSchedule.every_epoch(
-            model, steps, task.epochs, optimizer=optimizer, losses=losses, options=cqr.ClusterOptions(eta=eta)
+            model,
+            steps,
+            task.epochs,
+            optimizer=optimizer,
+            losses=losses,
+            options=cqr.ClusterOptions(step_size=step_size),
         )
     best: tuple[nn.Module, Figures] | None = None
     for _ in range(task.epochs):
@@ -207,7 +212,7 @@ def train(bench: Bench, make: sketches.MakeTable, seed: int, eta: float = 0.3) -
             if i + 1 == len(batches):  # before the clustering that ends the epoch
                 model.eval()
                 with torch.no_grad():
-                    found = bench.figures(model)
+                    found = bench.measure(model)
                 if best is None or bench.is_better(found[bench.metric], best[1][bench.metric]):
                     best = copy.deepcopy(model), found
             if schedule is not None:
@@ -226,10 +231,10 @@ def scratch(bench: Bench, method: str, budget: int, seed: int) -> tuple[int, Fig
         size = 0
         for layer in model.modules():
             if isinstance(layer, cqr.CompressedEmbedding):
-                size += layer.num_bytes - 2 * layer.num_parameters
+                size += layer.nbytes - 2 * layer.num_parameters
         if size and size <= budget:
-            eta = 0.1 if len(bench.tables) > 10 else 0.3
-            return size, train(bench, sketches.maker(method, codewords, seed), seed, eta)[1]
+            step_size = 0.1 if len(bench.tables) > 10 else 0.3
+            return size, train(bench, sketches.maker(method, codewords, seed), seed, step_size)[1]
     return None
 
 
@@ -240,8 +245,8 @@ def run(bench: Bench, args: argparse.Namespace, folder: Path) -> None:
     dense: list[Figures] = []
     print(f"{'ratio':>5} {'method':9} {'what':15} {'bytes':>9}  " + "  ".join(f"{n:>12} change" for n in names))
     for seed in args.seeds:
-        model, figures = train(bench, bench.full_table, seed)
-        dense.append(figures)
+        model, metrics = train(bench, bench.full_table, seed)
+        dense.append(metrics)
         ckpt = folder / f"dense-{seed}.pt"
         torch.save(model.state_dict(), ckpt)
         for ratio in args.ratios:
@@ -270,20 +275,20 @@ def one_conversion(
     rows: dict[tuple[str, str, float], list[tuple[int, Figures]]],
 ) -> None:  # fmt: skip
     small = ckpt.with_suffix(f".{ratio:g}.{method}.safetensors")
-    request = cqr.Request(
+    request = cqr.ConvertOptions(
         method=method, ratio=ratio, min_rows=900, seed=seed, helper="none" if method == "cqr" else None
     )
     report = cqr.convert(ckpt, small, request, tables=bench.tables, force=True)
     ways: Mapping[str, dict[str, Any]] = {
         "tuned": {},
-        "tuned, all": {"train": "all", "distill": "outputs", **bench.everything},
+        "tuned, all": {"trainable": "all", "distill": "outputs", **bench.everything},
     }
     for what in names:
         options, task = ways[what], bench.tuning_task(model, what == "tuned" or not bench.logits)
         began = time.monotonic()
         tuned = cqr.finetune(
-            small, small.with_suffix(".tuned"), task, cqr.FinetuneOptions(seed=seed, **options), teacher=ckpt,
-            evaluate_teacher=False, force=True,
+            small, small.with_suffix(".tuned"), task, cqr.FinetuneOptions(seed=seed, **options), original=ckpt,
+            evaluate_original=False, force=True,
         )  # fmt: skip
         assert tuned.size is not None
         if what == names[0]:
@@ -293,7 +298,7 @@ def one_conversion(
         rows.setdefault((method, what, ratio), []).append((size, tuned.after))
         layouts = sorted({table.layout for table in tuned.size.tables})
         print(
-            f"  seed {seed} ratio {ratio:g} {method} {what}: {tuned.verdict}; {', '.join(layouts)}; "
+            f"  seed {seed} ratio {ratio:g} {method} {what}: {tuned.summary}; {', '.join(layouts)}; "
             f"{time.monotonic() - began:.0f} s", flush=True,
         )  # fmt: skip
 

@@ -41,7 +41,7 @@ def load(side: str, folder: Path, file: Path) -> None:
         model = build(config).eval()
         model.load_state_dict(load_file(file), strict=False)
     else:
-        with cqr.parameters_on_meta():
+        with cqr.init_empty_weights():
             model = build(config).eval()
     if side == "dense, mapped":
         model.load_state_dict(load_file(file), strict=False, assign=True)
@@ -68,7 +68,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as work:
         small, dense = Path(work, "small.safetensors"), Path(work, "dense.safetensors")
-        cqr.convert(args.folder / "model.safetensors", small, cqr.Request(method=args.method, ratio=args.ratio))
+        cqr.convert(
+            args.folder / "model.safetensors", small, cqr.ConvertOptions(method=args.method, ratio=args.ratio)
+        )
         cqr.export(small, dense)
         for side in SIDES:
             file = small if side == "compressed" else dense

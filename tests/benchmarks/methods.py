@@ -1,8 +1,8 @@
 """Compress the tables of a checkpoint by several methods at one ratio: bytes and agreement of rows.
 
-    python tests/benchmarks/methods.py CHECKPOINT [--tables PATTERN] [--ratio 16] [--methods pq rq cqr:random ...]
+    python tests/benchmarks/methods.py CHECKPOINT [--tables PATTERN] [--ratio 16] [--methods pq rq cqr:hashed ...]
 
-"cqr:random", "cqr:fitted" and "cqr:none" are cqr with that helper; "cqr" chooses by itself. Bytes are whole tables.
+"cqr:hashed", "cqr:stored" and "cqr:none" are cqr with that helper; "cqr" chooses by itself. Bytes are whole tables.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import cqr_compress as cqr
 
-METHODS = ["pq", "rq", "prq", "cqr:random", "cqr:fitted", "cqr:none", "cqr"]
+METHODS = ["pq", "rq", "prq", "cqr:hashed", "cqr:stored", "cqr:none", "cqr"]
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     )
     for name in args.methods:
         method, _, helper = name.partition(":")
-        request = cqr.Request(method=method, helper=helper or None, ratio=args.ratio)
+        request = cqr.ConvertOptions(method=method, helper=helper or None, ratio=args.ratio)
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             report = cqr.convert(args.checkpoint, Path(folder, "small.safetensors"), request, tables=args.tables)

@@ -59,7 +59,7 @@ def main() -> None:
     for method in args.methods:
         with tempfile.TemporaryDirectory() as scratch:
             small, dense = Path(scratch) / "small.safetensors", Path(scratch) / "dense.safetensors"
-            request = cqr.Request(method=method, ratio=None if method.startswith("int") else args.ratio)
+            request = cqr.ConvertOptions(method=method, ratio=None if method.startswith("int") else args.ratio)
             report = cqr.convert(source, small, request)
             cqr.export(small, dense)
             cosines = (before * encode(args.folder, dense)).sum(1)

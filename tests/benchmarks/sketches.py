@@ -280,7 +280,7 @@ def maker(method: str, ppd: int, seed: int) -> MakeTable:
 def schedule_of(method: str, model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, options: ClusterOptions | None) -> ClusterSchedule:  # fmt: skip
     steps = -(-len(task.train[0]) // task.batch_size)
     if method == "cqr-paper":  # after each of the first 6 of 10 epochs
-        return ClusterSchedule.every_epoch(model, steps, task.epochs, until=0.6, optimizer=optimizer)
+        return ClusterSchedule.every_epoch(model, steps, task.epochs, codes_until=0.6, optimizer=optimizer)
 
     def losses() -> Iterator[Tensor]:
         for batch in task.batches(4 * task.batch_size, shuffled=False):
@@ -322,7 +322,7 @@ def compressed(task: Task, model: nn.Module, method: str, ppd: int) -> tuple[flo
     """Quantize the tables of a trained full model."""
     levels = 1 if method == "pq" else 4
     bits = (ppd // levels).bit_length() - 1
-    request = cqr.Request(
+    request = cqr.ConvertOptions(
         method=method, n_bits=bits, codebook_dtype="float32", min_rows=ppd + 1,
         num_columns=8 if method == "pq" else None, num_levels=None if method == "pq" else levels,
     )  # fmt: skip
@@ -338,7 +338,7 @@ def sizes(model: nn.Module) -> tuple[int, int]:
         if isinstance(layer, nn.Embedding) and "position" not in name:
             own = layer.num_parameters if isinstance(layer, CompressedEmbedding) else layer.weight.numel()
             parameters += own
-            size += layer.num_bytes if isinstance(layer, CompressedEmbedding) else own * 4
+            size += layer.nbytes if isinstance(layer, CompressedEmbedding) else own * 4
     return parameters, size
 
 
@@ -355,8 +355,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[
         "full", "hash", "qr", "qr_concat", "hash_embeddings", "ce", "cqr-paper", "cqr", "pq", "rq"
     ])  # fmt: skip
-    parser.add_argument("--eta", type=float, default=ClusterOptions.eta)
-    parser.add_argument("--tau", type=float, default=ClusterOptions.tau)
+    parser.add_argument("--step_size", type=float, default=ClusterOptions.step_size)
+    parser.add_argument("--prior_weight", type=float, default=ClusterOptions.prior_weight)
     parser.add_argument("--verbose", action="store_true")
     args = parser.parse_args()
     task = {
@@ -368,7 +368,7 @@ def main() -> None:
     }[args.task]()
     if args.epochs:
         task = Task(**{**task.__dict__, "epochs": args.epochs})
-    options = ClusterOptions(eta=args.eta, tau=args.tau)
+    options = ClusterOptions(step_size=args.step_size, prior_weight=args.prior_weight)
     print(f"{args.task}: {task.metric} of the best of {task.epochs} epochs, seeds {args.seeds}")
     print(f"{'ppd':>5} {'method':16} {'parameters':>11} {'bytes':>9} {'mean':>7}  each seed           s")
     trained: dict[int, tuple[float, nn.Module]] = {}

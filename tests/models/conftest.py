@@ -30,7 +30,7 @@ def load_both(tmp_path: Path) -> Callable[..., Pair]:
 
     def load(model: nn.Module, build: Callable[[], nn.Module], tables: list[str], ratio: float = 8.0) -> Pair:
         torch.save(model.state_dict(), tmp_path / "ckpt.pt")
-        request = cqr.Request(method="pq", ratio=ratio)
+        request = cqr.ConvertOptions(method="pq", ratio=ratio)
         cqr.convert(tmp_path / "ckpt.pt", tmp_path / "small.safetensors", request, tables=tables)
         cqr.export(tmp_path / "small.safetensors", tmp_path / "dense.pt")
         dense, compressed = build(), build()

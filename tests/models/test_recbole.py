@@ -47,10 +47,10 @@ def test_recbole_evaluates_the_compressed_model_as_the_exported_one(
     trainer.fit(train, valid, saved=True, show_progress=False)
     original_result = dict(trainer.evaluate(test, show_progress=False))
     small = tmp_path / "small.safetensors"
-    request = cqr.Request(method="pq", ratio=4, min_rows=900)
+    request = cqr.ConvertOptions(method="pq", ratio=4, min_rows=900)
     report = cqr.convert(trainer.saved_model_file, small, request, tables=[table])
     dense, compressed = build(), build()
-    dense.load_state_dict(cqr.load_dense(small))
+    dense.load_state_dict(cqr.load_dense_state_dict(small))
     loaded = cqr.load_compressed(compressed, small)
     assert table in loaded.tables and isinstance(compressed.item_embedding, CompressedEmbedding)
     results = []

@@ -92,9 +92,11 @@ def test_sentence_transformers_static_embedding(tmp_path: Path) -> None:
     model = build()
     torch.save(model.state_dict(), tmp_path / "ckpt.pt")
     small = tmp_path / "small.safetensors"
-    cqr.convert(tmp_path / "ckpt.pt", small, cqr.Request(method="pq", ratio=8), tables=["0.embedding.weight"])
+    cqr.convert(
+        tmp_path / "ckpt.pt", small, cqr.ConvertOptions(method="pq", ratio=8), tables=["0.embedding.weight"]
+    )
     dense, compressed = build(), build()
-    dense.load_state_dict(cqr.load_dense(small))
+    dense.load_state_dict(cqr.load_dense_state_dict(small))
     assert cqr.load_compressed(compressed, small).tables == ("0.embedding.weight",)
     texts = ["w1 w2 w3", "w999 nothing w5", ""]
     assert np.abs(compressed.encode(texts) - dense.encode(texts)).max() < 1e-5

@@ -50,11 +50,11 @@ def test_minilm_gives_the_vectors_of_the_exported_encoder(minilm: Path, tmp_path
         ["Small files load fast.", "A table of codes, and codebooks"], padding=True, return_tensors="pt"
     )
     small, dense = tmp_path / "small.safetensors", tmp_path / "dense.safetensors"
-    cqr.convert(minilm / "model.safetensors", small, cqr.Request(method="pq", ratio=16))
+    cqr.convert(minilm / "model.safetensors", small, cqr.ConvertOptions(method="pq", ratio=16))
     cqr.export(small, dense)
     reference = transformers.AutoModel.from_config(config).eval()
     reference.load_state_dict(safetensors_torch.load_file(dense), strict=False)
-    with cqr.parameters_on_meta():
+    with cqr.init_empty_weights():
         model = transformers.AutoModel.from_config(config).eval()
     loaded = cqr.load_compressed(model, small, strict=False)
     assert loaded.tables == ("embeddings.word_embeddings.weight",) and loaded.missing == ()
@@ -100,9 +100,9 @@ def test_tie_weights_may_be_called_again(load_both: Any, gpt2: Callable[[], nn.M
 def test_a_pretrained_folder_is_converted_and_loaded(tmp_path: Path, gpt2: Callable[[], nn.Module]) -> None:
     model = gpt2()
     model.save_pretrained(tmp_path / "hub")
-    cqr.convert(tmp_path / "hub", tmp_path / "s.safetensors", cqr.Request(method="pq", ratio=8))
+    cqr.convert(tmp_path / "hub", tmp_path / "s.safetensors", cqr.ConvertOptions(method="pq", ratio=8))
     dense = gpt2()
-    dense.load_state_dict(cqr.load_dense(tmp_path / "s.safetensors"), strict=False)
+    dense.load_state_dict(cqr.load_dense_state_dict(tmp_path / "s.safetensors"), strict=False)
     cqr.load_compressed(model, tmp_path / "s.safetensors")
     assert_close(model.eval()(IDS).logits, dense.eval()(IDS).logits)
 

@@ -76,7 +76,7 @@ class LazyStorage:
 
 @dataclass(frozen=True)
 class StridedTensor:
-    """A `LazyTensor` over a storage, as torch pickles describe tensors."""
+    """A `StoredTensor` over a storage, as torch pickles describe tensors."""
 
     storage: LazyStorage
     dtype: torch.dtype

@@ -2,7 +2,7 @@
 
 A training script saves a state_dict inside whatever it likes: `{"epoch": 3, "model": {...}, "optimizer": ...}`.
 The names of a checkpoint are relative to the one dict that holds the model's tensors; the nesting around it
-is kept as a *skeleton*, a JSON tree in which
+is kept as a *structure*, a JSON tree in which
 
     {"t": name}         is a tensor,
     {"d": [[k, v]...]}  a dict ("o" instead of "d": an OrderedDict),
@@ -24,26 +24,16 @@ from typing import Any
 
 from torch import Tensor
 
-from cqr_compress.checkpoint.base import Checkpoint, PlaceholderMet, TensorEntry
+from cqr_compress.checkpoint.base import Checkpoint, TensorEntry, UnbuiltObject
 from cqr_compress.checkpoint.formats.mapped_storage import StridedTensor
 from cqr_compress.checkpoint.formats.safe_pickle import Placeholder, describe
 from cqr_compress.errors import CheckpointError
 
 _OPTIMIZER_KEY = re.compile(r"(?i)(^|_)(optimizers?|optim|opt_state)(_states?|_state_dict|_dict)?$")
-
-
 _MAX_REPEATS = 1_000_000
-
-
 _MAX_DEPTH = 200
-
-
 _MAX_SKELETON_BYTES = 16 * 2**20
-
-
 _PLAIN = (str, int, float, bool, type(None))
-
-
 Path_ = tuple[Any, ...]
 
 
@@ -53,7 +43,7 @@ class _Walk:
 
     tensors: dict[Path_, StridedTensor] = field(default_factory=dict)
     optimizer: dict[Path_, StridedTensor] = field(default_factory=dict)
-    placeholders: list[PlaceholderMet] = field(default_factory=list)
+    unbuilt_objects: list[UnbuiltObject] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
     above: set[int] = field(default_factory=set)
     repeats: int = 0
@@ -68,7 +58,7 @@ def checkpoint_from_tree(root: Any, path: Path, format: str, close: Callable[[],
     walk = _Walk()
     _collect(root, (), False, walk, where=str(path))
     if not walk.tensors:
-        met = f" (it holds {walk.placeholders[0].class_name})" if walk.placeholders else ""
+        met = f" (it holds {walk.unbuilt_objects[0].class_name})" if walk.unbuilt_objects else ""
         raise CheckpointError(f"{str(path)!r} holds no tensors outside an optimizer's state{met}")
     names, model = _names(walk.tensors), _root(walk.tensors)
     entries: dict[str, TensorEntry] = {}
@@ -87,25 +77,25 @@ def checkpoint_from_tree(root: Any, path: Path, format: str, close: Callable[[],
         format=format,
         entries=entries,
         aliases=aliases,
-        extras=frozenset(names[p] for p in walk.tensors if p[: len(model)] != model),
-        skeleton=_skeleton(root, names, walk),
-        placeholders=tuple(walk.placeholders),
+        outside_model=frozenset(names[p] for p in walk.tensors if p[: len(model)] != model),
+        structure=_skeleton(root, names, walk),
+        unbuilt_objects=tuple(walk.unbuilt_objects),
         optimizer_bytes=sum(optimizer_storages.values()),
         files=(path,),
         close_files=close,
     )
 
 
-def restore_tree(skeleton: Any, tensors: Callable[[str], Tensor]) -> Any:
-    """Build the nested objects that a skeleton describes.
+def restore_tree(structure: Any, tensors: Callable[[str], Tensor]) -> Any:
+    """Build the nested objects that a structure describes.
 
     Args:
-        skeleton: the JSON tree.
+        structure: the JSON tree.
         tensors: gives the tensor of a name; called once for each place.
     """
-    if not isinstance(skeleton, dict):
-        return skeleton
-    kind, value = next(iter(skeleton.items()))
+    if not isinstance(structure, dict):
+        return structure
+    kind, value = next(iter(structure.items()))
     if kind == "t":
         return tensors(value)
     if kind in ("d", "o"):
@@ -115,8 +105,8 @@ def restore_tree(skeleton: Any, tensors: Callable[[str], Tensor]) -> Any:
     return tuple(items) if kind == "u" else items
 
 
-def flat_skeleton(names: list[str]) -> Any:
-    """The skeleton of a plain state_dict."""
+def flat_structure(names: list[str]) -> Any:
+    """The structure of a plain state_dict."""
     return {"o": [[name, {"t": name}] for name in names]}
 
 
@@ -172,7 +162,7 @@ def _collect(value: Any, path: Path_, in_optimizer: bool, walk: _Walk, where: st
         (walk.optimizer if in_optimizer else walk.tensors)[path] = value
         return
     if isinstance(value, Placeholder) or (isinstance(value, type) and issubclass(value, Placeholder)):
-        walk.placeholders.append(PlaceholderMet(".".join(map(str, path)), describe(value)))
+        walk.unbuilt_objects.append(UnbuiltObject(".".join(map(str, path)), describe(value)))
     if id(value) in walk.above:  # an object that holds itself, such as a config with a link to its parent
         return
     walk.above.add(id(value))
@@ -214,11 +204,11 @@ def _root(tensors: Mapping[Path_, StridedTensor]) -> Path_:
 
 
 def _skeleton(root: Any, names: Mapping[Path_, str], walk: _Walk) -> Any:
-    skeleton = _encode(root, (), names, plain=True, above=frozenset())
-    if len(json.dumps(skeleton)) > _MAX_SKELETON_BYTES + 200 * len(names):
-        walk.placeholders.append(PlaceholderMet("", "plain values of more than 16 MiB"))
-        skeleton = _encode(root, (), names, plain=False, above=frozenset())
-    return skeleton
+    structure = _encode(root, (), names, plain=True, above=frozenset())
+    if len(json.dumps(structure)) > _MAX_SKELETON_BYTES + 200 * len(names):
+        walk.unbuilt_objects.append(UnbuiltObject("", "plain values of more than 16 MiB"))
+        structure = _encode(root, (), names, plain=False, above=frozenset())
+    return structure
 
 
 _LEFT_OUT = object()

@@ -133,7 +133,7 @@ def _merge(index: Path, weight_map: dict[str, str], shards: dict[str, Checkpoint
         format=f"sharded {first.format}",
         entries=entries,
         aliases=aliases,
-        placeholders=tuple(met for opened in shards.values() for met in opened.placeholders),
+        unbuilt_objects=tuple(met for opened in shards.values() for met in opened.unbuilt_objects),
         optimizer_bytes=sum(opened.optimizer_bytes for opened in shards.values()),
         files=(index, *(file for opened in shards.values() for file in opened.files)),
         metadata={**first.metadata, **strings},

@@ -97,7 +97,7 @@ def placeholder_class(class_name: str) -> type[Placeholder]:
 
 
 class StructureUnpickler(pickle.Unpickler):
-    """Unpickle containers, plain values and descriptions of tensors; all else becomes placeholders.
+    """Unpickle containers, plain values and descriptions of tensors; all else becomes unbuilt_objects.
 
     Args:
         file: the pickle.

@@ -19,7 +19,7 @@ from cqr_compress.errors import CheckpointError
 
 @dataclass(frozen=True)
 class SafetensorsSlice:
-    """A `LazyTensor` over the bytes of an open safetensors file."""
+    """A `StoredTensor` over the bytes of an open safetensors file."""
 
     file: MappedFile
     offset: int

@@ -15,17 +15,9 @@ from cqr_compress.checkpoint.formats.safe_pickle import describe, load_structure
 from cqr_compress.errors import CheckpointError
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-
-
 _LEGACY_PROTOCOL = 1001
-
-
 _MAX_PICKLE_BYTES = 2**31
-
-
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # APPNOTE.TXT 4.3.7
-
-
 _RESAVE = "Open it once with torch.load in an environment you trust and save it again with torch.save."
 
 

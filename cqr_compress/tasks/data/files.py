@@ -15,11 +15,7 @@ from cqr_compress.errors import TaskError
 
 Examples = tuple[Tensor, ...]
 """Tensors with one entry for each example."""
-
-
 T = TypeVar("T")
-
-
 _SHUFFLED_ROWS = 2**20
 
 

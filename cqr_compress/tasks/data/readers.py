@@ -19,8 +19,6 @@ from torch import Tensor
 from cqr_compress.errors import TaskError
 
 BLOCK_ROWS = 65_536
-
-
 Column = str | int
 """A column by its name in the heading, or by its number from 0."""
 

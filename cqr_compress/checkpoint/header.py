@@ -1,0 +1,248 @@
+"""What the metadata of a compressed file says: built once, checked once, changed by `dataclasses.replace`.
+
+The JSON object under the metadata key `cqr_compress`:
+
+    format_version  1
+    version, seed   of the program that wrote the file
+    method          that was asked for, such as "auto" (optional)
+    tables          per source name: `spec`, `quality` (relative_mse, mean_cosine, recall_at_10), `reason` and
+                    `budget`, the bytes that it might have had (optional)
+    aliases         names that shared a tensor with another, and that other's name
+    extras          names of tensors that stood outside the dict that held the model
+    skeleton        structure of the source file, or null (see `formats.nesting`)
+    source          `file`, `format`, `bytes`, `optimizer_bytes`, `placeholders` (objects that were not built)
+    left_dense      tables that were not compressed, each with `name`, `shape`, `bytes`, `reason`
+    tuning          what fine-tuning did (optional)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from cqr_compress._version import __version__
+from cqr_compress.checkpoint.base import UnbuiltObject
+from cqr_compress.errors import FormatError, SpecError
+from cqr_compress.table.quality import Quality
+from cqr_compress.table.spec import AnySpec, spec_from_json
+
+FORMAT_VERSION = 1
+METADATA_KEY = "cqr_compress"
+_OLD_TUNING_NAMES = {"verdict": "summary"}
+"""Names in files of version 0.1.0."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRecord:
+    """One compressed table.
+
+    Attributes:
+        spec: its layout.
+        quality: agreement with the source, or None where that is not known.
+        reason: why this layout.
+        budget: bytes that it might have had, or None.
+    """
+
+    spec: AnySpec
+    quality: Quality | None
+    reason: str
+    budget: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRecord:
+    """The checkpoint that a file was made of.
+
+    Attributes:
+        file: its name, without folders.
+        format: its format.
+        nbytes: bytes of all its files.
+        optimizer_bytes: bytes of optimizer state, which is not carried over.
+        unbuilt_objects: objects that were not built.
+    """
+
+    file: str
+    format: str
+    nbytes: int
+    optimizer_bytes: int = 0
+    unbuilt_objects: tuple[UnbuiltObject, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftDense:
+    """A table that was not compressed.
+
+    Attributes:
+        name: of the tensor.
+        shape: (N, D).
+        nbytes: of the tensor.
+        reason: why it was left.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """The metadata of a compressed file.
+
+    Attributes:
+        tables: by the source tensor's name.
+        source: the checkpoint that it was made of.
+        seed: of every random choice.
+        method: that was asked for, or None.
+        aliases: names that shared a tensor with another, and that other's name.
+        outside_model: names of tensors that stood outside the dict that held the model.
+        structure: nesting and plain values of a pickled source, as JSON, or None if flat.
+        left_dense: tables that were not compressed.
+        tuning: what fine-tuning did, or None.
+        version: of the program that wrote the file.
+    """
+
+    tables: Mapping[str, TableRecord]
+    source: SourceRecord
+    seed: int = 0
+    method: str | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    outside_model: tuple[str, ...] = ()
+    structure: Any = None
+    left_dense: tuple[LeftDense, ...] = ()
+    tuning: Mapping[str, Any] | None = None
+    version: str = __version__
+
+    @property
+    def specs(self) -> dict[str, AnySpec]:
+        """Spec of each compressed table."""
+        return {name: table.spec for name, table in self.tables.items()}
+
+    def dumps(self) -> str:
+        """The JSON text that `loads` reads back to an equal header."""
+        source = {
+            "file": self.source.file,
+            "format": self.source.format,
+            "bytes": self.source.nbytes,
+            "optimizer_bytes": self.source.optimizer_bytes,
+            "placeholders": [{"path": o.path, "class_name": o.class_name} for o in self.source.unbuilt_objects],
+        }
+        left = [
+            {"name": item.name, "shape": list(item.shape), "bytes": item.nbytes, "reason": item.reason}
+            for item in self.left_dense
+        ]
+        values = {
+            "format_version": FORMAT_VERSION,
+            "version": self.version,
+            "seed": self.seed,
+            **({} if self.method is None else {"method": self.method}),
+            "tables": {name: _table_to_json(table) for name, table in self.tables.items()},
+            "aliases": dict(self.aliases),
+            "extras": sorted(self.outside_model),
+            "skeleton": self.structure,
+            "source": source,
+            "left_dense": left,
+            **({} if self.tuning is None else {"tuning": dict(self.tuning)}),
+        }
+        return json.dumps(values, separators=(",", ":"))
+
+    @classmethod
+    def loads(cls, text: str, where: str) -> Header:
+        """Read and check the JSON text of a file's metadata.
+
+        Args:
+            text: the metadata's value.
+            where: the file, for messages.
+
+        Raises:
+            FormatError: a newer format, or fields that are missing or of another type.
+        """
+        try:
+            values = _typed(json.loads(text), dict, "the metadata")
+            version = values["format_version"]
+            if not isinstance(version, int) or version > FORMAT_VERSION:
+                raise FormatError(
+                    f"{where!r} has format version {version!r} and this program reads up to {FORMAT_VERSION}: "
+                    "upgrade cqr-compress"
+                )
+            tables = {name: _table_from_json(table) for name, table in _typed(values["tables"], dict).items()}
+            aliases = _typed(values["aliases"], dict)
+            tuning = values.get("tuning")
+            return cls(
+                tables=tables,
+                source=_source_from_json(_typed(values["source"], dict)),
+                seed=_typed(values["seed"], int),
+                method=None if values.get("method") is None else _typed(values["method"], str),
+                aliases={name: _typed(target, str) for name, target in aliases.items()},
+                outside_model=tuple(_typed(name, str) for name in _typed(values["extras"], list)),
+                structure=values["skeleton"],
+                left_dense=tuple(_left_from_json(item) for item in _typed(values["left_dense"], list)),
+                tuning=None if tuning is None else _tuning_from_json(_typed(tuning, dict)),
+                version=_typed(values["version"], str),
+            )
+        except FormatError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, SpecError, RecursionError) as e:
+            raise FormatError(f"the metadata of {where!r} is damaged: {type(e).__name__}: {e}") from e
+
+
+def _table_to_json(table: TableRecord) -> dict[str, Any]:
+    return {
+        "spec": table.spec.to_json(),
+        "quality": {} if table.quality is None else table.quality.to_json(),
+        "reason": table.reason,
+        **({} if table.budget is None else {"budget": table.budget}),
+    }
+
+
+def _table_from_json(values: dict[str, Any]) -> TableRecord:
+    quality = _typed(values["quality"], dict, "quality")
+    return TableRecord(
+        spec=spec_from_json(values["spec"]),
+        quality=Quality.from_json(quality) if quality else None,
+        reason=_typed(values["reason"], str, "reason"),
+        budget=None if values.get("budget") is None else _typed(values["budget"], int, "budget"),
+    )
+
+
+def _source_from_json(values: dict[str, Any]) -> SourceRecord:
+    return SourceRecord(
+        file=_typed(values["file"], str),
+        format=_typed(values["format"], str),
+        nbytes=_typed(values["bytes"], int),
+        optimizer_bytes=_typed(values["optimizer_bytes"], int),
+        unbuilt_objects=tuple(
+            UnbuiltObject(_typed(met["path"], str), _typed(met["class_name"], str))
+            for met in _typed(values["placeholders"], list)
+        ),
+    )
+
+
+def _left_from_json(values: dict[str, Any]) -> LeftDense:
+    rows, columns = (_typed(n, int) for n in _typed(values["shape"], list))
+    return LeftDense(
+        name=_typed(values["name"], str),
+        shape=(rows, columns),
+        nbytes=_typed(values["bytes"], int),
+        reason=_typed(values["reason"], str),
+    )
+
+
+def _tuning_from_json(values: dict[str, Any]) -> dict[str, Any]:
+    tuning = {_OLD_TUNING_NAMES.get(name, name): value for name, value in values.items()}
+    for name in ("task", "metric", "mode", "summary"):
+        _typed(tuning[name], str, name)
+    for name in ("before", "after"):
+        _typed(tuning[name], dict, name)
+    if tuning["dense"] is not None:
+        _typed(tuning["dense"], dict, "dense")
+    return tuning
+
+
+def _typed(value: Any, kind: type[T], what: str = "a field") -> T:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"{what} is {value!r}, not {kind.__name__}")
+    return value

@@ -1,0 +1,81 @@
+"""Parts of an output: tensors whose shapes are known in advance, and who gives their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cqr_compress.checkpoint.base import TensorEntry, read_blocks
+from cqr_compress.checkpoint.compressed_file import CompressedFile, stored_name
+from cqr_compress.errors import NonFiniteError
+from cqr_compress.table.blocks import BLOCK_BYTES
+from cqr_compress.table.spec import AnySpec, TensorShape
+
+Put = Callable[[str, Tensor], None]
+"""Takes a stored name and values, which are appended to that tensor."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some tensors of an output.
+
+    Attributes:
+        shapes: by stored name.
+        write: gives the values, those of one tensor in order.
+        check: looks at the finished file before it is renamed into place; raises VerificationError.
+        shows_progress: whether `write` shows its own progress.
+    """
+
+    shapes: Mapping[str, TensorShape]
+    write: Callable[[Put], None]
+    check: Callable[[CompressedFile], None] = lambda opened: None
+    shows_progress: bool = False
+
+
+def copied_part(entry: TensorEntry, name: str | None = None) -> Part:
+    """Copy a tensor of another file block by block, under its own name or another."""
+    name = name or entry.name
+
+    def write(put: Put) -> None:
+        for _, block in read_blocks(entry, BLOCK_BYTES):
+            put(name, block)
+
+    return Part({name: TensorShape(entry.shape, entry.dtype)}, write)
+
+
+def tensor_part(name: str, tensor: Tensor, shape: TensorShape) -> Part:
+    """Write a tensor in memory, rounded to the dtype of `shape`; a value that leaves its range is an error."""
+    return Part({name: shape}, lambda put: put(name, _narrowed(name, tensor, shape.dtype)))
+
+
+def trained_part(entry: TensorEntry, tensor: Tensor) -> Part:
+    """Write a model's tensor; bit for bit as a file has it, if the two are equal in the model's dtype."""
+
+    def write(put: Put) -> None:
+        held = entry.stored.read()
+        same = torch.equal(held.to(tensor.dtype), tensor.detach().cpu())
+        put(entry.name, held if same else _narrowed(entry.name, tensor, entry.dtype))
+
+    return Part({entry.name: TensorShape(entry.shape, entry.dtype)}, write)
+
+
+def table_part(name: str, spec: AnySpec, tensors: Mapping[str, Tensor]) -> Part:
+    """Write a compressed table whose tensors have the dtypes of the spec, or wider ones."""
+    shapes = {stored_name(name, short): shape for short, shape in spec.tensor_shapes().items()}
+
+    def write(put: Put) -> None:
+        for short, shape in spec.tensor_shapes().items():
+            stored = stored_name(name, short)
+            put(stored, _narrowed(stored, tensors[short], shape.dtype))
+
+    return Part(shapes, write)
+
+
+def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    value = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+    if not bool(value.isfinite().all()) and bool(tensor.isfinite().all()):
+        raise NonFiniteError(f"{name!r} has values beyond {dtype}: nothing was written")
+    return value

@@ -1,0 +1,85 @@
+"""`cqr-compress convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cqr_compress.cli.options import (
+    OUTPUT,
+    SELECTION,
+    CheckpointArgument,
+    DebugOption,
+    ExcludeOption,
+    ForceOption,
+    FrequenciesOption,
+    JsonOption,
+    ShardOption,
+    TablesOption,
+    options_of,
+    output_option,
+    parse_size,
+    print_json,
+    run,
+)
+from cqr_compress.quantize.options import ConvertOptions
+
+_FIRST = ("ratio", "bits_per_dim", "method", "rotation", "rank", "helper", "num_columns", "num_levels", "n_bits")
+_THEN = ("codebook_dtype", "refine_rounds", "max_sample", "seed", "min_rows", "exact_rows", "nonfinite")
+
+
+@options_of(ConvertOptions, (*_FIRST, *_THEN))
+def convert(
+    checkpoint: CheckpointArgument,
+    tables: TablesOption = None,
+    exclude: ExcludeOption = None,
+    frequencies: FrequenciesOption = None,
+    untie: Annotated[
+        bool,
+        typer.Option(
+            "--untie", help="Keep a dense copy under the other names of a shared table.", rich_help_panel=SELECTION
+        ),
+    ] = False,
+    output: Annotated[Path | None, output_option("File to write.", "CHECKPOINT with .cqr.safetensors")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the plan with its exact bytes; write nothing.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
+    shard_size: ShardOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+    **option_fields: Any,
+) -> None:
+    """Compress the embedding tables of a checkpoint.
+
+    Writes safetensors, and a JSON report next to the file.
+
+    Example:
+    cqr-compress convert ckpt.pt -o small.safetensors --ratio 16 --dry-run
+    """
+
+    def work() -> None:
+        from cqr_compress.cli.render import print_load_hint, print_size_report
+        from cqr_compress.commands.convert import convert as convert_file
+        from cqr_compress.progress import ProgressBars
+
+        options = ConvertOptions(**option_fields)
+        with ProgressBars() as progress:
+            report = convert_file(
+                checkpoint, output, options, tables=tables or (), exclude=exclude or (),
+                frequencies=frequencies or (), untie=untie, shard_bytes=parse_size(shard_size), force=force,
+                dry_run=dry_run, progress=progress,
+            )  # fmt: skip
+        if as_json:
+            print_json(report.to_json())
+            return
+        print_size_report(report)
+        if report.measured:
+            print_load_hint(report)
+
+    run(work, debug)

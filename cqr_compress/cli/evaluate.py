@@ -1,0 +1,64 @@
+"""`cqr-compress evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cqr_compress.cli.options import DebugOption, DeviceOption, FrequenciesOption, JsonOption, OriginalOption, run
+from cqr_compress.cli.task_options import (
+    BatchSizeOption,
+    EvalFileOption,
+    SetOption,
+    TaskChoice,
+    TaskOption,
+    TrainFileOption,
+)
+
+
+def evaluate(
+    compressed: Annotated[
+        list[Path], typer.Argument(metavar="COMPRESSED...", show_default=False, help="Compressed files.")
+    ],
+    original: OriginalOption = None,
+    task: TaskOption = None,
+    train_file: TrainFileOption = None,
+    eval_file: EvalFileOption = None,
+    batch_size: BatchSizeOption = 2048,
+    settings: SetOption = None,
+    frequencies: FrequenciesOption = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure what compression cost, by rows and by your metric.
+
+    Compares compressed files with the original and with each other; the reports next to them are completed.
+
+    Example:
+    cqr-compress evaluate small.safetensors tuned.safetensors --original ckpt.pt
+    """
+
+    def work() -> None:
+        from cqr_compress.cli.options import print_json
+        from cqr_compress.cli.render import print_evaluation
+        from cqr_compress.commands.evaluate import evaluate as evaluate_files
+        from cqr_compress.progress import ProgressBars
+
+        if original is None and task is None:
+            raise typer.BadParameter("give --original, a dense checkpoint, or --task, or both")
+        choice = TaskChoice(task, train_file, eval_file, batch_size, settings)
+        with ProgressBars() as progress:
+            report = evaluate_files(
+                compressed, original=original, task=None if task is None else choice.task(compressed[0]),
+                frequencies=frequencies or (), seed=seed, device=device, progress=progress,
+            )  # fmt: skip
+        if as_json:
+            print_json(report.to_json())
+        else:
+            print_evaluation(report)
+
+    run(work, debug)

@@ -1,0 +1,40 @@
+"""`cqr-compress export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cqr_compress.cli.options import DebugOption, ForceOption, ShardOption, output_option, parse_size, run
+
+
+def export(
+    compressed: Annotated[
+        Path, typer.Argument(metavar="COMPRESSED", show_default=False, help="What convert or finetune wrote.")
+    ],
+    output: Annotated[Path, output_option("File to write: .pt .pth .ckpt .bin or .safetensors.")],
+    shard_size: ShardOption = None,
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write a compressed checkpoint back as a dense one.
+
+    For code that knows nothing of compression: names, dtypes, shapes and nesting are those of the original.
+
+    Example:
+    cqr-compress export small.safetensors -o dense.pt
+    """
+
+    def work() -> None:
+        from cqr_compress.commands.export import export as export_file
+        from cqr_compress.progress import ProgressBars
+
+        with ProgressBars() as progress:
+            nbytes = export_file(
+                compressed, output, shard_bytes=parse_size(shard_size), force=force, progress=progress
+            )
+        typer.echo(f"wrote {output} ({nbytes:,} bytes)")
+
+    run(work, debug)

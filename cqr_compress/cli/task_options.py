@@ -1,0 +1,105 @@
+"""Options of the commands that need a model and data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cqr_compress.cli.options import DATA, split_setting
+from cqr_compress.errors import TaskError
+from cqr_compress.tasks.registry import BUILTIN
+
+if TYPE_CHECKING:
+    from cqr_compress.finetuning.task import Task
+
+CompressedArgument = Annotated[
+    Path | None, typer.Argument(metavar="COMPRESSED", show_default=False, help="What convert wrote.")
+]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="FILE|NAME",
+        help=f"A Python file with your model and data, or {', '.join(BUILTIN)}, which need --train-file.",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
+]
+TrainFileOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--train-file",
+        metavar="FILE",
+        help="Training data of a built-in task: CSV, TSV, libfm, Parquet, or sequences for sasrec. Repeatable.",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
+]
+EvalFileOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--eval-file",
+        metavar="FILE",
+        help="Held-out data of a built-in task. Repeatable.",
+        rich_help_panel=DATA,
+        show_default="a tenth of the training data",
+    ),
+]
+BatchSizeOption = Annotated[
+    int, typer.Option(help="Examples in a batch of a built-in task.", rich_help_panel=DATA)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="A setting of a built-in task, such as user=uid or threshold=4; a wrong one lists them. Repeatable.",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """What the options of a task say."""
+
+    name: str | None
+    train_file: list[Path] | None
+    eval_file: list[Path] | None
+    batch_size: int
+    settings: list[str] | None
+
+    def task(self, compressed: Path) -> Task:
+        """Make the task for a compressed file.
+
+        Raises:
+            TaskError: no such task, or files that do not fit it.
+        """
+        from cqr_compress.finetuning.task_file import load_task_file
+        from cqr_compress.tasks.data.files import DataOptions
+        from cqr_compress.tasks.registry import builtin_task
+
+        name = self.name
+        if name is None:
+            raise typer.BadParameter(
+                f"--task is missing: a Python file (--init-task writes one to start from), or {', '.join(BUILTIN)}"
+            )
+        if name in BUILTIN:
+            if not self.train_file:
+                raise typer.BadParameter(f"--task {name} needs --train-file")
+            given = dict(split_setting(setting, "--set") for setting in self.settings or ())
+            data = DataOptions(tuple(self.train_file), tuple(self.eval_file or ()), self.batch_size, given)
+            return builtin_task(name, compressed, data)
+        if self.train_file or self.eval_file or self.settings:
+            raise typer.BadParameter(
+                "--train-file, --eval-file and --set go with a built-in task; a task file has its own"
+            )
+        if not name.endswith(".py") and not Path(name).exists():
+            raise TaskError(
+                f"there is no built-in task {name!r} and no such file: built in are {', '.join(BUILTIN)}"
+            )
+        return load_task_file(name)

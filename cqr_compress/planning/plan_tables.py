@@ -1,0 +1,150 @@
+"""Plan all tables of a checkpoint or a model before anything is changed or written."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cqr_compress.checkpoint.base import Checkpoint, TensorEntry
+from cqr_compress.checkpoint.header import LeftDense, TableRecord
+from cqr_compress.errors import BudgetError, CqrCompressWarning, TableNotFoundError
+from cqr_compress.planning.choose import TablePlan, plan_table
+from cqr_compress.planning.encode import encode_table
+from cqr_compress.planning.find import Candidate
+from cqr_compress.planning.scan import ScannedTable, scan_table
+from cqr_compress.progress import Progress
+from cqr_compress.quantize.layouts import budget_bytes
+from cqr_compress.quantize.options import ConvertOptions
+from cqr_compress.table.quality import Quality, QualityMeter
+from cqr_compress.table.spec import AnySpec
+
+_HELD_SAMPLE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class PlannedTable:
+    """A table that will be compressed.
+
+    Attributes:
+        entry: where its rows are.
+        plan: how.
+        spec: of the plan.
+        scan: what one pass over it found; the sample is left out where many tables would take too much memory.
+        options: of the conversion.
+    """
+
+    entry: TensorEntry
+    plan: TablePlan
+    spec: AnySpec
+    scan: ScannedTable
+    options: ConvertOptions
+
+    def record(self, quality: Quality | None = None) -> TableRecord:
+        """Its entry in the header of a file; without a quality, with the widest one."""
+        budget = int(budget_bytes(self.scan.facts, self.options) or self.spec.nbytes)
+        quality = quality or Quality.widest(weighted=self.scan.weights is not None)
+        return TableRecord(spec=self.spec, quality=quality, reason=self.plan.reason, budget=budget)
+
+    def encode(self, put: Callable[[str, Tensor], None], progress: Progress) -> QualityMeter:
+        """Fit the table and hand over its tensors; see `encode_table`."""
+        scan = self.scan
+        if len(scan.sample) == 0:
+            scan = replace(_scan(self.entry, self.options, progress), weights=scan.weights)
+        return encode_table(scan, self.plan, self.options.seed, put, progress)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Plans of all tables.
+
+    Attributes:
+        tables: those that will be compressed, by name.
+        left_dense: those that will not.
+    """
+
+    tables: Mapping[str, PlannedTable]
+    left_dense: Sequence[LeftDense]
+
+
+def plan_tables(
+    checkpoint: Checkpoint,
+    selected: Sequence[Candidate],
+    options: ConvertOptions,
+    weights: Mapping[str, Tensor],
+    progress: Progress,
+) -> Planned:
+    """Scan and plan every table; what is impossible is collected and reported once.
+
+    Args:
+        checkpoint: a file, or the tensors of a live model.
+        selected: the tables to compress.
+        options: method and budget.
+        weights: (N,) weights of the rows' squared errors, by table.
+        progress: told of the work.
+
+    Raises:
+        BudgetError: tables for which no layout fits, all of them.
+        TableNotFoundError: no table would gain from compression.
+    """
+    tables: dict[str, PlannedTable] = {}
+    left: list[LeftDense] = []
+    problems: list[str] = []
+    held = 0
+    for candidate in selected:
+        entry = checkpoint.entries[candidate.name]
+        if candidate.shape[0] < options.min_rows:
+            left.append(
+                _left(candidate, f"{candidate.shape[0]} rows are fewer than min_rows = {options.min_rows}")
+            )
+            continue
+        scan = replace(_scan(entry, options, progress), weights=weights.get(candidate.name))
+        progress.start(f"choosing a layout for {candidate.name}", 0, "trials")
+        try:
+            plan = plan_table(scan, options, progress.advance)
+        except BudgetError as e:
+            problems.append(str(e))
+            continue
+        if plan.spec is None:
+            left.append(_left(candidate, plan.reason))
+            continue
+        held += scan.sample.nbytes
+        if held > _HELD_SAMPLE_BYTES:
+            scan = replace(scan, sample=torch.empty(0))
+        tables[candidate.name] = PlannedTable(entry, plan, plan.spec, scan, options)
+        for alias in candidate.aliases:
+            if alias in checkpoint.aliases:
+                warnings.warn(
+                    f"{alias!r} shares its values with {candidate.name!r}: both will read the compressed table. "
+                    "Pass --untie to compress only the latter.",
+                    CqrCompressWarning,
+                    stacklevel=3,
+                )
+    if problems:
+        raise BudgetError("\n".join(problems))
+    if not tables:
+        reasons = "; ".join(f"{item.name}: {item.reason}" for item in left)
+        raise TableNotFoundError(
+            f"no table of {str(checkpoint.path)!r} would gain from compression ({reasons}). "
+            "Pass a smaller --min-rows to compress small tables."
+        )
+    return Planned(tables, left)
+
+
+def left_dense(candidates: Sequence[Candidate]) -> list[LeftDense]:
+    """Tables that were found and not selected, for the report; tensors that hardly are tables are left out."""
+    return [_left(c, c.reason) for c in candidates if not c.selected and c.confidence >= 0.3]
+
+
+def _scan(entry: TensorEntry, options: ConvertOptions, progress: Progress) -> ScannedTable:
+    progress.start(f"reading {entry.name}", entry.shape[0], "rows")
+    return scan_table(
+        entry, options.exact_rows, options.nonfinite, options.seed, options.max_sample, progress.advance
+    )
+
+
+def _left(candidate: Candidate, reason: str) -> LeftDense:
+    return LeftDense(name=candidate.name, shape=candidate.shape, nbytes=candidate.nbytes, reason=reason)

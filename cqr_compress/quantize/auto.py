@@ -1,0 +1,57 @@
+"""The method `auto`: layouts of pq, opq, rq and prq, of which planning keeps the best on a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from cqr_compress.errors import SpecError
+from cqr_compress.quantize.base import LAYOUT_OPTIONS, Effort, Quantizer, TableFacts, TableRows, refuse_others
+from cqr_compress.quantize.layouts import codebook_layouts
+from cqr_compress.quantize.options import ConvertOptions
+from cqr_compress.quantize.registry import method_of
+from cqr_compress.table.spec import AnySpec
+
+_N_BITS = (4, 5, 6, 8)
+_MAX_LEVELS_OF_COLUMNS, _MAX_LEVELS_OF_ONE = 4, 16
+_REFINE_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Every layout whose codes are all stored; each spec bears the name of the method that fits it."""
+
+    def check(self, options: ConvertOptions) -> None:
+        """It takes everything but a helper."""
+        refuse_others(options, tuple(name for name in LAYOUT_OPTIONS if name != "helper"))
+
+    def has_fixed_size(self, options: ConvertOptions) -> bool:
+        """Never: it searches within a budget."""
+        return False
+
+    def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
+        """Layouts of all methods, with and without rotations and smaller ranks."""
+        levels = (options.num_levels,) if options.num_levels else tuple(range(1, _MAX_LEVELS_OF_ONE + 1))
+        for spec in codebook_layouts(options, facts, n_bits=_N_BITS, num_levels=levels, search_rotations=True):
+            C, L = spec.num_columns, spec.num_levels
+            if C > 1 and L > _MAX_LEVELS_OF_COLUMNS and not options.num_levels:
+                continue
+            yield replace(spec, method="pq" if L == 1 else "rq" if C == 1 else "prq")
+
+    def effort(self, spec: AnySpec, refine_rounds: int | None) -> Effort:
+        """That of the spec's method, with more rounds."""
+        effort = method_of(spec.method).effort(spec, refine_rounds)
+        if refine_rounds is not None:
+            return effort
+        return replace(effort, refine_rounds=max(effort.refine_rounds, _REFINE_ROUNDS))
+
+    def num_steps(self, spec: AnySpec, effort: Effort) -> int:
+        """Not asked: specs bear the name of another method."""
+        return method_of(spec.method).num_steps(spec, effort)
+
+    def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> Quantizer:
+        """Not asked: specs bear the name of another method."""
+        raise SpecError(f"a table of method {spec.method!r} is not fitted by auto")
+
+
+AUTO = Auto()
