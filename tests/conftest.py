@@ -22,6 +22,12 @@ from cqr_compress.cli.app import app
 SHARED = Path(os.environ.get("CQR_COMPRESS_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Let every test draw the same numbers, in whatever order and process it runs."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def table() -> torch.Tensor:
     """A 3000 x 16 table with clusters and unequal variances, as trained tables have."""

@@ -204,7 +204,7 @@ def test_a_tensor_that_reads_past_its_storage_is_refused(tmp_path: Path) -> None
 
 
 def test_a_folder_without_an_index_names_what_it_wants(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint: no \*.safetensors.index.json"):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint: no index of shards"):
         open_checkpoint(tmp_path)
     for name in ("a.pt", "b.pt"):
         torch.save({"x": torch.zeros(2, 2)}, tmp_path / name)

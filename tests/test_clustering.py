@@ -340,7 +340,8 @@ def test_a_product_with_all_rows_counts_each_example_as_lookups_would(
     model = nn.ModuleList([nn.Embedding(N, D)])
     cqr.compress_(model, cqr.ConvertOptions(method="pq", num_columns=4, n_bits=4, rotation=rotation, min_rows=0))
     made: Any = model[0]
-    h, label = torch.randn(3, 2, D), torch.randint(N, (6,))
+    generator = torch.Generator().manual_seed(2)
+    h, label = torch.randn(3, 2, D, generator=generator), torch.randint(N, (6,), generator=generator)
     monkeypatch.setattr("cqr_compress.clustering.observe._BLOCK_VALUES", 4 * N)  # of four examples
     ways: list[Any] = [
         lambda: h @ made.weight.T,

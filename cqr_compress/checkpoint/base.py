@@ -150,3 +150,18 @@ DTYPES = {
     "C64": torch.complex64,
 }
 """Dtype names of the format (safetensors documentation, "Format")."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A format of checkpoints; `formats.open.FORMATS` lists all of them.
+
+    Attributes:
+        suffixes: of files that are looked for in a folder.
+        matches: whether a file is of this format, by its path and its first 512 bytes.
+        open: opens it; raises CheckpointError for a damaged file.
+    """
+
+    suffixes: tuple[str, ...]
+    matches: Callable[[Path, bytes], bool]
+    open: Callable[[Path], Checkpoint]

@@ -37,7 +37,7 @@ _LISTED = 10
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadReport:
     """What `load_compressed` did.
 
     Attributes:
@@ -58,7 +58,7 @@ def load_compressed(
     device: torch.device | str | None = None,
     strict: bool = True,
     prefix: str | None = None,
-) -> Loaded:
+) -> LoadReport:
     """Load a compressed file into a model, in slot: the model then runs on the compressed tables.
 
     Embedding layers become compressed ones (see `swap_embeddings_`), all other tensors are loaded as
@@ -90,7 +90,7 @@ def load_compressed(
     if device is not None:
         model.to(device)
     tables = tuple(slot.name for swap in plan.swaps for slot in swap.slots)
-    return Loaded(tables, tuple(plan.missing), tuple(plan.unexpected))
+    return LoadReport(tables, tuple(plan.missing), tuple(plan.unexpected))
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:

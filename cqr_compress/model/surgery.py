@@ -98,8 +98,8 @@ def _extended(cls: Any, compressed: Any) -> type[TableLayer]:
 def _computing(cls: Any, attributes: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of a module's class in which some tensors are computed from compressed layers."""
 
-    def read(module: nn.Module, attribute: str) -> Tensor:
-        return cast(Tensor, table_attributes(module)[attribute].weight)
+    def reader(attribute: str) -> property:  # a function and no functools.partial, which torch 2.6 cannot compile
+        return property(lambda module: cast(Tensor, table_attributes(module)[attribute].weight))
 
     def assign(module: nn.Module, name: str, value: Any) -> None:
         if name in attributes:
@@ -107,7 +107,7 @@ def _computing(cls: Any, attributes: tuple[str, ...]) -> type[nn.Module]:
         else:
             cls.__setattr__(module, name, value)
 
-    body: dict[str, Any] = {name: property(functools.partial(read, attribute=name)) for name in attributes}
+    body: dict[str, Any] = {name: reader(name) for name in attributes}
     body |= {"_computed_from": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
     body |= {"__reduce_ex__": _reduce, "__setattr__": assign}
     made = type(f"Compressed{cls.__name__}", (cls,), body)

@@ -10,6 +10,8 @@ from torch import Tensor
 POINTS_PER_CENTROID = 256
 """Points that one centroid is fitted to; more are subsampled at random."""
 _BLOCK_VALUES = 2**24
+_MIN_QUERIES = 32
+"""faiss rounds distances otherwise for fewer than 20 queries: with more, codes do not depend on the block size."""
 
 
 def fit_centroids(
@@ -56,7 +58,10 @@ def nearest_centroids(points: Tensor, centroids: Tensor) -> Tensor:
     if points.is_cpu:
         index = faiss.IndexFlatL2(points.shape[1])
         index.add(np.ascontiguousarray(centroids.numpy()))
-        return torch.from_numpy(index.search(np.ascontiguousarray(points.numpy()), 1)[1][:, 0])
+        n = len(points)
+        if n < _MIN_QUERIES:
+            points = torch.nn.functional.pad(points, (0, 0, 0, _MIN_QUERIES - n))
+        return torch.from_numpy(index.search(np.ascontiguousarray(points.numpy()), 1)[1][:n, 0])
     norms = centroids.square().sum(1)
     step = max(1, _BLOCK_VALUES // len(centroids))
     parts = [

@@ -1,17 +1,16 @@
-"""Checkpoints on disk: open any format lazily, write safetensors."""
+"""Open a checkpoint of any format; the formats are a tuple, of which the first that matches opens the file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-from cqr_compress.checkpoint.base import Checkpoint, TensorEntry
-from cqr_compress.checkpoint.formats.safetensors_files import open_safetensors
-from cqr_compress.checkpoint.formats.torch_files import LEGACY_MAGIC, open_torch_legacy, open_torch_zip
+from cqr_compress.checkpoint.base import Checkpoint, Format, TensorEntry
+from cqr_compress.checkpoint.formats.safetensors_files import SAFETENSORS
+from cqr_compress.checkpoint.formats.torch_files import BARE_PICKLE, TORCH_LEGACY, TORCH_TAR, TORCH_ZIP
 from cqr_compress.errors import CheckpointError
 
-_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+_HEAD_BYTES = 512
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -29,62 +28,44 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         path = _in_folder(path)
     if not path.exists():
         raise CheckpointError(f"no such file or folder: {str(path)!r}")
-    if path.name.endswith(".index.json"):
-        return _open_sharded(path)
     try:
         with path.open("rb") as file:
-            head = file.read(64)
+            head = file.read(_HEAD_BYTES)
     except OSError as e:
         raise CheckpointError(f"{str(path)!r} cannot be read: {e.strerror}") from e
-    return _opener(path, head)(path)
-
-
-def _opener(path: Path, head: bytes) -> Callable[[Path], Checkpoint]:
     if not head:
         raise CheckpointError(f"{str(path)!r} is empty")
-    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return open_torch_zip
-    if head.startswith(LEGACY_MAGIC):
-        return open_torch_legacy
-    if len(head) > 8 and head[8:9] == b"{":
-        return open_safetensors
-    if path.suffix == ".safetensors":
-        return open_safetensors
-    if b"ustar" in head or head.startswith(b"storages"):
-        raise CheckpointError(
-            f"{str(path)!r} is a tar file of torch before 0.1.10. Open it with torch.load of torch 1.x and save "
-            "it again with torch.save."
-        )
-    if head.startswith(b"\x80"):
-        raise CheckpointError(
-            f"{str(path)!r} is a bare pickle, not a file of torch.save. Open it in an environment you trust and "
-            "save its tensors with torch.save or safetensors.torch.save_file."
-        )
+    for form in FORMATS:
+        if form.matches(path, head):
+            return form.open(path)
     raise CheckpointError(
         f"{str(path)!r} starts with {head[:8]!r}: not a torch or safetensors checkpoint. "
-        "Known: .pt .pth .ckpt .bin .safetensors, an index of shards, or a folder with one of these."
+        f"Known: {_known_suffixes()}, an index of shards, or a folder with one of these."
     )
 
 
 def _in_folder(folder: Path) -> Path:
-    """Choose what a folder's checkpoint is: an index before single files."""
+    """Choose what a folder's checkpoint is: files of the first format that has any."""
     files = sorted(p for p in folder.iterdir() if p.is_file())
     files = [p for p in files if ".cqr" not in p.name] or files  # not what `convert` itself wrote here
-    indices = [p for suffix in _INDEX_SUFFIXES for p in files if p.name.endswith(suffix)]
-    singles = [p for p in files if p.suffix == ".safetensors"]
-    singles = singles or [p for p in files if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-    choices = indices[:1] or singles
-    if len(choices) == 1:
-        return choices[0]
-    if choices:
-        raise CheckpointError(
-            f"folder {str(folder)!r} holds {len(choices)} checkpoints and no index: name one of "
-            f"{', '.join(p.name for p in choices[:8])}"
-        )
+    for form in FORMATS:
+        choices = [p for suffix in form.suffixes for p in files if p.name.endswith(suffix)]
+        if form is INDEX:
+            choices = choices[:1]
+        if len(choices) == 1:
+            return choices[0]
+        if choices:
+            raise CheckpointError(
+                f"folder {str(folder)!r} holds {len(choices)} checkpoints and no index: name one of "
+                f"{', '.join(p.name for p in choices[:8])}"
+            )
     raise CheckpointError(
-        f"folder {str(folder)!r} holds no checkpoint: no *.safetensors.index.json, pytorch_model.bin.index.json, "
-        ".safetensors, .bin, .pt, .pth or .ckpt"
+        f"folder {str(folder)!r} holds no checkpoint: no index of shards (*.index.json), {_known_suffixes()}"
     )
+
+
+def _known_suffixes() -> str:
+    return " ".join(suffix for form in FORMATS if form is not INDEX for suffix in form.suffixes)
 
 
 def _open_sharded(index: Path) -> Checkpoint:
@@ -139,3 +120,12 @@ def _merge(index: Path, weight_map: dict[str, str], shards: dict[str, Checkpoint
         metadata={**first.metadata, **strings},
         close_files=close,
     )
+
+
+INDEX = Format(
+    suffixes=(".safetensors.index.json", ".bin.index.json"),
+    matches=lambda path, head: path.name.endswith(".index.json"),
+    open=_open_sharded,
+)
+FORMATS = (INDEX, SAFETENSORS, TORCH_ZIP, TORCH_LEGACY, TORCH_TAR, BARE_PICKLE)
+"""In the order in which they are asked; a folder's checkpoint is of the first that its files have."""

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cqr_compress.checkpoint.base import DTYPES, Checkpoint, TensorEntry
+from cqr_compress.checkpoint.base import DTYPES, Checkpoint, Format, TensorEntry
 from cqr_compress.checkpoint.formats.mapped_storage import MappedFile
 from cqr_compress.errors import CheckpointError
 
@@ -82,3 +82,12 @@ def open_safetensors(path: Path) -> Checkpoint:
         metadata=metadata,
         close_files=file.close,
     )
+
+
+SAFETENSORS = Format(
+    suffixes=(".safetensors",),
+    matches=lambda path, head: (
+        head[8:9] == b"{" or (path.suffix == ".safetensors" and not head.startswith((b"PK", b"\x80")))
+    ),
+    open=open_safetensors,
+)

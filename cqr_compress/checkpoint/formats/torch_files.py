@@ -6,15 +6,15 @@ import io
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from cqr_compress.checkpoint.base import Checkpoint
+from cqr_compress.checkpoint.base import Checkpoint, Format
 from cqr_compress.checkpoint.formats.mapped_storage import LazyStorage, MappedFile
 from cqr_compress.checkpoint.formats.nesting import checkpoint_from_tree
 from cqr_compress.checkpoint.formats.safe_pickle import describe, load_structure
 from cqr_compress.errors import CheckpointError
 
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _LEGACY_PROTOCOL = 1001
 _MAX_PICKLE_BYTES = 2**31
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # APPNOTE.TXT 4.3.7
@@ -136,3 +136,31 @@ def _data_offset(mapped: MappedFile, info: zipfile.ZipInfo) -> int:
     if magic != b"PK\x03\x04":
         raise CheckpointError(f"member {info.filename!r} of {str(mapped.path)!r} has no header: damaged zip")
     return info.header_offset + _LOCAL_HEADER.size + int(name_length) + int(extra_length)
+
+
+def _refuse_tar(path: Path) -> NoReturn:
+    raise CheckpointError(
+        f"{str(path)!r} is a tar file of torch before 0.1.10. Open it with torch.load of torch 1.x and save it "
+        "again with torch.save."
+    )
+
+
+def _refuse_bare_pickle(path: Path) -> NoReturn:
+    raise CheckpointError(
+        f"{str(path)!r} is a bare pickle, not a file of torch.save. Open it in an environment you trust and save "
+        "its tensors with torch.save or safetensors.torch.save_file."
+    )
+
+
+TORCH_ZIP = Format(
+    suffixes=(".bin", ".pt", ".pth", ".ckpt"),
+    matches=lambda path, head: head.startswith((b"PK\x03\x04", b"PK\x05\x06")),
+    open=open_torch_zip,
+)
+TORCH_LEGACY = Format(
+    suffixes=(), matches=lambda path, head: head.startswith(_LEGACY_MAGIC), open=open_torch_legacy
+)
+TORCH_TAR = Format(
+    suffixes=(), matches=lambda path, head: b"ustar" in head or head.startswith(b"storages"), open=_refuse_tar
+)
+BARE_PICKLE = Format(suffixes=(), matches=lambda path, head: head.startswith(b"\x80"), open=_refuse_bare_pickle)

@@ -1,0 +1,144 @@
+"""Files that version 0.1.0 wrote, one of each method: they open, decode to the same rows, load and train on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import cqr_compress as cqr
+from cqr_compress.checkpoint.compressed_file import CompressedFile
+from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.checkpoint.header import METADATA_KEY
+from cqr_compress.table.spec import CodebookSpec
+
+FOLDER = Path(__file__).parent / "golden" / "0.1.0"
+ROWS = load_file(FOLDER / "rows.safetensors")
+METHODS = sorted(name for name in ROWS if "." not in name and name not in ("shards", "finetuned"))
+N, D = 96, 8
+
+
+class Net(nn.Module):
+    """The model that the files were made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.item, self.head = nn.Embedding(N, D), nn.Linear(D, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.item(ids))
+
+
+def same_rows(found: Tensor, wanted: Tensor, spec: object) -> bool:
+    """Bit for bit, NaN included; products with a rotation may be rounded otherwise on another processor."""
+    if isinstance(spec, CodebookSpec) and spec.rotation:
+        return torch.allclose(found, wanted, atol=1e-6, equal_nan=True)
+    return torch.equal(found.view(torch.int32), wanted.view(torch.int32))
+
+
+@pytest.mark.parametrize("name", [*METHODS, "finetuned"])
+def test_a_file_decodes_to_the_rows_it_had(name: str) -> None:
+    with open_checkpoint(FOLDER / f"{name}.safetensors") as checkpoint:
+        opened = CompressedFile.from_checkpoint(checkpoint)
+        assert json.loads(opened.header.dumps()).keys() == json.loads(checkpoint.metadata[METADATA_KEY]).keys()
+        (table,) = opened.specs
+        assert same_rows(opened.table(table).decode(), ROWS[name], opened.specs[table])
+    dense = cqr.load_dense_state_dict(FOLDER / f"{name}.safetensors")
+    assert len(dense) == 3 and same_rows(dense[table], ROWS[name], opened.specs[table])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_file_loads_and_is_saved_and_exported_again(name: str, tmp_path: Path) -> None:
+    model = Net()
+    with cqr.init_empty_weights():
+        model = Net()
+    cqr.load_compressed(model, FOLDER / f"{name}.safetensors", device="cpu")
+    with torch.no_grad():
+        assert torch.allclose(model.item(torch.arange(N)), ROWS[name], atol=1e-6, equal_nan=True)
+    cqr.save_compressed(model, tmp_path / "again.safetensors", FOLDER / f"{name}.safetensors")
+    before, after = (load_file(path) for path in (FOLDER / f"{name}.safetensors", tmp_path / "again.safetensors"))
+    assert before.keys() == after.keys()
+    assert all(same_rows(before[key].float(), after[key].float(), None) for key in before)
+    cqr.export(tmp_path / "again.safetensors", tmp_path / "dense.pt")
+    dense = torch.load(tmp_path / "dense.pt", weights_only=True)
+    assert dense.keys() == {"epoch", "model"} and dense["epoch"] == 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_file_of_the_same_request_is_the_same_file(name: str, tmp_path: Path) -> None:
+    """Tensors are written bit for bit as version 0.1.0 wrote them, where no rotation is rounded otherwise."""
+    with open_checkpoint(FOLDER / f"{name}.safetensors") as checkpoint:
+        header = CompressedFile.from_checkpoint(checkpoint).header
+        (spec,) = header.specs.values()
+    fixed = {"method": header.method, "nonfinite": "keep", "exact_rows": (7, -1), "min_rows": 1}
+    if isinstance(spec, CodebookSpec) and header.method not in ("auto", "hash", "qr"):
+        fixed |= {"n_bits": spec.n_bits, "num_columns": spec.num_columns, "codebook_dtype": spec.codebook_dtype}
+        fixed |= {"rotation": spec.rotation, "rank": spec.rank}
+        if header.method == "cqr":
+            fixed |= {"helper": {(): "none", ("stored",): "stored", ("hashed",): "hashed"}[spec.code_sources[1:]]}
+        else:
+            fixed |= {"num_levels": spec.num_levels}
+    elif isinstance(spec, CodebookSpec):
+        fixed |= {"ratio": 4}
+    report = cqr.convert(FOLDER / "source.pt", tmp_path / "new.safetensors", tables=["*item.weight"], **fixed)
+    old, new = (load_file(path) for path in (FOLDER / f"{name}.safetensors", tmp_path / "new.safetensors"))
+    assert {k: (v.shape, v.dtype) for k, v in old.items()} == {k: (v.shape, v.dtype) for k, v in new.items()}
+    assert report.file_bytes_after == (FOLDER / f"{name}.safetensors").stat().st_size
+    if not (isinstance(spec, CodebookSpec) and spec.rotation):
+        decoded = next(
+            v for k, v in cqr.load_dense_state_dict(tmp_path / "new.safetensors").items() if "item" in k
+        )
+        usable = ROWS[name].isfinite().all(1)
+        lost = (decoded - ROWS[name])[usable].square().sum() / ROWS[name][usable].square().sum()
+        assert float(lost) < 1e-3
+
+
+def test_files_of_layers_and_shards_decode_to_the_rows_they_had() -> None:
+    layers = cqr.load_dense_state_dict(FOLDER / "layers.safetensors")
+    for name in ("item", "user"):
+        assert same_rows(layers[f"{name}.weight"], ROWS[f"layers.{name}"], None)
+    shards = cqr.load_dense_state_dict(FOLDER / "shards.safetensors.index.json")
+    assert same_rows(shards["emb.weight"], ROWS["shards"], None) and shards["out.weight"] is shards["emb.weight"]
+
+
+@pytest.mark.parametrize("name", ["pq", "rq", "cqr_random", "cqr_fitted", "int8", "hash", "layers"])
+def test_a_file_is_fine_tuned(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ids, wanted = torch.randint(8, N - 1, (256,)), torch.randn(256, 3)
+    state = {"model": Net} if name != "layers" else {}
+    if not state:  # layers that were trained from scratch have no head
+
+        class Two(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.item, self.user = nn.Embedding(N, D), nn.EmbeddingBag(N, D)
+
+            def forward(self, ids: Tensor) -> Tensor:
+                return (self.item(ids) + self.user(ids[:, None]))[:, :3]
+
+        state = {"model": Two}
+    task = cqr.Task(
+        name="toy",
+        model=state["model"],
+        train_batches=lambda epoch: [(ids, wanted)] * 4,
+        loss=lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1),
+        evaluate=lambda model: {"mse": float((model(ids) - wanted).square().mean())},
+        metric="mse",
+        mode="min",
+    )
+    source, output = FOLDER / f"{name}.safetensors", tmp_path / "tuned.safetensors"
+    report = cqr.finetune(source, output, task, epochs=2, learning_rate=1e-2, codes="frozen")
+    assert report.improved and cqr.inspect(output).tuning["summary"] == report.summary
+
+
+def test_a_report_of_a_tuned_file_says_what_it_said(tmp_path: Path) -> None:
+    report = cqr.inspect(FOLDER / "finetuned.safetensors")
+    assert isinstance(report, cqr.SizeReport) and report.tuning is not None
+    assert report.tuning["summary"].startswith("mse 1.7") and report.tuning["improved"]
+    shutil.copy(FOLDER / "pq.safetensors", tmp_path)
+    cqr.refit(tmp_path / "pq.safetensors", tmp_path / "r.safetensors", FOLDER / "source.pt", refine_rounds=1)
