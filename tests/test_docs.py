@@ -21,24 +21,48 @@ from cqr_compress.tasks.registry import builtin_task
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "tests" / "benchmarks" / "README.md").read_text()
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_the_commands_of_the_readme_run(cli: Cli, ckpt: Path) -> None:
-    block = re.search(r"## Use\n\n```console\n(.*?)```", README, re.S)
-    assert block is not None
-    lines = [line.split("#")[0] for line in block[1].splitlines()]
-    assert len(lines) == 4
-    for line in lines:
-        program, *args = shlex.split(line)
+def blocks(language: str) -> list[str]:
+    """Blocks of the README in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def shape_of(output: str) -> list[str]:
+    """Lines of an output with names, numbers and layouts taken out: what a run on other data has in common."""
+    lines = [re.sub(r"[─\s]+", " ", line).strip() for line in output.splitlines()]
+    lines = [re.sub(r"[\d.,]+x?|\b(?:KiB|MiB|B)\b", "#", line) for line in lines if line]
+    return [re.sub(r"(?<=#) (?:# ?)*", " ", line.split("  ")[0]).split(":")[0][:12] for line in lines]
+
+
+def test_the_session_of_the_readme_runs_and_prints_what_is_shown(cli: Cli, ckpt: Path, tmp_path: Path) -> None:
+    (session,) = [block for block in blocks("console") if block.startswith("$")]
+    (tmp_path / "quickstart").mkdir()
+    torch.save(torch.load(ckpt), tmp_path / "quickstart" / "ckpt.pt")
+    parts = re.split(r"^\$ ", session, flags=re.M)[1:]
+    assert [part.split()[1] for part in parts] == ["inspect", "convert", "export"]
+    for part in parts:
+        command, _, shown = part.partition("\n")
+        program, *args = shlex.split(command)
         assert program == "cqr-compress"
-        cli(*args)
+        printed = cli(*args, columns=80).stdout
+        headings = [
+            line
+            for line in shown.splitlines()
+            if re.match(r"table |tables|whole file|import|cqr\.|wrote|[─ ]+$", line)
+        ]
+        for line in headings:
+            start = line.split()[0] if line.strip() else ""
+            assert any(found.split()[:1] == [start] for found in printed.splitlines()), (start, printed)
+        wide = [line for line in shown.splitlines() if line.startswith("table ")]
+        assert all(line.rstrip() in printed or set(line.split()) <= set(printed.split()) for line in wide)
 
 
 def test_the_python_of_the_readme_runs(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert blocks
     monkeypatch.chdir(tmp_path)
+    assert len(blocks("python")) == 3
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -48,12 +72,12 @@ def test_the_python_of_the_readme_runs(ckpt: Path, tmp_path: Path, monkeypatch: 
             self.out = torch.nn.Linear(16, 4)
             self.register_buffer("steps", torch.tensor(0))
 
-    for block in blocks:
+    for block in blocks("python"):
         exec(block, {"model": Model(), "Model": Model, "torch": torch})
 
 
 def test_the_commands_for_fine_tuning_run(cli: Cli, ckpt: Path, tmp_path: Path) -> None:
-    section = README.split("### Fine-tune")[1].split("### Train small")[0]
+    section = README.split("## Fine-tune")[1].split("## Train small")[0]
     lines = [line for block in re.findall(r"```console\n(.*?)```", section, re.S) for line in block.splitlines()]
     assert len(lines) == 5
     state = {name: value for name, value in torch.load(ckpt).items() if "embedding" in name}
@@ -91,12 +115,32 @@ def evaluate(model):
 """
 
 
-def test_every_command_and_method_is_in_the_readme() -> None:
+def test_every_command_is_in_the_readme_and_the_methods_are_those_of_the_registry() -> None:
     for command in app.registered_commands:
         assert command.callback is not None
         assert f"cqr-compress {command.callback.__name__}" in README
-    for method in (*METHODS, "auto"):
-        assert f"`{method}`" in README
+    rows = [
+        f"| `{entry.name}` | {entry.summary} | {', '.join(f'[{name}]({link})' for name, link in entry.papers)} |"
+        for entry in METHODS.values()
+    ]
+    assert "\n".join(rows) in README
+
+
+def test_the_readme_is_read_to_its_end_and_its_links_lead_somewhere() -> None:
+    assert len(README.splitlines()) <= 250
+    for name, text in (("README.md", README), ("tests/benchmarks/README.md", BENCHMARKS)):
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert ((ROOT / name).parent / link).exists(), link
+    for script in re.findall(r"python ((?:tests|examples)/\S+\.py)", README + BENCHMARKS):
+        assert (ROOT / script).exists(), script
+
+
+def test_flags_of_documented_commands_exist(cli: Cli) -> None:
+    for text in (README, BENCHMARKS):
+        for line in re.findall(r"^\s*(?:\$ )?cqr-compress ([a-z]+ .*)$", text, re.M):
+            command, *words = shlex.split(line.split("  #")[0])
+            shown = cli(command, "--help").stdout
+            assert all(word in shown for word in words if word.startswith("-")), line
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
@@ -194,6 +238,51 @@ def test_the_criteo_example_draws_every_method_and_keeps_its_results(tmp_path: P
     assert again.split("codewords")[1] == printed.split("codewords")[1]
     with pytest.raises(AssertionError, match="has results of other settings"):
         run_example("dlrm_criteo.py", tmp_path, *small, "--seed", "1")
+
+
+def test_the_word_vectors_example_keeps_neighbours(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 12, generator=generator)[torch.randint(40, (1500,), generator=generator)]
+    rows = rows + 0.2 * torch.randn(1500, 12, generator=generator)
+    lines = [f"w{i} {' '.join(f'{value:.4f}' for value in row)}" for i, row in enumerate(rows.tolist())]
+    (tmp_path / "v.txt").write_text("1500 12\n" + "\n".join(lines) + "\n")
+    printed = run_example("word_vectors.py", tmp_path, "v.txt", "--ratio", 6, "--zipf", "--words", "w3")
+    assert "1,500 words, 12 dimensions" in printed and re.search(r"^w3: .* -> ", printed, re.M)
+    kept = re.search(r"of the 10 nearest of 200 words, ([\d.]+) stay", printed)
+    assert kept is not None and float(kept[1]) > 1
+    assert len((tmp_path / "word_vectors" / "words.txt").read_text().splitlines()) == 1500
+
+
+def test_the_serving_example_answers_from_the_codes(tmp_path: Path) -> None:
+    printed = run_example("serving.py", tmp_path, "--num-items", 5000, "--dim", 16, "--ratio", 6)
+    assert "table in memory: 320,000 bytes dense" in printed
+    found = re.search(r"of the dense table's 10 best, (\d+)% are among 10 found and (\d+)% among 100", printed)
+    assert found is not None and int(found[2]) > 50 and int(found[2]) >= int(found[1])
+
+
+def test_the_sentence_encoder_example_compares_sentence_vectors(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    words = sorted(
+        {
+            word.strip(".,?")
+            for text in load_example("sentence_encoder.py").SENTENCES
+            for word in text.lower().split()
+        }
+    )
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *(f"w{i}" for i in range(2000))]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "encoder")
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "encoder")
+    printed = run_example("sentence_encoder.py", tmp_path, "encoder", "--ratio", 4)
+    cosines = re.search(r"cosine of each sentence with its vector before: (.*)", printed)
+    assert cosines is not None and all(float(c) > 0.5 for c in cosines[1].split())
 
 
 def test_nothing_a_user_reads_names_a_path_of_one_machine() -> None:

@@ -449,7 +449,8 @@ def test_products_of_a_tied_head_do_not_decode(loaded: Model, monkeypatch: pytes
         assert loaded.head(torch.randn(3, 16)).shape == (3, 1200)
 
 
-@pytest.mark.filterwarnings("ignore:(?s).*created when tracing:UserWarning")  # torch before 2.7
+@pytest.mark.filterwarnings("ignore:(?s).*created when tracing:UserWarning")  # torch before 2.7, this and the next
+@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")
 def test_a_loaded_model_compiles_and_exports(loaded: Model) -> None:
     torch.compiler.reset()
     compiled = torch.compile(loaded, fullgraph=True, backend="aot_eager")

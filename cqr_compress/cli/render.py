@@ -111,8 +111,7 @@ def print_load_hint(report: SizeReport) -> None:
     """Print the two lines of Python that load the file."""
     console = stdout()
     console.print()
-    _line(console, "import cqr_compress as cqr")
-    _line(console, f"cqr.load_compressed(model, {report.file!r})")
+    console.print(Text(f"import cqr_compress as cqr\ncqr.load_compressed(model, {report.file!r})"), soft_wrap=True)
 
 
 def print_dense_report(report: DenseReport) -> None:
@@ -240,7 +239,8 @@ def _print_unbuilt(console: Console, unbuilt: Iterable[UnbuiltObject]) -> None:
 
 
 def _line(console: Console, text: str) -> None:
-    console.print(Text(text), soft_wrap=True)
+    """Print text: wrapped at words on a terminal, on one line in a file."""
+    console.print(Text(text), soft_wrap=not console.is_terminal)
 
 
 def _change(before: int, after: int) -> str:

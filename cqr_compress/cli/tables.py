@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich import box
 from rich.console import Console
@@ -15,6 +15,8 @@ from rich.text import Text
 
 _WIDTH_OF_FILES = 160
 """Columns where the output is no terminal and COLUMNS does not say."""
+_LITTLE_WEIGHT = 3
+"""Columns of this drop or more are left out before names are folded."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,21 @@ def stdout() -> Console:
 def print_table(
     console: Console, columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str = ""
 ) -> None:
-    """Print a table, in the richest form that fits the console."""
-    dropped = sorted({column.drop for column in columns if column.drop}, reverse=True)
-    for level in [len(columns) + 1_000, *dropped]:
+    """Print a table, in the richest form that fits the console.
+
+    Empty columns are left out. Names in the first column stay whole while columns of little weight can be left
+    out; then they are folded.
+    """
+    filled = [i for i in range(len(columns)) if not rows or any(row[i].strip() for row in rows)]
+    columns, rows = [columns[i] for i in filled], [[row[i] for i in filled] for row in rows]
+    drops = sorted({column.drop for column in columns if column.drop}, reverse=True)
+    everything = len(columns) + max(drops, default=0)
+    attempts = [(level, False) for level in (everything, *drops) if level >= _LITTLE_WEIGHT]
+    attempts += [(level, True) for level in (everything, *drops)]
+    for level, fold_names in attempts:
         shown = [i for i, column in enumerate(columns) if column.drop < level]
-        table = _fitted(console, [columns[i] for i in shown], [[row[i] for i in shown] for row in rows], title)
+        part = [columns[i] if i or fold_names else replace(columns[i], folds=False) for i in shown]
+        table = _fitted(console, part, [[row[i] for i in shown] for row in rows], title)
         if table is not None:
             console.print(table)
             return
