@@ -63,7 +63,8 @@ def main() -> None:
     for name, vectors in (("before", before), ("after", after)):
         similar = vectors @ vectors.T
         print(
-            f"{name}: late parcels {similar[0, 1]:.3f}, motorcycle oil {similar[4, 5]:.3f}, copper {similar[0, 3]:.3f}"
+            f"{name}: late parcels {similar[0, 1]:.3f}, motorcycle oil {similar[4, 5]:.3f}, "
+            f"copper {similar[0, 3]:.3f}"
         )
 
 
