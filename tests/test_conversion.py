@@ -266,7 +266,7 @@ def test_nothing_is_overwritten_without_force_and_never_the_source(tmp_path: Pat
         existing.unlink()
     with pytest.raises(OutputError, match="is the checkpoint itself"):
         cqr.convert(ckpt, ckpt, force=True)
-    with pytest.raises(OutputError, match="there is no folder"):
+    with pytest.raises(OutputError, match="no such folder"):
         cqr.convert(ckpt, tmp_path / "nowhere" / "s.safetensors")
 
 
@@ -298,7 +298,7 @@ def corrupt(path: Path, change: Callable[[dict[str, Any], State], None]) -> None
 
 
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any], State], object], str]] = {
-    "newer": (lambda h, t: h.update(format_version=2), "format version 2 and this program reads up to 1"),
+    "newer": (lambda h, t: h.update(format_version=2), "format version 2, but this version reads up to 1"),
     "no tensor": (lambda h, t: t.pop("item_embedding.codes"), "the file has no such tensor"),
     "shape": (
         lambda h, t: t.update({"item_embedding.codes": torch.zeros(2, 2)}),
@@ -334,7 +334,7 @@ def test_a_change_between_writing_and_verifying_fails_and_leaves_nothing(
             file.write(bytes([byte[0] ^ 1]))
 
     monkeypatch.setattr(writer.SafetensorsWriter, "finish", finish_and_flip)
-    with pytest.raises(VerificationError, match="reads back changed"):
+    with pytest.raises(VerificationError, match="differs when read back"):
         cqr.convert(ckpt, tmp_path / "s.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt"]
 
@@ -343,7 +343,7 @@ def test_a_file_that_may_not_grow_fails_and_leaves_nothing(tmp_path: Path, ckpt:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(OutputError, match=r"cannot write .* files may not grow that large"):
+        with pytest.raises(OutputError, match=r"cannot write .* the file size limit is exceeded"):
             cqr.convert(ckpt, tmp_path / "s.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
