@@ -1,4 +1,4 @@
-"""Tables that fit the terminal: names are folded at dots, columns are left out, and a list is the last resort."""
+"""Tables that fit the terminal: names are folded at dots, columns are dropped, and a list is the fallback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 _WIDTH_OF_FILES = 160
-"""Columns where the output is no terminal and COLUMNS does not say."""
+"""Width of the output if it is not a terminal and COLUMNS is not set."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Column:
     """A column of a table.
 
     Attributes:
-        heading: may have several lines.
-        right: whether cells are aligned to the right.
+        heading: heading, of one or more lines.
+        right: whether cells are right-aligned.
         folds: whether cells may be folded, at dots, slashes and spaces.
-        drop: columns of higher numbers are left out first where the terminal is narrow; 0 never is.
+        drop: priority for dropping columns on a narrow terminal, highest first; 0 is never dropped.
     """
 
     heading: str
@@ -35,7 +35,7 @@ class Column:
 
 
 def stdout() -> Console:
-    """A console on stdout."""
+    """Create a console on stdout."""
     console = Console(highlight=False)
     if console.is_terminal or "COLUMNS" in os.environ:
         return console
@@ -45,7 +45,7 @@ def stdout() -> Console:
 def print_table(
     console: Console, columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str = ""
 ) -> None:
-    """Print a table, in the richest form that fits the console."""
+    """Print a table with as many columns as fit the console; if none do, a list."""
     dropped = sorted({column.drop for column in columns if column.drop}, reverse=True)
     for level in [len(columns) + 1_000, *dropped]:
         shown = [i for i, column in enumerate(columns) if column.drop < level]
@@ -59,7 +59,7 @@ def print_table(
 def print_list(
     console: Console, columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str = ""
 ) -> None:
-    """Print a row as a heading, the first cell, and a line for each other cell."""
+    """Print each row as a list: its first cell as a heading, and a line for each other cell."""
     if title:
         console.print(Text(title, style="bold"), soft_wrap=True)
     names = [" ".join(column.heading.split()) for column in columns]
@@ -72,7 +72,7 @@ def print_list(
 
 
 def fold(text: str, width: int) -> str:
-    """Break lines after dots, slashes and spaces, so that each has at most `width` letters if that is possible."""
+    """Break lines after dots, slashes and spaces, so that each has at most `width` characters if possible."""
     lines = []
     for line in text.split("\n"):
         current = ""
@@ -93,7 +93,7 @@ def _pieces(line: str) -> list[str]:
 def _fitted(
     console: Console, columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str
 ) -> Table | None:
-    """The table with its cells folded as far as needed; None where that does not make it fit."""
+    """Create the table with its cells folded as needed to fit the console; None if it does not fit."""
     widths = {i: max(_width(row[i]) for row in rows) for i, c in enumerate(columns) if c.folds and rows}
     least = {
         i: max(len(piece.rstrip()) for row in rows for line in row[i].split("\n") for piece in _pieces(line))
