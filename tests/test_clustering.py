@@ -157,7 +157,7 @@ def test_a_bag_equals_that_of_the_decoded_rows() -> None:
         ({"codebook_size": 100}, "codebook_size 100 is not a power of two"),
         ({"num_columns": 5}, "16 is not divisible by 5. Choose num_columns from 1, 2, 4, 8, 16"),
         ({"padding_idx": 700}, "padding_idx 700 is outside the table of 700 rows"),
-        ({"sparse": True}, "has no sparse gradients"),
+        ({"sparse": True}, "does not support sparse gradients"),
     ],
 )
 def test_settings_that_no_layer_can_have_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -27,7 +27,7 @@ def own_device(asked: torch.device | str | None = None) -> torch.device:
     try:
         device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as e:
-        raise SpecError(f"unknown device {str(asked)!r}: give cpu, cuda or cuda:1, for example") from e
+        raise SpecError(f"no device {str(asked)!r}: give cpu, cuda or cuda:1, for example") from e
     if device.type != "cuda":
         return device
     number = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
