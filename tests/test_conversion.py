@@ -302,11 +302,11 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any], State], object], str]] = {
     "no tensor": (lambda h, t: t.pop("item_embedding.codes"), "the file has no such tensor"),
     "shape": (
         lambda h, t: t.update({"item_embedding.codes": torch.zeros(2, 2)}),
-        "needs 'item_embedding.codes' of",
+        "requires 'item_embedding.codes' of",
     ),
     "no tables": (lambda h, t: h.pop("tables"), "metadata .* is damaged: KeyError"),
     "bad spec": (lambda h, t: h["tables"]["item_embedding.weight"]["spec"].update(num_columns=5), "is damaged"),
-    "alias": (lambda h, t: h["aliases"].update(x="gone"), "names 'gone'"),
+    "alias": (lambda h, t: h["aliases"].update(x="gone"), "an alias of 'gone'"),
     "aliases of another type": (lambda h, t: h.update(aliases=[]), "is damaged: TypeError"),
     "list of another type": (lambda h, t: h.update(left_dense=5), "is damaged: TypeError"),
 }

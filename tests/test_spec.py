@@ -37,7 +37,7 @@ def test_bytes_are_the_sum_of_what_is_stored() -> None:
         ({"kind": "magic"}, "kind 'magic' is not one of codebook, rowwise"),
         ({"num_embeddings": 0}, "is empty"),
         ({"rank": 8}, "rank is 8: it requires a rotation"),
-        ({"rank": 16, "rotation": "opq"}, "less than the 16 dimensions"),
+        ({"rank": 16, "rotation": "opq"}, "has to be from 1 to 15"),
         ({"rank": 6, "rotation": "opq"}, "cannot split rows of 6 into 4 columns"),
         ({"rank": "6", "rotation": "opq"}, "field rank is '6', not an integer"),
         ({"dtype": "int8"}, "dtype 'int8' is not one of"),

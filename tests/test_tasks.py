@@ -131,7 +131,7 @@ def test_parquet_files_are_read_or_the_extra_is_named(tmp_path: Path) -> None:
         ("1,2,1\n1,2,up\n", {}, "line 2: 'up' is not a number"),
         ("", {}, "is empty"),
         ("a,b,c\n1,2,1\n", {"user": "u", "item": "b", "label": "c"}, "has no column 'u': it has a, b, c"),
-        ("1,2\n", {}, "has 2 columns, and no column 2"),
+        ("1,2\n", {}, "has 2 columns, but no column 2"),
         ('1,2,1\n1,"2,1\n', {}, "line"),
         ("1,2,1\n18446744073709551615,2,1\n", {}, "line 2: '18446744073709551615' exceeds 64 bits"),
         ('1,2,1\n\n3,"4\n",1\nx,4,1\n', {}, "line 5: 'x' is not a number"),

@@ -83,7 +83,7 @@ class CQREmbedding(_Clusters, CompressedEmbedding):
     row(i) = concat over columns of codebooks[c, 0][pointer(c, i)] (+ codebooks[c, 1][hash(c, i)] with a helper).
     Pointers are initialized with hashes and take ceil(log2 K) bits each; hashes of the helper take none.
 
-    Shapes: N rows, D dimensions; ids of any shape (...) give rows (..., D).
+    Shapes: N rows, D dimensions; ids (...) of any shape, rows (..., D).
     """
 
     def __init__(

@@ -53,8 +53,8 @@ class FisherMatrix:
     def metric_sqrt(self, num_blocks: int = 1) -> Tensor:
         """Compute A such that ||(x - y) @ A||**2 is the Fisher-weighted squared error of a row y of x.
 
-        A is the symmetric square root of the matrix, scaled to a mean eigenvalue of 1, plus 0.1 on the diagonal,
-        which keeps it positive definite.
+        A is the symmetric square root of the matrix, after scaling it to a mean eigenvalue of 1 and adding 0.1 to
+        each eigenvalue, which makes it positive definite.
 
         Args:
             num_blocks: number of diagonal blocks; entries outside the blocks are taken as 0.

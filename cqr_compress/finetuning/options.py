@@ -58,7 +58,10 @@ class FinetuneOptions:
         None, "Maximum number of optimizer steps.", panel=_TRAINING, low=1, shown_default="no limit"
     )
     warmup_steps: int = option(
-        50, "Steps of linear warm-up, before cosine decay to a tenth of the peak.", panel=_TRAINING, low=0
+        50,
+        "Steps of linear warm-up; the learning-rate schedule is cosine decay to a tenth of the peak.",
+        panel=_TRAINING,
+        low=0,
     )
     weight_decay: float = option(0.0, "Weight decay of AdamW.", panel=_TRAINING, low=0)
     gradient_accumulation_steps: int = option(
@@ -125,7 +128,7 @@ class FinetuneOptions:
         """
         mine, theirs = option_infos(cls), option_infos(ClusterOptions)
         if unknown := sorted(set(given) - set(mine) - set(theirs)):
-            raise SpecError(f"there is no option {', '.join(unknown)}: choose from {', '.join(option_names())}")
+            raise SpecError(f"unknown option {', '.join(unknown)}: choose from {', '.join(option_names())}")
         own = {name: parsed(cls, name, text) for name, text in given.items() if name in mine}
         other = {name: parsed(ClusterOptions, name, text) for name, text in given.items() if name not in mine}
         return cls(**{**known, **own}, clustering=ClusterOptions(**other))

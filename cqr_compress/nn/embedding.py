@@ -19,7 +19,7 @@ class CompressedEmbedding(TableLayer, nn.Embedding):
     Unlike in nn.Embedding, `max_norm` renormalizes the returned rows and does not modify the table, and
     `sparse=True` is refused, because a lookup uses a large part of the small codebooks.
 
-    Shapes: N rows, D columns; ids of any shape (...) give rows (..., D).
+    Shapes: N rows, D dimensions; ids (...) of any shape, rows (..., D).
     """
 
     sparse = False

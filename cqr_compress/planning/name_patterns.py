@@ -73,10 +73,10 @@ TABLES = (
     _pattern(
         _START + r"(?:[a-z0-9_]*_)?(?:emb|embs|embed|embeds|embedding|embeddings|lookup|lut)(?:_[a-z]+)?"
         r"(?:\.\d+)?$",
-        "named as an embedding",
+        "named like an embedding",
         0.9,
     ),
-    _pattern(r"(?i)embed", "its name says embedding", 0.75),
+    _pattern(r"(?i)embed", "its name contains embed", 0.75),
 )
 """First match wins."""
 
