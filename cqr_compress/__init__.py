@@ -1,4 +1,4 @@
-"""Make trained models small by compressing their embedding tables.
+"""Compress the embedding tables of trained models.
 
 import cqr_compress as cqr
 cqr.convert("ckpt.pt", "small.safetensors", ratio=16)
@@ -93,7 +93,7 @@ __all__ = ["__version__", *sorted(_HOME_OF)]
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names when they are first used, so that importing the package is quick."""
+    """Import a public name on first access, which keeps the import of the package fast."""
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

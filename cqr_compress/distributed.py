@@ -1,4 +1,4 @@
-"""The processes of a distributed run, as torch.distributed has them; one alone needs no set-up."""
+"""Collective operations of torch.distributed, which have no effect in a single process."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from torch import Tensor
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_TIMEOUT = timedelta(days=7)  # others wait while the first process fits a table, however large
+_TIMEOUT = timedelta(days=7)  # other processes wait while the first one fits a large table
 
 
 def world_size() -> int:
-    """Number of processes; 1 where torch.distributed was not set up."""
+    """Return the number of processes; 1 if torch.distributed is not initialized."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def log_on_first(line: str) -> None:
-    """Log what was found, in the first process."""
+    """Log a line in the first process only."""
     if rank() == 0:
         _log.info("%s", line)
 
 
 def all_reduce_(tensor: Tensor) -> None:
-    """Replace a tensor by its sum over all processes, in place."""
+    """Sum a tensor over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
 
 
 def broadcast_(tensor: Tensor) -> None:
-    """Replace a tensor by that of the first process, in place."""
+    """Broadcast a tensor from the first process, in place."""
     if world_size() > 1:
         dist.broadcast(tensor, 0)
 
 
 def broadcast_object(value: T) -> T:
-    """The first process's value, on every one; it is pickled."""
+    """Broadcast a picklable value from the first process, and return it."""
     if world_size() == 1:
         return value
     held: list[Any] = [value]
@@ -57,7 +57,7 @@ def broadcast_object(value: T) -> T:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """The values of all processes, in the order of their numbers; they are pickled."""
+    """Gather the picklable values of all processes, in the order of their ranks."""
     if world_size() == 1:
         return [value]
     held: list[Any] = [None] * world_size()
@@ -67,16 +67,16 @@ def all_gather_object(value: T) -> list[T]:
 
 @contextmanager
 def launched_processes(device: torch.device) -> Iterator[None]:
-    """Join the processes that `torchrun` started, if it did; leave them at the end.
+    """Context manager that initializes torch.distributed for processes that `torchrun` started.
 
     Args:
-        device: that this process computes on; gloo joins CPUs and passes objects, nccl joins GPUs.
+        device: device of this process; gloo is the backend for CPUs and objects, nccl for GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         yield
         return
-    # Defaults of this module's functions keep the group that is there at its first import (optimizers import it).
-    # Gloo's threads would then outlive it, and one that frees a tensor while Python ends aborts the process.
+    # Defaults of this module's functions refer to the process group at its first import, which optimizers trigger.
+    # Gloo's threads would then outlive the group, and freeing a tensor at interpreter exit aborts the process.
     importlib.import_module("torch.distributed.nn.functional")
     if device.type == "cuda":
         torch.cuda.set_device(device)

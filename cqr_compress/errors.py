@@ -1,18 +1,18 @@
-"""The errors a user can meet. Each inherits `CqrCompressError` and the builtin that fits it best."""
+"""Exceptions of the package: each inherits from `CqrCompressError` and from the closest builtin exception."""
 
 from __future__ import annotations
 
 
 class CqrCompressError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of all exceptions that this package raises."""
 
 
 class CqrCompressWarning(UserWarning):
-    """Something that a user should know and that does not stop the work."""
+    """A condition that a user should know of and that does not stop the operation."""
 
 
 class CheckpointError(CqrCompressError, ValueError):
-    """A file cannot be read as a checkpoint, or what it says about itself does not hold."""
+    """A file cannot be read as a checkpoint, or its header does not match its content."""
 
 
 class FormatError(CheckpointError):
@@ -24,27 +24,27 @@ class TableNotFoundError(CqrCompressError, LookupError):
 
 
 class TableRefusedError(CqrCompressError, ValueError):
-    """A table is there, but compressing it would give a file that does not work."""
+    """A table exists, but its compressed form could not be used."""
 
 
 class ShapeError(CqrCompressError, ValueError):
-    """Shapes that do not fit each other."""
+    """Shapes do not match."""
 
 
 class BudgetError(CqrCompressError, ValueError):
-    """No layout of the method fits the bytes that were asked for."""
+    """No layout of the method fits the requested number of bytes."""
 
 
 class NonFiniteError(CqrCompressError, ValueError):
-    """A table holds NaN or infinity."""
+    """A table contains NaN or infinity."""
 
 
 class SpecError(CqrCompressError, ValueError):
-    """A setting, or a combination of settings, that no table can have."""
+    """A setting, or a combination of settings, is invalid."""
 
 
 class OutputExistsError(CqrCompressError, FileExistsError):
-    """The output file is already there."""
+    """The output file already exists."""
 
 
 class OutputError(CqrCompressError, OSError):
@@ -52,28 +52,28 @@ class OutputError(CqrCompressError, OSError):
 
 
 class VerificationError(CqrCompressError, RuntimeError):
-    """A file read back after writing does not say what was written."""
+    """A file read back after writing differs from what was written."""
 
 
 class RowIndexError(CqrCompressError, IndexError):
-    """An id names no row of the table."""
+    """An id is out of the range of the table's rows."""
 
 
 class WeightWriteError(CqrCompressError, TypeError):
-    """The rows of a compressed table were written to."""
+    """An attempt to write to the rows of a compressed table, which are read-only."""
 
 
 class SwapError(CqrCompressError, ValueError):
-    """A compressed file and a model do not fit each other; nothing was changed."""
+    """A compressed file does not match a model; nothing was changed."""
 
 
 class TaskError(CqrCompressError, ValueError):
-    """A task that fine-tuning cannot work with, or data that do not fit it."""
+    """A task is invalid, or its data do not match it."""
 
 
 class UserCodeError(CqrCompressError, RuntimeError):
-    """An error in a user's task file; the message is the user's own traceback."""
+    """An exception in a user's task file; the message contains its traceback."""
 
 
 class StateError(CqrCompressError, ValueError):
-    """A state that a run cannot go on from."""
+    """A saved state that a run cannot be resumed from."""

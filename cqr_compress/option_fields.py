@@ -1,6 +1,6 @@
-"""Fields of option dataclasses: default, choices, bounds and help are written once, in the field.
+"""Fields of option dataclasses: default, choices, bounds and help are defined once, in the field.
 
-The command line makes its options of them, `check_fields` their validation and `documented` their docstring.
+The command line derives its options from them, `check_fields` the validation and `documented` the docstring.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class OptionInfo:
-    """What is known of an option besides its name, type and default.
+    """Metadata of an option besides its name, type and default.
 
     Attributes:
         help: one or two sentences.
-        panel: heading under which the command line lists it.
-        choices: allowed values; anything if empty. None is allowed where it is the default.
-        low: smallest allowed number, or None.
-        high: largest allowed number, or None.
-        above: number that it has to exceed, or None.
-        metavar: name of its value in a usage line, or None.
-        shown_default: what the default stands for, where the value itself does not tell.
+        panel: heading under which the command line lists the option.
+        choices: allowed values; unrestricted if empty. None is allowed if it is the default.
+        low: inclusive lower bound, or None.
+        high: inclusive upper bound, or None.
+        above: exclusive lower bound, or None.
+        metavar: placeholder of the value in a usage line, or None.
+        shown_default: description of the default, if the value itself is not informative.
     """
 
     help: str
@@ -52,13 +52,13 @@ def option(
     metavar: str | None = None,
     shown_default: str | None = None,
 ) -> Any:
-    """Make a dataclass field with an `OptionInfo`."""
+    """Create a dataclass field with an `OptionInfo`."""
     info = OptionInfo(help, panel, tuple(choices), low, high, above, metavar, shown_default)
     return field(default=default, metadata={"option": info})
 
 
 def option_infos(cls: type) -> dict[str, OptionInfo]:
-    """The options of a dataclass, by name."""
+    """Return the options of a dataclass, by name."""
     return {f.name: f.metadata["option"] for f in fields(cls) if "option" in f.metadata}
 
 
@@ -81,7 +81,7 @@ def check_fields(options: Any) -> None:
     """Check the values of an option dataclass against their choices and bounds.
 
     Raises:
-        SpecError: names the first field that does not fit, its value and what it may be.
+        SpecError: the first invalid field, with its value and the allowed values.
     """
     for f in fields(options):
         info: OptionInfo | None = f.metadata.get("option")
@@ -97,10 +97,10 @@ def check_fields(options: Any) -> None:
 
 
 def merged(cls: type[T], options: T | None, given: dict[str, Any]) -> T:
-    """Options from an object, from keywords, or from an object with some fields replaced.
+    """Build options from an object, from keyword arguments, or from an object with some fields replaced.
 
     Raises:
-        SpecError: an object of another type, or a keyword that names no field; the message lists them.
+        SpecError: an object of another type, or an unknown keyword; the message lists the fields.
     """
     if options is not None and not isinstance(options, cls):
         raise SpecError(f"options is {options!r}: give {cls.__name__}, or its fields as keywords")
@@ -112,10 +112,10 @@ def merged(cls: type[T], options: T | None, given: dict[str, Any]) -> T:
 
 
 def parsed(cls: type, name: str, text: str) -> Any:
-    """Read the value of a field from text, by the field's type.
+    """Parse the value of a field from text, by the field's type.
 
     Raises:
-        SpecError: not a value of that type.
+        SpecError: the text is not a value of that type.
     """
     kinds = str(next(f.type for f in fields(cls) if f.name == name)).split(" | ")
     if "None" in kinds and text.lower() == "none":

@@ -1,7 +1,7 @@
-"""Progress of long work: bars on a terminal, plain lines in a log, or nothing.
+"""Progress of long operations: bars on a terminal, plain lines in a log, or nothing.
 
-Only progress: what was found is logged through `logging` (logger "cqr_compress"), and what a user should know
-without being stopped by it is a `CqrCompressWarning`, through `warnings`.
+Results are logged through `logging` (logger "cqr_compress"), and conditions that do not stop an operation are
+issued as a `CqrCompressWarning` through `warnings`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _PLAIN_EVERY_S = 10.0
 
 
 class Progress(Protocol):
-    """Told of each piece of work."""
+    """Receiver of the progress of an operation, which consists of consecutive stages."""
 
     def start(self, label: str, total: int, unit: str) -> None:
-        """Begin a piece of work of `total` units (rows, bytes, steps); 0 where the number is not known."""
+        """Begin a stage of `total` units (rows, bytes, steps); 0 if the number is unknown."""
 
     def advance(self, amount: int = 1) -> None:
-        """Report units done since the last call."""
+        """Report the units completed since the last call."""
 
     def status(self, text: str) -> None:
-        """Show the state of the current piece of work next to its units."""
+        """Show a status text of the current stage next to its units."""
 
 
 class NoProgress:
-    """Shows nothing."""
+    """Discards all progress."""
 
     def start(self, label: str, total: int, unit: str) -> None:
         """Ignore."""
@@ -46,7 +46,7 @@ class NoProgress:
 
 
 class ProgressBars:
-    """Bars on stderr where it is a terminal, else a plain line every ten seconds; used as a context manager."""
+    """Context manager with bars on stderr if it is a terminal, else a plain line every ten seconds."""
 
     def __init__(self) -> None:
         self._bars: RichProgress | None = None
@@ -77,7 +77,7 @@ class ProgressBars:
             self._bars.stop()
 
     def start(self, label: str, total: int, unit: str) -> None:
-        """Begin a piece of work."""
+        """Begin a stage; its bar replaces the previous one."""
         self._label, self._unit, self._done, self._total, self._status = label, unit, 0, total, ""
         self._began = time.monotonic()
         if self._bars is not None:
@@ -86,7 +86,7 @@ class ProgressBars:
             self._task = self._bars.add_task(label, total=total or None, rate="", status="")
 
     def advance(self, amount: int = 1) -> None:
-        """Report units done."""
+        """Report completed units; update the bar or print a line."""
         self._done += amount
         now = time.monotonic()
         rate = self._done / max(now - self._began, 1e-9)
@@ -104,7 +104,7 @@ class ProgressBars:
             )
 
     def status(self, text: str) -> None:
-        """Show the state of the work."""
+        """Show a status text of the current stage."""
         self._status = text
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, status=text)
@@ -112,7 +112,7 @@ class ProgressBars:
 
 @contextmanager
 def shown(progress: Progress | None) -> Iterator[Progress]:
-    """Give the progress that a caller handed over; if None, bars where stderr is a terminal, else nothing."""
+    """Yield the given progress; if None, bars if stderr is a terminal, else a `NoProgress`."""
     if progress is not None:
         yield progress
     elif sys.stderr is not None and sys.stderr.isatty():

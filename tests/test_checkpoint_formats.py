@@ -204,11 +204,11 @@ def test_a_tensor_that_reads_past_its_storage_is_refused(tmp_path: Path) -> None
 
 
 def test_a_folder_without_an_index_names_what_it_wants(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint: no index of shards"):
+    with pytest.raises(CheckpointError, match=r"contains no checkpoint: no index of shards"):
         open_checkpoint(tmp_path)
     for name in ("a.pt", "b.pt"):
         torch.save({"x": torch.zeros(2, 2)}, tmp_path / name)
-    with pytest.raises(CheckpointError, match="2 checkpoints and no index: name one of a.pt, b.pt"):
+    with pytest.raises(CheckpointError, match="2 checkpoints and no index: give one of a.pt, b.pt"):
         open_checkpoint(tmp_path)
 
 

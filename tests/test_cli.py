@@ -83,7 +83,7 @@ def garbage(folder: Path) -> dict[str, tuple[Path, str]]:
         "nan": (made["nan.pt"], "has NaN or infinity in 3000 rows, first 0, 1, 2, 3, 4"),
         "no tables": (made["no_tables.pt"], "found no embedding table"),
         "lying header": (made["lying.safetensors"], "not a valid safetensors file"),
-        "folder": (folder / "bare", "holds no checkpoint"),
+        "folder": (folder / "bare", "contains no checkpoint"),
     }
 
 
@@ -103,7 +103,7 @@ def test_a_full_disk_gives_a_message_and_no_file(ckpt: Path, tmp_path: Path) -> 
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)),
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "cannot write 'ckpt.cqr.safetensors'" in done.stderr and "Nothing was left there" in done.stderr
+    assert "cannot write 'ckpt.cqr.safetensors'" in done.stderr and "No partial file is left" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 

@@ -157,7 +157,7 @@ def test_a_bag_equals_that_of_the_decoded_rows() -> None:
         ({"codebook_size": 100}, "codebook_size 100 is not a power of two"),
         ({"num_columns": 5}, "16 is not divisible by 5. Choose num_columns from 1, 2, 4, 8, 16"),
         ({"padding_idx": 700}, "padding_idx 700 is outside the table of 700 rows"),
-        ({"sparse": True}, "has no sparse gradients"),
+        ({"sparse": True}, "does not support sparse gradients"),
     ],
 )
 def test_settings_that_no_layer_can_have_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -427,14 +427,14 @@ def test_reduced_losses_and_models_that_are_not_reached_are_refused(
 def test_values_that_are_not_finite_are_refused(ratings: tuple[Tensor, Tensor, Tensor]) -> None:
     made = layer()
     before = made.codes.clone()
-    with pytest.raises(NonFiniteError, match="the gradients of layer '' have NaN or infinity"):
+    with pytest.raises(NonFiniteError, match="the gradients of layer '' contain NaN or infinity"):
         made.cluster(
             lambda: [made(IDS).sum(1), made(IDS[-1:]).sum(1) * math.nan],
             options=ClusterOptions(points_per_centroid=1),
         )
     with torch.no_grad():
         made.codebooks[0, 0, 0, 0] = math.inf
-    with pytest.raises(NonFiniteError, match="the codebooks of layer '' have NaN or infinity"):
+    with pytest.raises(NonFiniteError, match="the codebooks of layer '' contain NaN or infinity"):
         made.cluster()
     assert torch.equal(made.codes, before)
 

@@ -127,7 +127,7 @@ def test_evaluate_wants_a_source_or_a_task_that_fit(dense: Path, small: Path, cl
     torch.save(
         {n: torch.randn(1500, 16) for n in ("item_embedding.weight", "user_embedding.weight")}, tmp_path / "o.pt"
     )
-    with pytest.raises(ShapeError, match=r"is \(1500, 16\) in .* and \(3000, 16\) in compressed"):
+    with pytest.raises(ShapeError, match=r"is \(1500, 16\) in .* and \(3000, 16\) in the compressed file"):
         cqr.evaluate([small], original=tmp_path / "o.pt")
 
 

@@ -43,17 +43,17 @@ def test_integer_counts_are_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("c.csv", "user,n\n1,2\n", CheckpointError, "begins with 'user,n': its first line is id,count"),
-        ("c.csv", "table,id,count\nc,1,2\n", TableNotFoundError, "is for 'c', and the tables to compress are a.weight, b.weight"),
-        ("c.csv", "table,id,count\na.weight,4,2\n", ShapeError, "has ids from 4 to 4, and 'a.weight' has 4 rows"),
+        ("c.csv", "user,n\n1,2\n", CheckpointError, "begins with 'user,n': its first line has to be id,count"),
+        ("c.csv", "table,id,count\nc,1,2\n", TableNotFoundError, "frequencies of 'c' in .*: no such table. The tables are a.weight, b.weight"),
+        ("c.csv", "table,id,count\na.weight,4,2\n", ShapeError, "has ids from 4 to 4, but 'a.weight' has 4 rows"),
         ("c.csv", "table,id,count\na.weight,1\n", CheckpointError, "cannot read"),
         ("c.csv", "table,id,count\na.weight,x,1\n", CheckpointError, "cannot read"),
-        ("c.csv", "id,count\n1,1\n", TableNotFoundError, "it could be for a.weight, b.weight. Say TABLE="),
-        ("c.csv", "table,id,count\n", CheckpointError, "has no counts"),
-        ("c.csv", "table,id,count\na.weight,0,-1\n", ShapeError, "not finite numbers of at least 0"),
-        ("c.csv", "table,id,count\na.weight,0,nan\n", ShapeError, "not finite numbers of at least 0"),
+        ("c.csv", "id,count\n1,1\n", TableNotFoundError, "it matches a.weight, b.weight. Pass TABLE="),
+        ("c.csv", "table,id,count\n", CheckpointError, "contains no counts"),
+        ("c.csv", "table,id,count\na.weight,0,-1\n", ShapeError, "give finite numbers of at least 0"),
+        ("c.csv", "table,id,count\na.weight,0,nan\n", ShapeError, "give finite numbers of at least 0"),
         ("c.npy", "not numpy", CheckpointError, "cannot read numbers"),
-        ("c.txt", "1", SpecError, "frequencies come from .npy, .safetensors or .csv"),
+        ("c.txt", "1", SpecError, "frequencies are read from .npy, .safetensors or .csv"),
         ("c.safetensors", "zzz", CheckpointError, "c.safetensors"),
     ],
 )  # fmt: skip
@@ -67,14 +67,14 @@ def test_a_bad_file_is_refused_with_its_reason(
 
 def test_counts_of_no_table_or_given_twice_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "c.npy", np.ones(5))
-    with pytest.raises(TableNotFoundError, match="of 5 numbers: it fits none of the tables"):
+    with pytest.raises(TableNotFoundError, match="of 5 numbers: it matches none of the tables"):
         read_frequencies(tmp_path / "c.npy", ROWS)
     np.save(tmp_path / "a.npy", np.ones(4))
-    with pytest.raises(SpecError, match="'a.weight' gets frequencies twice"):
+    with pytest.raises(SpecError, match="'a.weight' has frequencies from two files"):
         read_frequencies([tmp_path / "a.npy", f"a.weight={tmp_path / 'a.npy'}"], ROWS)
-    with pytest.raises(ShapeError, match=r"are \(2, 2\): the table has 4 rows"):
+    with pytest.raises(ShapeError, match=r"have shape \(2, 2\): the table has 4 rows"):
         read_frequencies({"a.weight": torch.ones(2, 2)}, ROWS)
-    with pytest.raises(CheckpointError, match="there is no file"):
+    with pytest.raises(CheckpointError, match="no such file"):
         read_frequencies(tmp_path / "none.npy", ROWS)
     np.save(tmp_path / "o.npy", np.array([{"a": 1}], dtype=object))
     with pytest.raises(CheckpointError, match="cannot read numbers"):
@@ -108,5 +108,5 @@ def test_the_command_line_takes_counts_and_reports_the_weighted_error(cli: Calla
     args = ["convert", ckpt, "-o", "s.safetensors", "--method", "pq", "--ratio", "8", "--frequencies"]
     assert "weighted" in cli(*args, "counts.npy").stdout
     assert "weighted" in cli("inspect", "s.safetensors").stdout
-    assert "there is no file 'none.npy'" in cli(*args, "none.npy", "--force", code=1).stderr
+    assert "no such file of frequencies: 'none.npy'" in cli(*args, "none.npy", "--force", code=1).stderr
     cli(*args, "item_embedding.weight=counts.npy", "--force")

@@ -78,5 +78,5 @@ def test_shapes_that_cannot_be_are_refused() -> None:
         next(dense_iterates(made, 5))
     with pytest.raises(ShapeError, match="k is 7: give an even number from 4 to d1 = 100"):
         next(sparse_iterates(made, 7))
-    with pytest.raises(ShapeError, match="not matrices with as many rows"):
+    with pytest.raises(ShapeError, match="not matrices with the same number of rows"):
         Problem.of(torch.zeros(3, 2), torch.zeros(4, 2))

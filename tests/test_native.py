@@ -167,7 +167,7 @@ def test_tensors_that_no_longer_fit_are_refused_and_not_read_beyond() -> None:
         layer = CompressedEmbedding(random_table(SMALL, 0)).requires_grad_(False)
         for short, tensor in change.items():
             getattr(layer, short).data = tensor
-        with pytest.raises(ShapeError, match="do not make a table of 50 rows with codes of 8 bits"):
+        with pytest.raises(ShapeError, match="do not form a table of 50 rows with codes of 8 bits"):
             layer(torch.tensor([49]))
     rowwise = RowwiseSpec(method="int8", num_embeddings=50, embedding_dim=8, n_bits=8)
     for short, tensor in {
@@ -176,7 +176,7 @@ def test_tensors_that_no_longer_fit_are_refused_and_not_read_beyond() -> None:
     }.items():
         layer = CompressedEmbedding(random_table(rowwise, 0)).requires_grad_(False)
         getattr(layer, short).data = tensor
-        with pytest.raises(ShapeError, match="do not make a table of 50 x 8"):
+        with pytest.raises(ShapeError, match="do not form a table of 50 x 8"):
             layer(torch.tensor([49]))
 
 
@@ -221,9 +221,9 @@ def run(tmp_path: Path, **environment: str) -> str:
 
 
 def test_lookups_work_where_nothing_can_be_compiled(tmp_path: Path) -> None:
-    assert run(tmp_path, CQR_COMPRESS_NATIVE="0") == "turned off by CQR_COMPRESS_NATIVE=0"
+    assert run(tmp_path, CQR_COMPRESS_NATIVE="0") == "disabled by CQR_COMPRESS_NATIVE=0"
     bare = run(tmp_path, PATH=str(tmp_path), CC="nothing")
-    assert bare == "no C compiler: neither 'nothing', gcc nor clang is there"
+    assert bare == "no C compiler: none of 'nothing', gcc and clang found"
     assert "false failed" in run(tmp_path, CC="false")
     assert not list((tmp_path / "cache").rglob("*.so"))
 

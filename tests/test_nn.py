@@ -221,7 +221,7 @@ def test_scale_grad_by_freq_divides_by_the_count_in_the_batch() -> None:
 @pytest.mark.parametrize("bad", [300, -1, 2**40])
 def test_error_names_the_bad_id_and_the_range(table: CompressedTable, bad: int) -> None:
     for layer in (CompressedEmbedding(table), CompressedEmbeddingBag(table)):
-        with pytest.raises(IndexError, match=f"id {bad} is outside the table of 300 rows: ids go from 0 to 299"):
+        with pytest.raises(IndexError, match=f"id {bad} is outside the table of 300 rows: give ids from 0 to 299"):
             layer(torch.tensor([[1, bad]]))
 
 
@@ -502,9 +502,9 @@ def test_scores_are_differentiable(table: CompressedTable, monkeypatch: pytest.M
 def test_topk_finds_every_row_when_asked_for_all(pq: CompressedTable) -> None:
     layer = CompressedEmbedding(pq)
     assert sorted(layer.topk(torch.randn(D), N).indices.tolist()) == list(range(N))
-    with pytest.raises(ShapeError, match="cannot find the 301 best of 300 rows"):
+    with pytest.raises(ShapeError, match="k is 301: give a number from 1 to the 300 rows"):
         layer.topk(torch.randn(D), 301)
-    with pytest.raises(ShapeError, match=r"\(2, 5\) do not fit rows of 12 dimensions"):
+    with pytest.raises(ShapeError, match=r"\(2, 5\) do not match rows of 12 dimensions"):
         layer.scores(torch.randn(2, 5))
 
 
@@ -643,7 +643,7 @@ def test_defaults_of_torch_do_not_reach_the_lookup(name: str) -> None:
 def test_codes_of_another_dtype_are_refused(pq: CompressedTable) -> None:
     layer = CompressedEmbedding(pq).requires_grad_(False)
     layer.load_state_dict({name: t.float() for name, t in layer.state_dict().items()}, assign=True)
-    with pytest.raises(ShapeError, match=r"torch.float32.* do not make a table"):
+    with pytest.raises(ShapeError, match=r"torch.float32.* do not form a table"):
         layer(IDS)
 
 
@@ -703,7 +703,7 @@ def test_second_derivatives_are_those_of_the_formula() -> None:
 
 
 def test_hashed_tables_refuse_ids_that_are_not_integers() -> None:
-    with pytest.raises(RuntimeError, match=r"ids are int32 or int64"):
+    with pytest.raises(RuntimeError, match=r"give int32 or int64 ids"):
         CompressedEmbedding(random_table(SPECS["hash"]))(torch.tensor([1.5]))
 
 

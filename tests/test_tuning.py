@@ -174,8 +174,8 @@ def test_the_guard_returns_the_given_weights_where_training_overfits(small: Path
     )
     assert not report.improved and report.best_step == 0 and report.steps == 40
     assert all(e.metrics["bce"] > report.before["bce"] for e in report.history[1:])
-    assert "the weights as they were given are kept, as none of 2 later evaluations was better" in report.summary
-    assert "nothing was better in 2 evaluations" in report.summary
+    assert "the given weights are kept, because none of 2 later evaluations was better" in report.summary
+    assert "no improvement in 2 evaluations" in report.summary
     assert measured(tmp_path / "out.safetensors") == measured(small)
     one, other = Ratings(), Ratings()
     cqr.load_compressed(one, small)
@@ -270,12 +270,14 @@ def test_distillation_of_logits_compares_softmaxes(dense: Path, doubled: Path, t
     assert len({tuple(t.tolist()) for t in drawn}) == len(drawn) // 2
     for shape in ((5,), (5, 1)):
         wrong = task(logits=lambda model, batch, shape=shape: torch.zeros(shape))
-        with pytest.raises(TaskError, match="logits gave .*: it returns scores of two or more candidates"):
+        with pytest.raises(
+            TaskError, match="logits returned .*: it has to return scores of two or more candidates"
+        ):
             finetune(doubled, tmp_path / "o.safetensors", wrong, chosen, original=dense)
 
 
 def test_distillation_needs_a_teacher_and_a_call_of_the_model(dense: Path, small: Path, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="give the original"):
+    with pytest.raises(SpecError, match="give the dense checkpoint"):
         finetune(small, tmp_path / "out.safetensors", task(), options(distill="rows"))
     inner = task(loss=lambda m, b: (m.user_embedding(b[0]) * m.item_embedding(b[1])).sum(1))
     with pytest.raises(TaskError, match=r"never calls model\(...\): define logits"):
@@ -374,7 +376,7 @@ def test_a_killed_run_goes_on_to_the_same_file(codes: str, steps: int, small: Pa
     with pytest.raises(OutputExistsError, match="--resume"):
         finetune(small, out, task(), chosen)
     report = finetune(small, out, task(), chosen, resume=True)
-    assert any("going on from step" in line for line in report.log)
+    assert any("resuming from step" in line for line in report.log)
     assert tensors(out) == tensors(tmp_path / "whole.safetensors")
     assert not state_path(out).exists()
 
@@ -410,7 +412,7 @@ def test_a_run_that_goes_on_keeps_its_metric_its_task_and_its_last_step(small: P
         finetune(small, out, task(evaluate=dies), chosen)
     with pytest.raises(StateError, match=r"metric was 'bce' and is 'half'; mode was 'min' and is 'max'"):
         finetune(small, out, task(metric="half", mode="max"), chosen, resume=True)
-    with pytest.raises(StateError, match=r"lines was None and is 7.*leave out --resume and pass --force"):
+    with pytest.raises(StateError, match=r"lines was None and is 7.*omit --resume and pass --force"):
         finetune(small, out, task(identity={"lines": 7}), chosen, resume=True)
     report = finetune(small, out, task(), chosen, resume=True)
     assert report.steps == 30 and [e.step for e in report.history] == [0, 30]
@@ -541,7 +543,7 @@ def test_what_a_forward_writes_to_is_given_back_too(dense: Path, tmp_path: Path)
 def test_a_table_of_one_column_keeps_it_unless_it_is_rotated(dense: Path, tmp_path: Path) -> None:
     given = compressed(dense, tmp_path, method="pq", num_columns=1, n_bits=6)
     report = finetune(given, tmp_path / "out.safetensors", task(), options(max_steps=2), original=dense)
-    fits = [line for line in report.log if line.startswith("fitted")]
+    fits = [line for line in report.log if line.startswith("re-quantized")]
     assert fits and all("1x" in line or "opq" in line for line in fits)
 
 
@@ -668,17 +670,17 @@ def test_dense_tables_are_built_only_where_the_model_looks_at_its_values(
 
 def test_what_does_not_fit_is_refused_before_the_work(dense: Path, small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    with pytest.raises(TaskError, match="metric is 'auc' and evaluate gave bce, half"):
+    with pytest.raises(TaskError, match="metric is 'auc', but evaluate returned bce, half"):
         finetune(small, out, task(metric="auc"), options())
-    with pytest.raises(TaskError, match="nan for the weights as they were given"):
+    with pytest.raises(TaskError, match="nan for the given weights"):
         finetune(small, out, task(evaluate=lambda m: {"bce": float("nan")}), options())
-    with pytest.raises(TaskError, match=r"train_batches\(0\) gave no batch"):
+    with pytest.raises(TaskError, match=r"train_batches\(0\) returned no batch"):
         finetune(small, out, task(train_batches=lambda epoch: []), options())
-    with pytest.raises(TaskError, match="returns a torch.nn.Module"):
+    with pytest.raises(TaskError, match="return a torch.nn.Module"):
         finetune(small, out, task(model=lambda: 3), options())
     with pytest.raises(TaskError, match="mode is 'up'"):
         task(mode="up")
-    with pytest.raises(TaskError, match=r"loss gave \(1000, 1\)"):
+    with pytest.raises(TaskError, match=r"loss returned \(1000, 1\)"):
         finetune(small, out, task(loss=lambda m, b: loss(m, b)[:, None]), options())
     with pytest.raises(TableNotFoundError, match="reassign"):
         finetune(
@@ -693,7 +695,7 @@ def test_what_does_not_fit_is_refused_before_the_work(dense: Path, small: Path, 
     with pytest.raises(ShapeError, match=r"\(401, 16\)"):
         finetune(small, out, task(), options(), original=tmp_path / "other.pt", evaluate_original=False)
     for device in ("gpu", "cuda:99"):
-        with pytest.raises(SpecError, match="there is no device"):
+        with pytest.raises(SpecError, match="no device"):
             finetune(small, out, task(), options(), device=device)
     for wrong in (
         {"epochs": 0},
@@ -815,7 +817,7 @@ def test_a_task_file_without_its_functions_says_which(tmp_path: Path) -> None:
     path.write_text("def model(): ...\n")
     with pytest.raises(TaskError, match="does not define train_batches, loss, evaluate, metric"):
         load_task_file(path)
-    with pytest.raises(TaskError, match="there is no task file"):
+    with pytest.raises(TaskError, match="no such task file"):
         load_task_file(tmp_path / "none.py")
 
 
@@ -1033,7 +1035,7 @@ def test_saving_like_a_file_keeps_names_dtypes_and_what_the_model_lacks(
         cqr.save_compressed(fresh, tmp_path / "p.safetensors", small)
     with torch.no_grad():
         model.item_embedding.codebooks.mul_(1e9)  # type: ignore[operator, union-attr]
-    with pytest.raises(cqr.CqrCompressError, match=r"beyond torch.float16"):
+    with pytest.raises(cqr.CqrCompressError, match=r"outside the range of torch.float16"):
         cqr.save_compressed(model, tmp_path / "p.safetensors", small)
     assert not (tmp_path / "p.safetensors").exists()
     copy.deepcopy(model)

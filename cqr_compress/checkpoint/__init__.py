@@ -1,1 +1,1 @@
-"""Files: dense checkpoints are read, compressed ones are read and written."""
+"""Files: dense checkpoints are read, compressed files are read and written."""

@@ -1,4 +1,4 @@
-"""A checkpoint as everything above this layer sees it: names, shapes and lazy reads."""
+"""Format-independent interface of checkpoints: names, shapes and lazy reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class StoredTensor(Protocol):
-    """A tensor on disk. Nothing is read before `read` or `read_rows`, and each call reads anew."""
+    """A tensor on disk, read by `read` or `read_rows` only; each call reads it again."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -36,7 +36,7 @@ class TensorEntry:
 
     Attributes:
         name: name in the state_dict, wrapper prefixes included.
-        stored: where its values are.
+        stored: access to its values.
     """
 
     name: str
@@ -60,11 +60,11 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class UnbuiltObject:
-    """An object of the file that was not built, because building it would run code.
+    """An object of the file that was not instantiated, because that would execute code.
 
     Attributes:
-        path: where it stands in the file's nesting, joined by dots.
-        class_name: its class as the file names it.
+        path: keys that lead to it in the file's nesting, joined by dots.
+        class_name: name of its class in the file.
     """
 
     path: str
@@ -73,19 +73,20 @@ class UnbuiltObject:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A lazy mapping from names to tensors, with what else the file holds.
+    """A lazy mapping from names to tensors, with the other content of the file.
 
     Attributes:
         path: the file, index or folder that was opened.
         format: "torch-zip", "torch-legacy", "safetensors" or "sharded ...".
-        entries: tensors by name, in file order; a tensor that several names share stands once.
-        aliases: other names of a tensor, each with the name it stands under in `entries`.
-        outside_model: names of tensors that stand outside the dict that holds the model.
-        structure: nesting and plain values of a pickled file as JSON (see `tree`), or None if flat.
-        unbuilt_objects: objects that were not built.
-        optimizer_bytes: bytes of optimizer state, which `entries` leaves out.
+        entries: tensors by name, in file order; a tensor that several names share is listed once.
+        aliases: other names of a tensor, each with its name in `entries`.
+        outside_model: names of tensors outside the dict that contains the model's state_dict.
+        structure: nesting and plain values of a pickled file as JSON (see `formats.nesting`), or None if flat.
+        unbuilt_objects: objects that were not instantiated.
+        optimizer_bytes: bytes of optimizer state, which is not in `entries`.
         files: all files of the checkpoint.
         metadata: safetensors metadata.
+        close_files: closes the files.
     """
 
     path: Path
@@ -106,7 +107,7 @@ class Checkpoint:
         return sum(file.stat().st_size for file in self.files)
 
     def aliases_of(self, name: str) -> list[str]:
-        """Other names of the tensor `name`."""
+        """Return the other names of the tensor `name`."""
         return [alias for alias, canonical in self.aliases.items() if canonical == name]
 
     def __enter__(self) -> Checkpoint:
@@ -120,7 +121,7 @@ def read_blocks(entry: TensorEntry, block_bytes: int) -> Iterator[tuple[int, Ten
     """Read a tensor in blocks of its first dimension, each of about `block_bytes`.
 
     Yields:
-        The first row and the block; a 0-d tensor comes whole.
+        The index of the first row, and the block; a 0-d tensor is one block.
     """
     if not entry.shape or entry.nbytes <= block_bytes:
         yield 0, entry.stored.read()
@@ -154,12 +155,12 @@ DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A format of checkpoints; `formats.open.FORMATS` lists all of them.
+    """A file format of checkpoints; `formats.open.FORMATS` lists all formats.
 
     Attributes:
-        suffixes: of files that are looked for in a folder.
-        matches: whether a file is of this format, by its path and its first 512 bytes.
-        open: opens it; raises CheckpointError for a damaged file.
+        suffixes: suffixes of the files to search for in a folder.
+        matches: returns whether a file has this format, given its path and its first 512 bytes.
+        open: opens a file; raises CheckpointError if it is damaged.
     """
 
     suffixes: tuple[str, ...]

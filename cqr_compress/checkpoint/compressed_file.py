@@ -1,7 +1,7 @@
-"""The compressed file: the state_dict of the model with codes in the place of tables, in safetensors.
+"""The compressed file: a safetensors file with the model's state_dict, in which tables are replaced by codes.
 
 `emb.weight` of the source becomes `emb.codes`, `emb.codebooks` and so on; a bare tensor `embeddings` becomes
-`embeddings.codes`. Other tensors keep their names and bits. The metadata holds `format: "pt"` and the header.
+`embeddings.codes`. Other tensors keep their names and bits. The metadata contains `format: "pt"` and the header.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from cqr_compress.table.table import CompressedTable
 
 
 def stored_name(table: str, short: str) -> str:
-    """Name a stored tensor: `emb.weight` has `emb.codes`, a bare `embeddings` has `embeddings.codes`."""
+    """Return the name of a table's tensor: `emb.codes` for `emb.weight`, `embeddings.codes` for `embeddings`."""
     if table == "weight":
         return short
     return f"{table.removesuffix('.weight')}.{short}"
 
 
 def is_compressed(checkpoint: Checkpoint) -> bool:
-    """Whether the file says that this package wrote it."""
+    """Return whether the file has the metadata of a compressed file."""
     return METADATA_KEY in checkpoint.metadata
 
 
@@ -38,7 +38,7 @@ class CompressedFile:
 
     Attributes:
         checkpoint: the safetensors file or its shards.
-        header: what its metadata say.
+        header: the parsed metadata.
     """
 
     checkpoint: Checkpoint
@@ -46,10 +46,10 @@ class CompressedFile:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> CompressedFile:
-        """Read and check the metadata; tensors are checked against it and not read.
+        """Parse the metadata, and check the names, shapes and dtypes of the tensors against it.
 
         Raises:
-            FormatError: not a compressed file, a newer format, or tensors that are missing or do not fit.
+            FormatError: not a compressed file, a newer format, or tensors that are missing or do not match.
         """
         where = str(checkpoint.path)
         if not is_compressed(checkpoint):
@@ -61,17 +61,17 @@ class CompressedFile:
                 found = None if entry is None else (entry.shape, entry.dtype)
                 if found != (expected.shape, expected.dtype):
                     raise FormatError(
-                        f"table {name!r} of {where!r} needs {stored_name(name, short)!r} of {expected.shape} "
-                        f"{expected.dtype}, and the file has {found or 'no such tensor'}"
+                        f"table {name!r} of {where!r} requires {stored_name(name, short)!r} of {expected.shape} "
+                        f"{expected.dtype}, but the file has {found or 'no such tensor'}"
                     )
         known = {*opened.specs, *opened.dense_entries}
         if lost := sorted(target for target in opened.aliases.values() if target not in known):
-            raise FormatError(f"{where!r} names {lost[0]!r} as the other name of a tensor it does not have")
+            raise FormatError(f"{where!r} has an alias of {lost[0]!r}, but no such tensor")
         return opened
 
     @property
     def name(self) -> str:
-        """The path, for messages."""
+        """Path of the file, for messages."""
         return str(self.checkpoint.path)
 
     @cached_property
@@ -81,12 +81,12 @@ class CompressedFile:
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        """Names that share the tensor of another name."""
+        """Names that share the tensor of another name, with that name."""
         return self.header.aliases
 
     @cached_property
     def dense_entries(self) -> Mapping[str, TensorEntry]:
-        """Tensors that were carried over as they were."""
+        """Tensors that are not part of a table."""
         stored = {stored_name(name, short) for name, spec in self.specs.items() for short in spec.tensor_shapes()}
         return {name: entry for name, entry in self.checkpoint.entries.items() if name not in stored}
 
@@ -94,7 +94,7 @@ class CompressedFile:
         """Read the compressed tensors of a table into memory.
 
         Raises:
-            FormatError: ids of rows stored apart that are not ascending, or outside the table.
+            FormatError: ids of rows stored apart are not ascending, or outside the table.
         """
         spec, entries = self.specs[name], self.checkpoint.entries
         tensors: dict[str, Tensor] = {
@@ -103,5 +103,5 @@ class CompressedFile:
         for ids in tensors.get("kept_ids", torch.empty(0)).tensor_split([spec.num_kept_rows]):
             ascending = bool((ids[1:] > ids[:-1]).all())
             if len(ids) and not (ascending and int(ids[0]) >= 0 and int(ids[-1]) < spec.num_embeddings):
-                raise FormatError(f"the kept rows of table {name!r} are not ascending ids of its rows")
+                raise FormatError(f"kept_ids of table {name!r} are not ascending ids of its rows")
         return CompressedTable(spec, tensors)

@@ -1,6 +1,6 @@
-"""Write files: every tensor's shape is known before its values are, and the file is there complete or not at all.
+"""Write compressed and dense safetensors files atomically, given the shapes of all tensors in advance.
 
-One way for all commands: write under a temporary name, finish, open again, verify, rename, report.
+All commands share the steps: write temporary files, finish, reopen, verify, rename, report.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from cqr_compress.table.spec import TensorShape
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
-    """Where an output goes.
+    """The destination of an output.
 
     Attributes:
-        path: that the user named.
+        path: output path of the user.
         shard_bytes: split it into files of about this size, or None.
-        force: existing files may be replaced.
-        reading: files that are being read, which may not.
+        force: whether existing files may be replaced.
+        reading: files that are read, which must not be replaced.
     """
 
     path: Path
@@ -43,11 +43,11 @@ class Destination:
 
 @dataclass(frozen=True)
 class CompressedOutput:
-    """A compressed file that is about to be written.
+    """A compressed file to be written.
 
     Attributes:
-        destination: where.
-        header: its metadata; figures that are not known yet take their widest form.
+        destination: destination of the file.
+        header: its header; unknown metrics have the values of `Quality.widest`.
         parts: its tensors.
         metadata: other metadata of the safetensors file.
     """
@@ -62,22 +62,25 @@ class CompressedOutput:
         return _output(self.destination, self.parts, _with_header(self.metadata, self.header))
 
     def predicted(self) -> SizeReport:
-        """The report before anything is written; its sizes are exact."""
+        """Create the report without writing anything; its sizes are exact."""
         out = self._output
         return size_report(self.header, str(out.final_path), out.file_bytes, measured=False)
 
     def write(
         self, progress: Progress, complete: Callable[[Header], Header] = lambda header: header
     ) -> SizeReport:
-        """Write the file, and a JSON report beside it.
+        """Write the file, with a JSON report next to it.
 
         Args:
-            progress: told of the work.
-            complete: gives the final header, no longer than the first, once all tensors are written.
+            progress: receives the progress of the work.
+            complete: maps the header to the final one, which must not be longer, after all tensors are written.
+
+        Returns:
+            The size report.
 
         Raises:
-            VerificationError: the file reads back changed; nothing is left at the destination.
-            OutputError: it cannot be written.
+            VerificationError: the file differs when read back; nothing is left at the destination.
+            OutputError: the file cannot be written.
         """
         out, held = self._output, self.header
 
@@ -103,7 +106,7 @@ def write_dense(
     """Write a dense safetensors file.
 
     Returns:
-        Bytes of all its files.
+        Total bytes of its files.
     """
     out = _output(destination, parts, metadata)
     _write(out, destination, parts, lambda: metadata, lambda opened: None, progress)

@@ -1,18 +1,18 @@
-"""What the metadata of a compressed file says: built once, checked once, changed by `dataclasses.replace`.
+"""The header of a compressed file, stored as JSON in its metadata; immutable, updated by `dataclasses.replace`.
 
 The JSON object under the metadata key `cqr_compress`:
 
     format_version  1
-    version, seed   of the program that wrote the file
-    method          that was asked for, such as "auto" (optional)
+    version, seed   version of the package that wrote the file, and random seed
+    method          method option of the conversion, such as "auto" (optional)
     tables          per source name: `spec`, `quality` (relative_mse, mean_cosine, recall_at_10), `reason` and
-                    `budget`, the bytes that it might have had (optional)
-    aliases         names that shared a tensor with another, and that other's name
-    extras          names of tensors that stood outside the dict that held the model
+                    `budget`, the budget of the conversion in bytes (optional)
+    aliases         names that share the tensor of another name, with that name
+    extras          names of tensors outside the dict that contained the model's state_dict
     skeleton        structure of the source file, or null (see `formats.nesting`)
-    source          `file`, `format`, `bytes`, `optimizer_bytes`, `placeholders` (objects that were not built)
+    source          `file`, `format`, `bytes`, `optimizer_bytes`, `placeholders` (objects not instantiated)
     left_dense      tables that were not compressed, each with `name`, `shape`, `bytes`, `reason`
-    tuning          what fine-tuning did (optional)
+    tuning          result of fine-tuning (optional)
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from cqr_compress.table.spec import AnySpec, spec_from_json
 FORMAT_VERSION = 1
 METADATA_KEY = "cqr_compress"
 _OLD_TUNING_NAMES = {"verdict": "summary"}
-"""Names in files of version 0.1.0."""
+"""Names of fields in files of version 0.1.0, with their current names."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableRecord:
-    """One compressed table.
+    """One compressed table in a header.
 
     Attributes:
-        spec: its layout.
-        quality: agreement with the source, or None where that is not known.
-        reason: why this layout.
-        budget: bytes that it might have had, or None.
+        spec: spec of the table.
+        quality: quality compared with the source, or None if unknown.
+        reason: why this layout was chosen.
+        budget: budget of the conversion in bytes, or None.
     """
 
     spec: AnySpec
@@ -60,8 +60,8 @@ class SourceRecord:
         file: its name, without folders.
         format: its format.
         nbytes: bytes of all its files.
-        optimizer_bytes: bytes of optimizer state, which is not carried over.
-        unbuilt_objects: objects that were not built.
+        optimizer_bytes: bytes of optimizer state, which is dropped.
+        unbuilt_objects: objects that were not instantiated.
     """
 
     file: str
@@ -76,10 +76,10 @@ class LeftDense:
     """A table that was not compressed.
 
     Attributes:
-        name: of the tensor.
+        name: name of the tensor.
         shape: (N, D).
-        nbytes: of the tensor.
-        reason: why it was left.
+        nbytes: bytes of the tensor.
+        reason: why it was left dense.
     """
 
     name: str
@@ -93,16 +93,16 @@ class Header:
     """The metadata of a compressed file.
 
     Attributes:
-        tables: by the source tensor's name.
+        tables: compressed tables, by the source tensor's name.
         source: the checkpoint that it was made of.
-        seed: of every random choice.
-        method: that was asked for, or None.
-        aliases: names that shared a tensor with another, and that other's name.
-        outside_model: names of tensors that stood outside the dict that held the model.
+        seed: random seed.
+        method: method option of the conversion, or None.
+        aliases: names that share the tensor of another name, with that name.
+        outside_model: names of tensors outside the dict that contained the model's state_dict.
         structure: nesting and plain values of a pickled source, as JSON, or None if flat.
         left_dense: tables that were not compressed.
-        tuning: what fine-tuning did, or None.
-        version: of the program that wrote the file.
+        tuning: result of fine-tuning, or None.
+        version: version of the package that wrote the file.
     """
 
     tables: Mapping[str, TableRecord]
@@ -122,7 +122,7 @@ class Header:
         return {name: table.spec for name, table in self.tables.items()}
 
     def dumps(self) -> str:
-        """The JSON text that `loads` reads back to an equal header."""
+        """Serialize to JSON text, from which `loads` restores an equal header."""
         source = {
             "file": self.source.file,
             "format": self.source.format,
@@ -151,21 +151,21 @@ class Header:
 
     @classmethod
     def loads(cls, text: str, where: str) -> Header:
-        """Read and check the JSON text of a file's metadata.
+        """Parse and validate the JSON text of a file's metadata.
 
         Args:
-            text: the metadata's value.
-            where: the file, for messages.
+            text: value of the metadata key.
+            where: path of the file, for messages.
 
         Raises:
-            FormatError: a newer format, or fields that are missing or of another type.
+            FormatError: a newer format, or fields that are missing or of the wrong type.
         """
         try:
             values = _typed(json.loads(text), dict, "the metadata")
             version = values["format_version"]
             if not isinstance(version, int) or version > FORMAT_VERSION:
                 raise FormatError(
-                    f"{where!r} has format version {version!r} and this program reads up to {FORMAT_VERSION}: "
+                    f"{where!r} has format version {version!r}, but this version reads up to {FORMAT_VERSION}: "
                     "upgrade cqr-compress"
                 )
             tables = {name: _table_from_json(table) for name, table in _typed(values["tables"], dict).items()}

@@ -1,4 +1,4 @@
-"""Parts of an output: tensors whose shapes are known in advance, and who gives their values."""
+"""Parts of an output: tensors whose shapes are known in advance, with functions that write their values."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from cqr_compress.table.blocks import BLOCK_BYTES
 from cqr_compress.table.spec import AnySpec, TensorShape
 
 Put = Callable[[str, Tensor], None]
-"""Takes a stored name and values, which are appended to that tensor."""
+"""Receives a stored name and values, which are appended to that tensor."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some tensors of an output.
+    """A group of tensors of an output.
 
     Attributes:
-        shapes: by stored name.
-        write: gives the values, those of one tensor in order.
-        check: looks at the finished file before it is renamed into place; raises VerificationError.
-        shows_progress: whether `write` shows its own progress.
+        shapes: shapes by stored name.
+        write: writes the values, in order for each tensor.
+        check: verifies the finished file before it is renamed into place; raises VerificationError.
+        shows_progress: whether `write` reports its own progress.
     """
 
     shapes: Mapping[str, TensorShape]
@@ -36,7 +36,7 @@ class Part:
 
 
 def copied_part(entry: TensorEntry, name: str | None = None) -> Part:
-    """Copy a tensor of another file block by block, under its own name or another."""
+    """Make a part that copies a tensor of another file block by block, under its own or another name."""
     name = name or entry.name
 
     def write(put: Put) -> None:
@@ -47,12 +47,12 @@ def copied_part(entry: TensorEntry, name: str | None = None) -> Part:
 
 
 def tensor_part(name: str, tensor: Tensor, shape: TensorShape) -> Part:
-    """Write a tensor in memory, rounded to the dtype of `shape`; a value that leaves its range is an error."""
+    """Make a part that writes a tensor in memory, rounded to the dtype of `shape`; overflow is an error."""
     return Part({name: shape}, lambda put: put(name, _narrowed(name, tensor, shape.dtype)))
 
 
 def trained_part(entry: TensorEntry, tensor: Tensor) -> Part:
-    """Write a model's tensor; bit for bit as a file has it, if the two are equal in the model's dtype."""
+    """Make a part that writes a model's tensor, or the file's tensor if equal in the model's dtype."""
 
     def write(put: Put) -> None:
         held = entry.stored.read()
@@ -63,7 +63,7 @@ def trained_part(entry: TensorEntry, tensor: Tensor) -> Part:
 
 
 def table_part(name: str, spec: AnySpec, tensors: Mapping[str, Tensor]) -> Part:
-    """Write a compressed table whose tensors have the dtypes of the spec, or wider ones."""
+    """Make a part that writes a compressed table, whose tensors have the dtypes of the spec or wider ones."""
     shapes = {stored_name(name, short): shape for short, shape in spec.tensor_shapes().items()}
 
     def write(put: Put) -> None:
@@ -77,5 +77,5 @@ def table_part(name: str, spec: AnySpec, tensors: Mapping[str, Tensor]) -> Part:
 def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     value = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
     if not bool(value.isfinite().all()) and bool(tensor.isfinite().all()):
-        raise NonFiniteError(f"{name!r} has values beyond {dtype}: nothing was written")
+        raise NonFiniteError(f"{name!r} has values outside the range of {dtype}: nothing was written")
     return value

@@ -1,4 +1,4 @@
-"""A safetensors output of one file or several shards, complete or absent."""
+"""A safetensors output of one file or several shards, renamed into place when complete."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ PathShapes = dict[Path, dict[str, TensorShape]]
 
 
 def shard_paths(output: Path, shapes: Mapping[str, TensorShape], shard_bytes: int | None) -> PathShapes:
-    """Deal tensors to files of at most `shard_bytes`, in order; a larger tensor gets a file of its own.
+    """Distribute tensors to files of at most `shard_bytes`, in order; a larger tensor has its own file.
 
     Returns:
-        The tensors of each file: `output` itself where one is enough.
+        The tensors of each file, which is `output` itself if one file suffices.
     """
     groups: list[dict[str, TensorShape]] = [{}]
     size = 0
@@ -46,13 +46,13 @@ def shard_paths(output: Path, shapes: Mapping[str, TensorShape], shard_bytes: in
 
 
 class Output:
-    """Writes tensors into their files; as a context manager it removes whatever was not committed.
+    """Writer of all files of an output; a context manager, which removes files that were not committed.
 
     Args:
-        output: the file that the user named.
-        shapes: every tensor.
-        paths: from `shard_paths`.
-        metadata: of the first file, no shorter than what `finish` will get.
+        output: output path of the user.
+        shapes: shapes of all tensors.
+        paths: files from `shard_paths`.
+        metadata: metadata of the first file, not shorter than that passed to `finish`.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Output:
 
     @property
     def file_bytes(self) -> int:
-        """Size of all files together; known before anything is written."""
+        """Total size of all files, known before anything is written."""
         return sum(writer.layout.file_bytes for writer in self._writers) + len(self._index or b"")
 
     def __enter__(self) -> Output:
@@ -98,12 +98,12 @@ class Output:
         self._writer_of[name].write(name, values)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
-        """Complete all files under their temporary names."""
+        """Complete all temporary files."""
         for writer in self._writers:
             writer.finish(metadata if writer is self._writers[0] else {"format": "pt"})
 
     def reopen(self) -> Checkpoint:
-        """Open what `finish` completed, before it is renamed."""
+        """Open the temporary files that `finish` completed."""
         parts = [open_safetensors(writer.partial_path) for writer in self._writers]
 
         def close() -> None:
@@ -115,11 +115,11 @@ class Output:
         return replace(parts[0], entries=entries, files=files, close_files=close)
 
     def verify(self, opened: Checkpoint, step: Callable[[int], None]) -> None:
-        """Read every tensor back and compare its CRC-32 with that of what was written.
+        """Read back every tensor, and compare its CRC-32 with that of the written bytes.
 
         Args:
-            opened: from `reopen`.
-            step: called with numbers of bytes.
+            opened: checkpoint from `reopen`.
+            step: called with the number of bytes of each block.
 
         Raises:
             VerificationError: a tensor differs.
@@ -127,7 +127,7 @@ class Output:
         for name in self.shapes:
             written = self._writer_of[name].checksums.get(name, 0)
             if _checksum_of(opened.entries[name], step) != written:
-                raise VerificationError(f"tensor {name!r} of {str(self.final_path)!r} reads back changed")
+                raise VerificationError(f"tensor {name!r} of {str(self.final_path)!r} differs when read back")
 
     def commit(self) -> None:
         """Rename the files into place, the index last."""
@@ -139,7 +139,7 @@ class Output:
 
 
 def _checksum_of(entry: TensorEntry, step: Callable[[int], None]) -> int:
-    """CRC-32 of a tensor's bytes, read in blocks."""
+    """Compute the CRC-32 of a tensor's bytes, read in blocks."""
     checksum = 0
     for _, block in read_blocks(entry, BLOCK_BYTES):
         checksum = zlib.crc32(block.contiguous().reshape(-1).view(torch.uint8).numpy().data, checksum)

@@ -1,4 +1,4 @@
-"""The size report: one object for JSON, the terminal and the file's own metadata."""
+"""The size report of a compressed file, for JSON and the terminal."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ SCHEMA_VERSION = 2
 
 
 def report_path(output: Path) -> Path:
-    """Where the JSON report goes: `small.safetensors` and its index, if it is split, give `small.report.json`."""
+    """Return the path of the JSON report: `small.report.json` for `small.safetensors` or its index of shards."""
     name = output.name.removesuffix(".index.json").removesuffix(".safetensors")
     return output.with_name(f"{name}.report.json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableReport:
-    """One compressed table. Bytes count every stored tensor of it; ratios are before / after.
+    """Report of one compressed table. Bytes count all of its stored tensors; ratios are before / after.
 
     Attributes:
-        name: of the source tensor.
+        name: name of the source tensor.
         shape: (N, D).
-        dtype: of the source.
-        method: that made the codes.
+        dtype: dtype of the source.
+        method: method that fitted the table.
         layout: columns x levels x bits.
-        bytes_before: of the source tensor.
-        bytes_after: of its stored tensors; predicted and measured are the same number.
+        bytes_before: bytes of the source tensor.
+        bytes_after: bytes of the stored tensors; the predicted number is exact.
         ratio_bytes: bytes_before / bytes_after.
-        ratio_parameters: N * D / trainable scalars.
-        rows_stored_apart: rows stored verbatim, and all-zero rows.
+        ratio_parameters: N * D / number of parameters.
+        rows_stored_apart: number of exact and all-zero rows.
         relative_mse: see `quality.Quality`; None in a plan.
-        mean_cosine: the same.
-        recall_at_10: the same.
-        weighted_relative_mse: the same; None without frequencies.
+        mean_cosine: see `quality.Quality`; None in a plan.
+        recall_at_10: see `quality.Quality`; None in a plan.
+        weighted_relative_mse: see `quality.Quality`; None without frequencies.
         aliases: other names that read this table.
-        reason: why this layout.
+        reason: why this layout was chosen.
     """
 
     name: str
@@ -64,24 +64,24 @@ class TableReport:
 
 @dataclass(frozen=True, kw_only=True)
 class SizeReport:
-    """What a conversion did, or would do.
+    """Report of a compressed file, or of a planned conversion.
 
     Attributes:
         file: the compressed file (or index).
-        source: the checkpoint it was made of.
-        measured: True when sizes were read from disk, False in a plan.
+        source: the checkpoint that it was made of.
+        measured: True if the file was written, False in a plan.
         file_bytes_before: size of the source's files.
         file_bytes_after: size of the compressed files.
         tables_bytes_before: bytes of the compressed tables in the source.
         tables_bytes_after: bytes of their stored tensors.
-        optimizer_bytes: bytes of optimizer state in the source, left behind.
-        unbuilt_objects: objects of the source that were not built.
+        optimizer_bytes: bytes of optimizer state in the source, which is dropped.
+        unbuilt_objects: objects of the source that were not instantiated.
         left_dense: tables that were not compressed.
-        tables: the compressed ones.
-        version: of the program that wrote the file.
-        seed: of every random choice.
-        tuning: what fine-tuning did, see `finetune.TuningReport`; None if there was none.
-        evaluation: what `evaluate` found for this file; None if it was not asked.
+        tables: reports of the compressed tables.
+        version: version of the package that wrote the file.
+        seed: random seed.
+        tuning: result of fine-tuning, see `TuningReport.in_file`; None without fine-tuning.
+        evaluation: result of `evaluate` for this file, or None.
     """
 
     file: str
@@ -101,21 +101,21 @@ class SizeReport:
     evaluation: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with the schema's name and version."""
+        """Convert to a JSON object with the schema's name and version."""
         return {"kind": "size_report", "schema_version": SCHEMA_VERSION, **asdict(self)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str) -> SizeReport:
-        """Read a report back.
+        """Restore a report from its JSON object.
 
         Raises:
-            FormatError: not a size report, or one of a newer schema.
+            FormatError: not a size report, a damaged one, or one of another schema version.
         """
         if values.get("kind") != "size_report" or not isinstance(values.get("schema_version"), int):
-            raise FormatError(f"{where!r} is JSON and not a size report")
+            raise FormatError(f"{where!r} is JSON, but not a size report: give a report that `convert` wrote")
         if values["schema_version"] != SCHEMA_VERSION:
             raise FormatError(
-                f"{where!r} has report schema {values['schema_version']!r}, and this version reads "
+                f"{where!r} has report schema {values['schema_version']!r}, but this version reads "
                 f"{SCHEMA_VERSION}: inspect the compressed file instead"
             )
         try:
@@ -132,13 +132,13 @@ class SizeReport:
 
 
 def size_report(header: Header, file: str, file_bytes: int, measured: bool) -> SizeReport:
-    """Make the report of a compressed file from its metadata and size.
+    """Create the report of a compressed file from its metadata and size.
 
     Args:
-        header: of the file.
-        file: its path.
-        file_bytes: its size.
-        measured: whether that size was read from disk; metrics are left out where it was not.
+        header: header of the file.
+        file: path of the file.
+        file_bytes: size of the file.
+        measured: whether the file was written; a plan has no quality metrics.
     """
     tables = [_table_report(name, header, measured) for name in header.tables]
     return SizeReport(
@@ -184,5 +184,5 @@ def _table_report(name: str, header: Header, measured: bool) -> TableReport:
 
 
 def report_of(opened: CompressedFile) -> SizeReport:
-    """The report of an opened compressed file, its size read from disk."""
+    """Create the report of an opened compressed file, with its size on disk."""
     return size_report(opened.header, opened.name, opened.checkpoint.file_bytes, measured=True)

@@ -1,7 +1,7 @@
-"""Stream tensors into safetensors files whose shapes are known before their values.
+"""Stream tensors into safetensors files, given their shapes in advance.
 
-The header is laid out first, the payload is written in any order, and the header's bytes go in last: until
-`commit` the file does not parse, and `commit` renames it into place.
+The layout is computed first, the payload is written in any order, and the header is written last: until `finish`
+the file cannot be parsed, and `commit` renames it into place.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class HeaderLayout:
-    """Where each tensor of one safetensors file goes.
+    """The layout of one safetensors file.
 
     Attributes:
-        offsets: first byte of each tensor within the payload.
+        offsets: offset of each tensor within the payload, in bytes.
         shapes: shape and dtype of each tensor.
         header_bytes: length of the JSON header, padded; the payload starts at 8 + header_bytes.
     """
@@ -48,7 +48,7 @@ class HeaderLayout:
 
 
 def lay_out(shapes: Mapping[str, TensorShape], metadata: Mapping[str, str]) -> HeaderLayout:
-    """TensorSlot tensors, widest dtype first so that each is aligned, and size the header for `metadata`."""
+    """Lay out tensors, widest dtype first so that each is aligned, with a header sized for `metadata`."""
     order = sorted(shapes, key=lambda name: (-shapes[name].dtype.itemsize, name))
     offsets, end = {}, 0
     for name in order:
@@ -71,12 +71,12 @@ def _header_json(
 
 @dataclass
 class SafetensorsWriter:
-    """Writes one file; use as a context manager, which removes what was not committed.
+    """Writer of one file, to be used as a context manager, which removes a file that was not committed.
 
     Attributes:
-        path: where the file will stand.
-        layout: from `lay_out`.
-        checksums: CRC-32 of each tensor's bytes, where they were written in order.
+        path: final path of the file.
+        layout: layout from `lay_out`.
+        checksums: CRC-32 of the bytes written to each tensor.
     """
 
     path: Path
@@ -87,7 +87,7 @@ class SafetensorsWriter:
 
     @property
     def partial_path(self) -> Path:
-        """The temporary file beside the target."""
+        """Path of the temporary file, in the folder of the target."""
         return self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
 
     def __enter__(self) -> SafetensorsWriter:
@@ -112,14 +112,14 @@ class SafetensorsWriter:
         """Append values to a tensor: its rows in order, in blocks of any size.
 
         Raises:
-            ShapeError: another dtype than laid out, or more values than there is room for.
-            OutputError: the disk is full, or another failure of the system.
+            ShapeError: the dtype differs from the layout, or the values exceed the size of the tensor.
+            OutputError: the disk is full, or another error of the operating system.
         """
         shape = self.layout.shapes[name]
         start = self._written.get(name, 0)
         if values.dtype != shape.dtype or start + values.nbytes > shape.nbytes:
             raise ShapeError(
-                f"{name!r} takes {shape}; {values.nbytes} bytes of {values.dtype} do not fit at {start}"
+                f"{name!r} has {shape}: {values.nbytes} bytes of {values.dtype} do not fit at offset {start}"
             )
         content = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
         assert self._file is not None
@@ -130,10 +130,10 @@ class SafetensorsWriter:
         self.checksums[name] = zlib.crc32(content, self.checksums.get(name, 0))
 
     def finish(self, metadata: Mapping[str, str]) -> None:
-        """Write the header and flush to disk; the partial file is then complete.
+        """Write the header and flush to disk, which completes the temporary file.
 
         Raises:
-            ShapeError: a tensor is not complete, or the metadata outgrew the room it was given.
+            ShapeError: a tensor is incomplete, or the header is larger than the space reserved for it.
         """
         for name, shape in self.layout.shapes.items():
             if self._written.get(name, 0) != shape.nbytes:
@@ -165,7 +165,7 @@ class SafetensorsWriter:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a new file for writing that takes its place only when the block ends without an error."""
+    """Open a temporary file for writing, which is renamed to `path` if the block ends without an error."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with _output_errors(path, None):
@@ -181,27 +181,27 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def check_outputs(paths: list[Path], force: bool, sources: Sequence[Path] = ()) -> None:
-    """Refuse early what could only fail late.
+    """Check output paths before any work is done.
 
     Args:
-        paths: files to be written.
-        force: existing files may be replaced.
-        sources: files that are being read, which may not.
+        paths: files to write.
+        force: whether existing files may be replaced.
+        sources: files that are read, which must not be replaced.
 
     Raises:
-        OutputExistsError: a file is there and `force` is not set.
-        OutputError: the folder is not there, or the path is a folder.
+        OutputExistsError: a file exists, and `force` is False.
+        OutputError: the folder does not exist, the path is a folder, or it is one of the sources.
     """
     reading = {source.resolve() for source in sources}
     for path in paths:
         if path.resolve() in reading:
-            raise OutputError(f"{str(path)!r} is the checkpoint itself, or a part of it: name another output")
+            raise OutputError(f"{str(path)!r} is the checkpoint itself, or a part of it: give another output")
         if path.is_dir():
-            raise OutputError(f"{str(path)!r} is a folder: name a file")
+            raise OutputError(f"{str(path)!r} is a folder: give a file")
         if path.exists() and not force:
             raise OutputExistsError(f"{str(path)!r} already exists. Pass --force to replace it.")
         if not path.parent.is_dir():
-            raise OutputError(f"there is no folder {str(path.parent)!r} for {path.name!r}")
+            raise OutputError(f"no such folder: {str(path.parent)!r}, to write {path.name!r} to. Create it first.")
 
 
 @contextlib.contextmanager
@@ -211,15 +211,15 @@ def _output_errors(path: Path, wanted: int | None) -> Iterator[None]:
     except OSError as e:
         if isinstance(e, OutputError):
             raise
-        need = f": it takes {wanted:,} bytes" if wanted is not None else ""
+        need = f" of {wanted:,} bytes" if wanted is not None else ""
         hint = {
             errno.ENOSPC: "the disk is full",
-            errno.EDQUOT: "the disk quota is used up",
-            errno.EFBIG: "files may not grow that large here (see ulimit -f)",
+            errno.EDQUOT: "the disk quota is exceeded",
+            errno.EFBIG: "the file size limit is exceeded (see ulimit -f)",
             errno.EACCES: "permission denied",
             errno.EROFS: "the file system is read-only",
         }.get(e.errno or 0, e.strerror or str(e))
-        raise OutputError(f"cannot write {str(path)!r}{need}, and {hint}. Nothing was left there.") from e
+        raise OutputError(f"cannot write {str(path)!r}{need}: {hint}. No partial file is left.") from e
 
 
 def _sync_folder(folder: Path) -> None:

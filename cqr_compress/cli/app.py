@@ -1,6 +1,6 @@
-"""The program: its commands, each in a file of its own.
+"""The command line program, with each command in a separate module.
 
-Nothing heavier than typer is imported before a command runs, so that --help answers at once.
+Nothing heavier than typer is imported before a command runs, so that --help is fast.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cqr_compress.quantize.registry import METHODS
 
 app = typer.Typer(
     name="cqr-compress",
-    help="Make trained models small by compressing their embedding tables.",
+    help="Compress the embedding tables of trained models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -51,7 +51,7 @@ app.command()(export)
 
 
 def main() -> None:
-    """Run the command line; SIGTERM unwinds, so that temporary files are removed."""
+    """Run the command line; SIGTERM raises SystemExit, so that temporary files are removed."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app()
 

@@ -39,15 +39,13 @@ def convert(
     untie: Annotated[
         bool,
         typer.Option(
-            "--untie", help="Keep a dense copy under the other names of a shared table.", rich_help_panel=SELECTION
+            "--untie", help="Store a dense copy under the other names of a tied table.", rich_help_panel=SELECTION
         ),
     ] = False,
     output: Annotated[Path | None, output_option("File to write.", "CHECKPOINT with .cqr.safetensors")] = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Print the plan with its exact bytes; write nothing.", rich_help_panel=OUTPUT
-        ),
+        typer.Option("--dry-run", help="Print the plan with exact sizes; write nothing.", rich_help_panel=OUTPUT),
     ] = False,
     shard_size: ShardOption = None,
     force: ForceOption = False,
@@ -57,7 +55,7 @@ def convert(
 ) -> None:
     """Compress the embedding tables of a checkpoint.
 
-    Writes safetensors, and a JSON report next to the file.
+    Writes a safetensors file, with a JSON report next to it.
 
     Example:
     cqr-compress convert ckpt.pt -o small.safetensors --ratio 16 --dry-run

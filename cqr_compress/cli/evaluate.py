@@ -29,14 +29,14 @@ def evaluate(
     batch_size: BatchSizeOption = 2048,
     settings: SetOption = None,
     frequencies: FrequenciesOption = None,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     device: DeviceOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure what compression cost, by rows and by your metric.
+    """Evaluate compressed files, by the quality of rows and by a task's metrics.
 
-    Compares compressed files with the original and with each other; the reports next to them are completed.
+    Compares compressed files with the original, and adds the result to the report next to each file.
 
     Example:
     cqr-compress evaluate small.safetensors tuned.safetensors --original ckpt.pt
@@ -49,7 +49,7 @@ def evaluate(
         from cqr_compress.progress import ProgressBars
 
         if original is None and task is None:
-            raise typer.BadParameter("give --original, a dense checkpoint, or --task, or both")
+            raise typer.BadParameter("--original and --task are missing: give one or both")
         choice = TaskChoice(task, train_file, eval_file, batch_size, settings)
         with ProgressBars() as progress:
             report = evaluate_files(

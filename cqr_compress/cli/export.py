@@ -11,17 +11,15 @@ from cqr_compress.cli.options import DebugOption, ForceOption, ShardOption, outp
 
 
 def export(
-    compressed: Annotated[
-        Path, typer.Argument(metavar="COMPRESSED", show_default=False, help="What convert or finetune wrote.")
-    ],
+    compressed: Annotated[Path, typer.Argument(metavar="COMPRESSED", show_default=False, help="Compressed file.")],
     output: Annotated[Path, output_option("File to write: .pt .pth .ckpt .bin or .safetensors.")],
     shard_size: ShardOption = None,
     force: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write a compressed checkpoint back as a dense one.
+    """Export a compressed file to a dense checkpoint.
 
-    For code that knows nothing of compression: names, dtypes, shapes and nesting are those of the original.
+    The output can be loaded without this package: names, dtypes, shapes and nesting are those of the original.
 
     Example:
     cqr-compress export small.safetensors -o dense.pt

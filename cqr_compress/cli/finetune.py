@@ -49,7 +49,7 @@ def finetune(
         typer.Option(
             "--init-task",
             metavar="FILE",
-            help="Write a task file to start from, and stop.",
+            help="Write a template of a task file, and exit.",
             rich_help_panel=DATA,
             show_default=False,
         ),
@@ -59,7 +59,7 @@ def finetune(
         typer.Option(
             "--option",
             metavar="NAME=VALUE",
-            help=f"Any other option, repeatable: {', '.join(_OTHERS)}.",
+            help=f"Other options: {', '.join(_OTHERS)}. Repeatable.",
             rich_help_panel="Training",
             show_default=False,
         ),
@@ -69,7 +69,7 @@ def finetune(
     output: Annotated[Path | None, output_option("File to write.", "COMPRESSED with .tuned.safetensors")] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue an interrupted run, to the same result.", rich_help_panel=OUTPUT),
+        typer.Option("--resume", help="Resume an interrupted run exactly.", rich_help_panel=OUTPUT),
     ] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -78,7 +78,7 @@ def finetune(
 ) -> None:
     """Train the codebooks of a compressed file on your data.
 
-    What is written is never worse than COMPRESSED by the task's metric on held-out data.
+    The output is never worse than COMPRESSED by the task's metric on held-out data.
 
     Example:
     cqr-compress finetune small.safetensors --task my_task.py --original ckpt.pt
@@ -97,7 +97,7 @@ def finetune(
             typer.echo(f"wrote {init_task}: fill in your model and data")
             return
         if compressed is None:
-            raise typer.BadParameter("COMPRESSED, the file that convert wrote, is missing")
+            raise typer.BadParameter("COMPRESSED is missing: give a compressed file")
         given = dict(split_setting(text, "--option") for text in more or ())
         options = FinetuneOptions.from_strings(given, **option_fields)
         chosen, target = own_device(device), output or tuned_name(compressed)
@@ -120,5 +120,5 @@ def finetune(
 
 
 def tuned_name(compressed: Path, suffix: str = "tuned") -> Path:
-    """Where the result goes by default: `small.safetensors` gives `small.tuned.safetensors`."""
+    """Return the default output: `small.tuned.safetensors` for `small.safetensors`."""
     return compressed.with_name(f"{compressed.name.removesuffix('.safetensors')}.{suffix}.safetensors")

@@ -17,9 +17,9 @@ def inspect(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show what is in a checkpoint, or the report of a compressed one.
+    """Describe a checkpoint, or show the report of a compressed file.
 
-    CHECKPOINT is a dense checkpoint, a compressed one, or a saved report.
+    CHECKPOINT is a dense checkpoint, a compressed file, or a saved report.
 
     Example:
     cqr-compress inspect ckpt.pt

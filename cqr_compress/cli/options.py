@@ -1,4 +1,4 @@
-"""What all commands share: options made of dataclasses, common options, and how an error ends a command."""
+"""Shared parts of the commands: options from dataclasses, common options, and the handling of errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CheckpointArgument = Annotated[
     typer.Argument(
         metavar="CHECKPOINT",
         show_default=False,
-        help="Torch or safetensors file, index of shards, or a folder with one of these.",
+        help="Torch or safetensors file, index of shards, or folder with one of these.",
     ),
 ]
 TablesOption = Annotated[
@@ -35,7 +35,7 @@ TablesOption = Annotated[
     typer.Option(
         "--tables",
         metavar="PATTERN",
-        help="Take these tables instead: a glob, or re: and a regular expression. Repeatable.",
+        help="Select these tables instead: a glob, or re: and a regular expression. Repeatable.",
         rich_help_panel=SELECTION,
         show_default=False,
     ),
@@ -55,8 +55,8 @@ FrequenciesOption = Annotated[
     typer.Option(
         "--frequencies",
         metavar="FILE",
-        help="How often each id is used: .npy, .csv (id,count or table,id,count) or .safetensors by table; "
-        "TABLE=FILE names the table. Errors are weighted by it. Repeatable.",
+        help="Counts of the ids: .npy, .csv (id,count or table,id,count) or .safetensors by table; TABLE=FILE for "
+        "a single table. The rows' squared errors are weighted by them. Repeatable.",
         rich_help_panel=SELECTION,
     ),
 ]
@@ -68,7 +68,7 @@ OriginalOption = Annotated[
 ]
 DeviceOption = Annotated[
     str | None,
-    typer.Option(help="Such as cpu or cuda:1.", show_default="CUDA where there is one"),
+    typer.Option(help="Device, such as cpu or cuda:1.", show_default="CUDA if available"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=OUTPUT)]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing output.", rich_help_panel=OUTPUT)]
@@ -86,7 +86,7 @@ ShardOption = Annotated[
 
 
 def output_option(help: str, default: str | None = None) -> Any:
-    """The option `-o`, with a description of its default."""
+    """Create the option `-o`, with a description of its default."""
     return typer.Option(
         "-o", "--output", metavar="FILE", help=help, rich_help_panel=OUTPUT, show_default=default or False
     )
@@ -95,12 +95,15 @@ def output_option(help: str, default: str | None = None) -> Any:
 def options_of(
     cls: type, names: Sequence[str] = (), after: str | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of an option dataclass; it gets their values as keyword arguments.
+    """Decorate a command with the options of an option dataclass, passed to it as keyword arguments.
 
     Args:
         cls: the dataclass; its fields determine types, defaults, choices, help and panels.
-        names: the fields that become options, in this order; all if empty.
-        after: the command's own option after which they are listed; before all others if None.
+        names: fields to use as options, in this order; all if empty.
+        after: parameter of the command after which they are listed; after its first parameter if None.
+
+    Returns:
+        The decorator.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -124,7 +127,7 @@ def options_of(
 
 
 def _parameter(name: str, kind: str, default: Any, info: OptionInfo) -> inspect.Parameter:
-    """A parameter that typer makes an option of."""
+    """Create the parameter from which typer derives an option."""
     assert default is not MISSING
     annotation: Any = {"int": int, "float": float, "bool": bool}.get(kind.removesuffix(" | None"), str)
     if info.choices:
@@ -149,13 +152,13 @@ def _parameter(name: str, kind: str, default: Any, info: OptionInfo) -> inspect.
 
 
 def _choices(name: str, choices: Sequence[str]) -> Any:
-    """An Enum, of which typer makes a choice."""
+    """Create the Enum from which typer derives choices."""
     make: Any = Enum
     return make(name, {choice: choice for choice in choices}, type=str)
 
 
 def _plain(value: Any, kind: str) -> Any:
-    """The value of a field, from what typer read."""
+    """Convert the value that typer parsed to the value of a field."""
     if isinstance(value, Enum):
         return value.value
     if kind == "tuple[int, ...]":
@@ -166,14 +169,14 @@ def _plain(value: Any, kind: str) -> Any:
 
 
 def run(work: Callable[[], None], debug: bool) -> None:
-    """Run a command: one message and exit code 1 for an error of this package, no traceback."""
+    """Run a command; an error of this package prints one message, without traceback, and exits with code 1."""
     try:
         with _messages():
             work()
     except UserCodeError as e:
         if debug:
             raise
-        typer.echo(str(e), err=True)  # the user's own traceback, and nothing else
+        typer.echo(str(e), err=True)  # only the traceback of the user's code
         raise SystemExit(1) from None
     except CqrCompressError as e:
         if debug:
@@ -187,7 +190,7 @@ def run(work: Callable[[], None], debug: bool) -> None:
 
 @contextmanager
 def _messages() -> Iterator[None]:
-    """Print what is logged and this package's warnings on stderr, a line each."""
+    """Print log records and warnings of this package on stderr, a line each."""
     logger, handler = logging.getLogger("cqr_compress"), _StderrHandler()
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
@@ -214,7 +217,7 @@ def _messages() -> Iterator[None]:
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to stderr as it is at that moment: above the bars, while bars are shown."""
+    """Writes to the current sys.stderr, which is above the bars while bars are shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)
@@ -235,7 +238,7 @@ def split_setting(text: str, flag: str) -> tuple[str, str]:
     """Split NAME=VALUE."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise typer.BadParameter(f"{flag} takes NAME=VALUE and not {text!r}")
+        raise typer.BadParameter(f"{flag} is {text!r}: give NAME=VALUE")
     return name, value
 
 
@@ -243,7 +246,7 @@ def _parse_ids(text: str | None) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError as e:
-        raise typer.BadParameter(f"--exact-rows takes row numbers such as 0,1 and not {text!r}") from e
+        raise typer.BadParameter(f"--exact-rows is {text!r}: give ids such as 0,1") from e
 
 
 _UNITS = {
@@ -260,10 +263,10 @@ _UNITS = {
 
 
 def parse_size(text: str | None) -> int | None:
-    """Bytes of a size as people write it: 5GB, 500MB, 2GiB."""
+    """Parse a size such as 5GB, 500MB or 2GiB to bytes."""
     if text is None:
         return None
     match = re.fullmatch(r"(?i)\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text)
     if match is None or float(match[1]) <= 0:
-        raise typer.BadParameter(f"--shard-size takes a size such as 5GB or 500MB and not {text!r}")
+        raise typer.BadParameter(f"--shard-size is {text!r}: give a size such as 5GB or 500MB")
     return max(1, int(float(match[1]) * _UNITS[(match[2] or "").lower()]))

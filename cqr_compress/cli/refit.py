@@ -21,9 +21,7 @@ from cqr_compress.cli.options import (
 
 
 def refit(
-    compressed: Annotated[
-        Path, typer.Argument(metavar="COMPRESSED", show_default=False, help="What convert wrote.")
-    ],
+    compressed: Annotated[Path, typer.Argument(metavar="COMPRESSED", show_default=False, help="Compressed file.")],
     original: Annotated[
         Path,
         typer.Option(
@@ -44,9 +42,9 @@ def refit(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Refit codes and codebooks to the original; no data needed.
+    """Refit codes and codebooks to the original, without training data.
 
-    A conversion fits codebooks to a sample; here every row takes part in every round.
+    A conversion fits codebooks to a sample; a refit uses all rows in every round.
 
     Example:
     cqr-compress refit small.safetensors --original ckpt.pt -o refitted.safetensors

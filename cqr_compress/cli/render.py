@@ -1,4 +1,4 @@
-"""Reports as a person reads them."""
+"""Rendering of reports for the terminal."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def print_size_report(report: SizeReport) -> None:
 
 
 def print_tuning_report(report: TuningReport) -> None:
-    """Print what a fine-tuning did, and the size report of what it wrote."""
+    """Print the evaluations of fine-tuning, and the size report of the written file."""
     console = stdout()
     names = [report.metric, *(name for name in report.before if name != report.metric)]
     columns = [
@@ -95,14 +95,14 @@ def print_tuning_report(report: TuningReport) -> None:
         values = (f"{one.metrics[name]:.5g}" for name in names)
         rows.append([f"{one.step:,}", one.stage + (" *" if written else ""), *values])
     print_table(console, columns, rows)
-    _line(console, "* what was written")
+    _line(console, "* written to the file")
     console.print()
     if report.size is not None:
         print_size_report(report.size)
 
 
 def print_evaluation(report: EvaluationReport) -> None:
-    """Print what `evaluate` found."""
+    """Print the result of `evaluate`."""
     values = report.to_json()
     _print_evaluations(stdout(), values, values["files"])
 
@@ -115,7 +115,7 @@ def print_load_hint(report: SizeReport) -> None:
 
 
 def print_dense_report(report: DenseReport) -> None:
-    """Print what is in a dense checkpoint."""
+    """Print the report of a dense checkpoint."""
     console = stdout()
     _line(console, f"{report.file}: {report.format}, {size(report.file_bytes)}, {report.num_tensors} tensors")
     for warning in report.warnings:
@@ -140,7 +140,7 @@ def print_dense_report(report: DenseReport) -> None:
 
 
 def size(nbytes: int) -> str:
-    """Print bytes in binary units: 1.50 MiB."""
+    """Format bytes in binary units, such as 1.50 MiB."""
     value, units = float(nbytes), ("B", "KiB", "MiB", "GiB", "TiB")
     unit = 0
     while value >= 1024 and unit < len(units) - 1:
@@ -186,7 +186,7 @@ def _print_tuning(console: Console, tuning: Mapping[str, Any]) -> None:
 
 
 def _print_evaluations(console: Console, report: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> None:
-    """Print metrics of a task, dense and compressed side by side, then rows compared with the original's."""
+    """Print the metrics of the task for the original and each file, then the quality of the tables' rows."""
     measured = [(file["file"], file["file_bytes"], file["metrics"]) for file in files]
     if report["dense"] is not None:
         measured.insert(0, (report["original"], report["dense_bytes"], report["dense"]))

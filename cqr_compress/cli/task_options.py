@@ -1,4 +1,4 @@
-"""Options of the commands that need a model and data."""
+"""Options of the commands that use a task."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from cqr_compress.finetuning.task import Task
 
 CompressedArgument = Annotated[
-    Path | None, typer.Argument(metavar="COMPRESSED", show_default=False, help="What convert wrote.")
+    Path | None, typer.Argument(metavar="COMPRESSED", show_default=False, help="Compressed file.")
 ]
 TaskOption = Annotated[
     str | None,
     typer.Option(
         "--task",
         metavar="FILE|NAME",
-        help=f"A Python file with your model and data, or {', '.join(BUILTIN)}, which need --train-file.",
+        help=f"Python file with your model and data, or {', '.join(BUILTIN)}, which require --train-file.",
         rich_help_panel=DATA,
         show_default=False,
     ),
@@ -48,15 +48,13 @@ EvalFileOption = Annotated[
         show_default="a tenth of the training data",
     ),
 ]
-BatchSizeOption = Annotated[
-    int, typer.Option(help="Examples in a batch of a built-in task.", rich_help_panel=DATA)
-]
+BatchSizeOption = Annotated[int, typer.Option(help="Batch size of a built-in task.", rich_help_panel=DATA)]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="NAME=VALUE",
-        help="A setting of a built-in task, such as user=uid or threshold=4; a wrong one lists them. Repeatable.",
+        help="Setting of a built-in task, such as user=uid or threshold=4; an unknown name lists all. Repeatable.",
         rich_help_panel=DATA,
         show_default=False,
     ),
@@ -65,7 +63,7 @@ SetOption = Annotated[
 
 @dataclass(frozen=True)
 class TaskChoice:
-    """What the options of a task say."""
+    """Values of the options of a task."""
 
     name: str | None
     train_file: list[Path] | None
@@ -74,10 +72,10 @@ class TaskChoice:
     settings: list[str] | None
 
     def task(self, compressed: Path) -> Task:
-        """Make the task for a compressed file.
+        """Create the task for a compressed file.
 
         Raises:
-            TaskError: no such task, or files that do not fit it.
+            TaskError: no such task, or files that do not match it.
         """
         from cqr_compress.finetuning.task_file import load_task_file
         from cqr_compress.tasks.data.files import DataOptions
@@ -86,20 +84,18 @@ class TaskChoice:
         name = self.name
         if name is None:
             raise typer.BadParameter(
-                f"--task is missing: a Python file (--init-task writes one to start from), or {', '.join(BUILTIN)}"
+                f"--task is missing: give a Python file (--init-task writes a template), or {', '.join(BUILTIN)}"
             )
         if name in BUILTIN:
             if not self.train_file:
-                raise typer.BadParameter(f"--task {name} needs --train-file")
+                raise typer.BadParameter(f"--task {name} requires --train-file")
             given = dict(split_setting(setting, "--set") for setting in self.settings or ())
             data = DataOptions(tuple(self.train_file), tuple(self.eval_file or ()), self.batch_size, given)
             return builtin_task(name, compressed, data)
         if self.train_file or self.eval_file or self.settings:
             raise typer.BadParameter(
-                "--train-file, --eval-file and --set go with a built-in task; a task file has its own"
+                "--train-file, --eval-file and --set are for built-in tasks only; a task file defines its data"
             )
         if not name.endswith(".py") and not Path(name).exists():
-            raise TaskError(
-                f"there is no built-in task {name!r} and no such file: built in are {', '.join(BUILTIN)}"
-            )
+            raise TaskError(f"no built-in task and no file {name!r}: the built-in tasks are {', '.join(BUILTIN)}")
         return load_task_file(name)

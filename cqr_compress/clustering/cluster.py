@@ -1,8 +1,9 @@
-"""One clustering of a trained sketch: ids are pointed anew to the centroids of where they are, or want to be.
+"""Clustering of a trained sketch: pointers are reassigned to the centroids of rows, or of targets of rows.
 
-"Clustering the Sketch", arXiv:2210.05974, Algorithm 3: in each column, k-means of the rows of a sample of ids;
-every id then points to its nearest centroid, the centroids become the codebook, and the helper is hashed anew and
-set to zero. Beyond the paper, ids can be clustered by where a Newton step would take their rows (`gradients`).
+"Clustering the Sketch", arXiv:2210.05974, Algorithm 3: in each column, the rows of a sample of ids are clustered
+with k-means, each id points to its nearest centroid, the centroids become the codebook, and the helper gets a new
+hash function and zero codewords. Beyond the paper, the targets of a damped Newton step can be clustered in place
+of the rows (`gradients`).
 """
 
 from __future__ import annotations
@@ -34,31 +35,30 @@ def cluster_(
 ) -> list[Clustering]:
     """Cluster every compressed layer of a model that has one level of stored codes, in place.
 
-    Call it between two steps of training. With `losses` the pass over the data runs the model as it is: call
-    `model.eval()` before if dropout and statistics of batches shall rest, and hand over the model inside of a DDP
-    or compiled wrapper. Where torch.distributed is set up, every process calls this with losses of its own part of
-    the data; gradients are added up, the first process clusters, and all of them get its result.
+    Call it between two training steps. With `losses`, the pass over the data uses the model in its current mode:
+    call `model.eval()` before to disable dropout and updates of batch statistics, and pass the module inside a DDP
+    or compiled wrapper. If torch.distributed is initialized, each process calls this with the losses of its part
+    of the data; gradients are summed over processes, the first process clusters, and its result is broadcast.
 
     Args:
-        model: changed in place: pointers, codebooks and, where there are helpers, their hash.
-        losses: begins a pass over the training data, or a sample of it, and yields for each batch the losses of
-            its examples, not reduced; makes the clustering gradient-informed. None for the paper's.
-        counts: how often each id is used, (N,) by the layer's name; those of the pass, where None.
-        optimizer: of the codebooks.
-        optimizer_state: "reset" to forget what the optimizer holds for codebooks, whose codewords are all made
-            anew; "keep" to leave it.
+        model: modified in place: pointers, codebooks and the hash function of helpers.
+        losses: begins a pass over the training data, or a sample of it, and yields for each batch the unreduced
+            losses of its examples, for gradient-informed clustering; None for the clustering of the paper.
+        counts: counts of the ids, (N,) by the layer's name; if None, those of the pass.
+        optimizer: optimizer of the codebooks.
+        optimizer_state: "reset" to drop the optimizer's state of the codebooks, because all codewords are
+            replaced; "keep" to keep it.
         options: see `ClusterOptions`.
-        progress: told of the work.
+        progress: receives the progress of the work.
 
     Returns:
-        One entry for each layer.
+        One result for each layer.
 
     Raises:
-        TableNotFoundError: no such layer.
-        SpecError: options that contradict each other, reduced losses, or a layer that no gradient reached; the
-            model is as it was.
-        ShapeError: counts that do not fit a layer.
-        NonFiniteError: codebooks or gradients with NaN or infinity; the model is as it was.
+        TableNotFoundError: no layer has one level of stored codes, or `counts` names an unknown layer.
+        SpecError: invalid arguments, reduced losses, or a layer that no gradient reached; the model is unchanged.
+        ShapeError: counts that do not match a layer.
+        NonFiniteError: codebooks or gradients with NaN or infinity; the model is unchanged.
     """
     options, progress = options or ClusterOptions(), progress or NoProgress()
     if optimizer_state not in ("reset", "keep"):
@@ -79,12 +79,12 @@ def cluster_(
 
 
 def clusterable_layers(model: nn.Module) -> dict[str, TableLayer]:
-    """Layers with one level of stored codes, each table once, by the name of the layer in the model."""
+    """Find the layers with one level of stored codes, each table once, by name in the model."""
     return codebook_layers(model, _is_clusterable)
 
 
 def codebook_layers(model: nn.Module, wanted: Callable[[CodebookSpec], bool]) -> dict[str, TableLayer]:
-    """Layers over codebooks whose spec is wanted, each table once, by the name of the layer in the model."""
+    """Find the layers with codebooks whose spec satisfies a predicate, each table once, by name in the model."""
     layers: dict[str, TableLayer] = {}
     for name, module in model.named_modules():
         if isinstance(module, TableLayer) and module.owner not in layers.values():
@@ -95,7 +95,7 @@ def codebook_layers(model: nn.Module, wanted: Callable[[CodebookSpec], bool]) ->
 
 
 def listed_layers(model: nn.Module) -> str:
-    """The compressed layers that a model has, for a message."""
+    """List the compressed layers of a model, for an error message."""
     others = [
         f"{name!r} is {module.spec.method} {module.spec.layout}"
         for name, module in model.named_modules()
@@ -106,8 +106,8 @@ def listed_layers(model: nn.Module) -> str:
 
 def _nothing_to_cluster(model: nn.Module) -> str:
     return (
-        f"{type(model).__name__} has no layer with one level of stored codes{listed_layers(model)}: make it with "
-        "CQREmbedding or load a table that was compressed with pq, or with cqr and a helper that is random or none"
+        f"{type(model).__name__} has no layer with one level of stored codes{listed_layers(model)}: build it with "
+        "CQREmbedding, or load a table compressed with pq, or with cqr and helper hashed or none"
     )
 
 
@@ -118,14 +118,14 @@ def _is_clusterable(spec: CodebookSpec) -> bool:
 def _check_counts(layers: Mapping[str, TableLayer], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if unknown := sorted(set(counts) - set(layers)):
         raise TableNotFoundError(
-            f"counts name {', '.join(map(repr, unknown))}, and the layers are {sorted(layers)}"
+            f"counts has unknown layers {', '.join(map(repr, unknown))}: the layers are {sorted(layers)}"
         )
     for name, count in counts.items():
         N = layers[name].num_embeddings
         count = count.double()
         if count.shape != (N,) or not bool(((count >= 0) & count.isfinite()).all()) or not bool(count.any()):
             raise ShapeError(
-                f"counts of {name!r} are {tuple(count.shape)}: give ({N},) finite numbers of at least 0, "
-                "not all of them 0"
+                f"counts of {name!r} have shape {tuple(count.shape)}: give ({N},) finite numbers of at least 0, "
+                "not all 0"
             )
     return {name: count.float() for name, count in counts.items()}

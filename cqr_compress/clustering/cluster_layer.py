@@ -1,4 +1,4 @@
-"""The clustering of one layer, column by column; the layer stays as it is until all columns are done.
+"""The clustering of one layer, column by column; the layer is unchanged until all columns are done.
 
 Shapes: N rows, D dimensions, C columns of S = D // C, K codewords.
 """
@@ -25,13 +25,13 @@ from cqr_compress.table.spec import STORED, CodebookSpec
 
 @dataclass(eq=False)
 class LayerClustering:
-    """One layer on its way through a clustering; the layer stays as it is until `finish`."""
+    """A clustering of one layer in progress; the layer is unchanged until `finish`."""
 
     targets: Targets
     weights: Tensor | None
     codebooks: Tensor  # (C, L, K, S), filled column by column
     codes: Tensor  # (N, width), packed
-    sample: Tensor  # ids that k-means sees
+    sample: Tensor  # ids whose rows k-means is fitted to
     seed: int
     used: int = 0
     error: float = 0.0
@@ -54,7 +54,7 @@ class LayerClustering:
 
     @torch.no_grad()
     def update_column(self, column: int, gradients: RowGradients | None) -> None:
-        """Find the centroids of a column, and each id's."""
+        """Compute the centroids of a column, and the nearest centroid of each id."""
         spec, options = self.targets.spec, self.targets.options
         K = spec.codebook_size
         weights = self.weights
@@ -86,7 +86,7 @@ class LayerClustering:
 
     @torch.no_grad()
     def finish(self, optimizer: torch.optim.Optimizer | None) -> Clustering:
-        """Put the new pointers, codewords and hash into the layer, all at once and the same in all processes."""
+        """Write the new pointers, codewords and hash seed to the layer, identically in all processes."""
         layer, spec = self.targets.layer, self.targets.spec
         tensors = layer.table_tensors()
         for made in (self.codes, self.codebooks):
@@ -107,7 +107,7 @@ class LayerClustering:
 
 
 def pointers(layer: TableLayer) -> Tensor:
-    """The stored codes of a layer: (N, C) integers in [0, K)."""
+    """Return the pointers of a layer: (N, C) integers in [0, K)."""
     spec = layer.spec
     assert isinstance(spec, CodebookSpec) and spec.num_stored_levels == 1
     stored = replace(spec, num_levels=1, code_sources=(STORED,))
@@ -115,14 +115,14 @@ def pointers(layer: TableLayer) -> Tensor:
 
 
 def _sample_ids(layer: TableLayer, size: int, seed: int) -> Tensor:
-    """Draw `size` ids without replacement, or all; ascending, without rows that are stored apart."""
+    """Sample at most `size` ids without replacement, ascending, without rows that are stored apart."""
     N, tensors = layer.num_embeddings, layer.table_tensors()
     draw: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), "device": "cpu"}
     if size >= N:
         ids = torch.arange(N, device="cpu")
     elif size * 4 > N:
         ids = torch.randperm(N, **draw)[:size].sort().values
-    else:  # few of many: no permutation of all
+    else:  # a small sample, for which a permutation of all ids is too expensive
         ids = torch.unique(torch.randint(N, (size + size // 4,), **draw))
         if len(ids) > size:
             ids = ids[torch.randperm(len(ids), **draw)[:size]].sort().values

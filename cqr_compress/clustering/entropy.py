@@ -1,4 +1,4 @@
-"""How evenly and how independently pointers are spread: the paper's diagnostics of collapse."""
+"""Entropies of pointers: the paper's diagnostics of collapse and of dependent columns."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _MAX_BINS = 2**22
 
 @dataclass(frozen=True)
 class Entropies:
-    """Entropies of a table's pointers, in bits; each id counts once.
+    """Entropies of a table's pointers, in bits, over ids with equal weights.
 
     Attributes:
-        h1: smallest entropy of a column's pointers (H1 of arXiv:2210.05974); at most log2 K. Low: ids
-            gather on few codewords.
-        h2: smallest entropy of a pair of columns; at most 2 log2 K, and h1 if two columns are permutations of
-            each other. None with one column.
-        dead_codewords: codewords to which no id points, for each column.
+        h1: smallest entropy of the pointers of a column (H1 of arXiv:2210.05974), at most log2 K. It is low if
+            most ids share few codewords.
+        h2: smallest joint entropy of the pointers of two columns, at most 2 log2 K; h1 if two columns are
+            permutations of each other. None for one column.
+        dead_codewords: number of codewords that no pointer uses, for each column.
         codebook_size: K.
     """
 
@@ -31,12 +31,12 @@ class Entropies:
 
     @property
     def max_h1(self) -> float:
-        """log2 K."""
+        """Largest possible h1: log2 K."""
         return math.log2(self.codebook_size)
 
 
 def pointer_entropies(pointers: Tensor, codebook_size: int) -> Entropies:
-    """Measure pointers.
+    """Compute the entropies of pointers.
 
     Args:
         pointers: (N, C) integers in [0, K).

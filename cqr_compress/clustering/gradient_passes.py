@@ -1,4 +1,4 @@
-"""Work on the columns of several layers, with as many passes over the data as memory asks for."""
+"""Updates of the columns of several layers, with as many passes over the data as the memory requires."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from cqr_compress.progress import Progress
 
 
 class ColumnUpdate(Protocol):
-    """One layer on its way through a clustering or a reassignment; the layer stays as it is."""
+    """A clustering or reassignment of one layer in progress; the layer is unchanged."""
 
     @property
     def targets(self) -> Targets:
-        """What the layer's rows aim at."""
+        """Targets of the layer's rows."""
 
     def update_column(self, column: int, gradients: RowGradients | None) -> None:
-        """Find what becomes of one column."""
+        """Compute the new codes of one column."""
 
 
 Job = TypeVar("Job", bound=ColumnUpdate)
@@ -39,13 +39,13 @@ def update_columns(
     label: str,
     progress: Progress,
 ) -> list[Job]:
-    """Do the work of every column, after a pass over the data that sums its gradients.
+    """Update every column, after a pass over the data that accumulates its gradients.
 
-    With several processes each passes over its own part of the data, the sums are added up, and only the first
-    process works on columns.
+    With several processes, each passes over its own part of the data, the sums are all-reduced, and only the first
+    process updates columns.
 
     Returns:
-        The jobs whose work was done: all, but those of layers that no gradient reached, where that is allowed.
+        The completed jobs: all, except those of layers that no gradient reached, if options allow to skip them.
     """
     left: set[Job] = set()
     for group in _groups(jobs, buffer_bytes if losses else None):
@@ -54,7 +54,7 @@ def update_columns(
             for job, c in group.items():
                 layer, S = job.targets.layer, job.targets.spec.sub_dim
                 sums[layer] = RowGradients.zeros(layer, slice(c.start * S, c.stop * S))
-            progress.start("summing gradients", 0, "batches")
+            progress.start("accumulating gradients", 0, "batches")
             with observed(sums):
                 backpropagate(model, losses, progress.advance)
             for found in sums.values():
@@ -74,13 +74,13 @@ def update_columns(
     for job in jobs:
         if job in left:
             warnings.warn(
-                f"no gradient reached {job.targets.name!r}, which stays as it is", CqrCompressWarning, stacklevel=3
+                f"no gradient reached {job.targets.name!r}, which is unchanged", CqrCompressWarning, stacklevel=3
             )
     return [job for job in jobs if job not in left]
 
 
 def _groups(jobs: Sequence[Job], buffer_bytes: int | None) -> Iterator[dict[Job, range]]:
-    """Split the columns of all layers into groups whose gradients fit the buffer; at least one column each."""
+    """Split the columns of all layers into groups of at least one column whose gradients fit the buffer."""
     group: dict[Job, range] = {}
     free = buffer_bytes or 0
     for job in jobs:

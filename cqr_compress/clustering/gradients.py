@@ -1,7 +1,7 @@
-"""Where each id wants to go: gradients and curvature at the output of lookups, summed over training data.
+"""Gradients and curvature with respect to looked-up rows, accumulated over training data.
 
-A compressed table can express few rows. The gradient at the output of its lookup is that of a virtual full table,
-and tells for each id in which direction its own row would move. Nothing here depends on the model.
+The gradient at the output of a compressed table's lookup is the gradient of a virtual full table: it gives each id
+the direction in which its own row would move. This module does not depend on the model.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ _EM_STEPS = 100
 
 @dataclass
 class RowGradients:
-    """What a pass over training data says about some columns of a table's virtual rows.
+    """Gradients of a table's virtual rows, accumulated over a pass over training data.
 
     Attributes:
-        columns: which of the dimensions before rotation.
-        gradient: (N, W) float32, the gradient of the summed loss, over W dimensions.
-        fisher: (N,) float32, the empirical Fisher information: squared gradients of single occurrences, mean
-            over all of these dimensions, summed.
-        counts: (N,) float32, how often an id was looked up.
-        blocks: (W // S, S, S) float32, outer products of single gradients within each column, summed; None where
-            they are not known.
+        columns: slice of the dimensions before rotation, of W dimensions.
+        gradient: (N, W) float32, gradient of the summed loss.
+        fisher: (N,) float32, empirical Fisher information: squared gradients of single lookups, averaged over all
+            dimensions and summed over lookups.
+        counts: (N,) float32, number of lookups of each id.
+        blocks: (W // S, S, S) float32, sum of the outer products of single gradients within each column; or None.
     """
 
     columns: slice
@@ -42,7 +41,7 @@ class RowGradients:
 
     @classmethod
     def zeros(cls, layer: TableLayer, columns: slice) -> RowGradients:
-        """Begin a pass; on the layer's device."""
+        """Create zeros on the layer's device, for a pass over data."""
         N, device = layer.num_embeddings, layer.device
         spec = cast(CodebookSpec, layer.spec)
         width, S = len(range(*columns.indices(spec.width))), spec.sub_dim
@@ -55,12 +54,12 @@ class RowGradients:
         )
 
     def add(self, ids: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
-        """Count occurrences in.
+        """Add lookups.
 
         Args:
-            ids: (B,) rows.
-            gradient: (B, D) with respect to them, any floating dtype.
-            rotation: (width, D) that rows were on_matmul by, or None.
+            ids: (B,) ids of the rows.
+            gradient: (B, D) gradient with respect to the rows, any floating dtype.
+            rotation: (width, D) matrix that the rows were multiplied by, or None.
         """
         gradient = gradient.float()
         if rotation is not None:
@@ -74,14 +73,14 @@ class RowGradients:
             self.blocks += parts.transpose(1, 2) @ parts
 
     def add_products(self, ids: Tensor, queries: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
-        """Count products of queries and rows in, such as the logits of a softmax.
+        """Add products of queries and rows, such as the logits of a softmax.
 
         The gradient with respect to row j in example i is gradient[i, j] * queries[i].
 
         Args:
-            ids: (V,) rows.
+            ids: (V,) ids of the rows.
             queries: (B, D), any floating dtype.
-            gradient: (B, V) with respect to the products.
+            gradient: (B, V) gradient with respect to the products.
             rotation: as in `add`.
         """
         queries, gradient = queries.float(), gradient.float()
@@ -98,13 +97,13 @@ class RowGradients:
             self.blocks += parts.transpose(1, 2) @ parts
 
     def directions(self, column: int) -> tuple[Tensor, Tensor]:
-        """How curvature differs between the directions of one column, whatever the id.
+        """Compute the eigendecomposition of one column's relative curvature, shared by all ids.
 
         Args:
-            column: from the first one of `columns`.
+            column: index of the column, counted from the first one of `columns`.
 
         Returns:
-            Eigenvalues (S,), 1 where curvature is that of the table's mean dimension, and eigenvectors (S, S).
+            Eigenvalues (S,), relative to the mean curvature of the table's dimensions, and eigenvectors (S, S).
         """
         assert self.blocks is not None
         mean = self.fisher.sum().clamp_min(1e-30)  # of squared gradients, over dimensions
@@ -112,14 +111,17 @@ class RowGradients:
         return values.clamp_min(0).float(), vectors.float()
 
     def directed_target(self, ids: Tensor, rows: Tensor, prior: Prior, step_size: float, column: int) -> Tensor:
-        """As `target`, for one column, with the curvature of each direction: F_i times `directions`.
+        """Compute `target` for one column, with the curvature F_i times the eigenvalue in each of `directions`.
 
         Args:
             ids: (B,) int64.
             rows: (B, S) float32, V in this column.
             prior: m and p.
             step_size: damping.
-            column: from the first one of `columns`.
+            column: index of the column, counted from the first one of `columns`.
+
+        Returns:
+            (B, S) float32.
         """
         values, vectors = self.directions(column)
         S = rows.shape[1]
@@ -130,17 +132,17 @@ class RowGradients:
         return rows - step_size * step @ vectors.T
 
     def target(self, ids: slice | Tensor, rows: Tensor, prior: Prior, step_size: float) -> Tensor:
-        """Move rows by a damped Newton step toward the maximum of the posterior of each row.
+        """Compute a damped Newton step toward the maximum a posteriori estimate of each row.
 
-        V - step_size * (g + p (V - m)) / (F + p): the loss is quadratic with gradient g and curvature F, and the
-        prior of a row is Gaussian around the mean row m with precision p. Ids that are rare go toward the mean
-        row.
+        V - step_size * (g + p (V - m)) / (F + p): the loss is approximated by a quadratic with gradient g and
+        curvature F, and the prior of a row is a Gaussian with mean m, the mean row, and precision p. Rows of rare
+        ids shrink toward the mean row.
 
         Args:
-            ids: which rows, slices or int64.
+            ids: ids of the rows, a slice or int64.
             rows: (B, W) float32, V.
             prior: m and p.
-            step_size: damping; 1 is the whole step.
+            step_size: damping; 1 is the full step.
 
         Returns:
             (B, W) float32.
@@ -152,11 +154,11 @@ class RowGradients:
 
 @dataclass(frozen=True)
 class Prior:
-    """A Gaussian that rows come from, estimated from the table itself (empirical Bayes).
+    """A Gaussian prior of rows, estimated from the table itself (empirical Bayes).
 
     Attributes:
         mean: (width,) float32, the mean row.
-        precision: inverse variance of a value, times the weight of the prior.
+        precision: inverse variance of a value, multiplied by the weight of the prior.
     """
 
     mean: Tensor
@@ -164,13 +166,14 @@ class Prior:
 
     @classmethod
     def estimate(cls, moments: Moments, fisher: Tensor, prior_weight: float) -> Prior:
-        """Find the variance of rows by expectation maximization.
+        """Estimate the variance of rows by expectation maximization.
 
-        The variance is the mean square of the rows and, as they are only estimates, that of their errors,
-        1 / (F + p). Without the latter, tables of rare ids would be drawn to the mean row again and again.
+        The variance is the mean square of the rows plus, because the rows are estimates, their mean posterior
+        variance 1 / (F + p). Without the latter, tables of rare ids would shrink toward the mean row in each
+        clustering.
 
         Args:
-            moments: of the rows.
+            moments: moments of the rows.
             fisher: (N,) float32, F.
             prior_weight: weight of the prior.
         """
@@ -183,11 +186,11 @@ class Prior:
 
 @dataclass(frozen=True)
 class Moments:
-    """What all rows of a table are like.
+    """First and second moments of a table's rows.
 
     Attributes:
         mean: (width,) float32, the mean row.
-        mean_square: of all values.
+        mean_square: mean square of all values.
     """
 
     mean: Tensor
@@ -195,7 +198,7 @@ class Moments:
 
     @classmethod
     def from_rows(cls, blocks: Iterable[Tensor]) -> Moments:
-        """Measure rows in blocks, (B, width) float32 each."""
+        """Compute the moments of rows, given in blocks of (B, width) float32."""
         count, total, squares = 0, torch.zeros(()), 0.0
         for rows in blocks:
             total = total.to(rows.device) + rows.sum(0, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Layers that are trained as sketches and clustered while they train."""
+"""Layers that are trained as sketches and clustered during training."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from cqr_compress.table.table import CompressedTable
 
 @dataclass(frozen=True)
 class Preset:
-    """What a name stands for; every value can be given on its own.
+    """Named defaults of arguments, each of which can be overridden.
 
     Attributes:
         num_columns: C.
-        helper: whether each column adds a hashed helper codebook.
-        init_scale: of the codebooks, see `sketch_table`.
+        helper: whether each column has a hashed helper codebook.
+        init_scale: scale of the initial codebooks, see `sketch_table`.
     """
 
     num_columns: int
@@ -38,13 +38,13 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "default": Preset(num_columns=8, helper=False, init_scale=0.3),
-    # arXiv:2210.05974, Algorithm 3; the paper names no scale, and a small one is better at every size we measured
+    # arXiv:2210.05974, Algorithm 3; the paper gives no scale, and a small one is better at all measured sizes
     "paper": Preset(num_columns=4, helper=True, init_scale=0.3),
 }
 
 
 class _Clusters(TableLayer):
-    """What the trained layers have beside those over a finished table."""
+    """Methods of trainable sketches, in addition to those of `TableLayer`."""
 
     def cluster(
         self,
@@ -55,12 +55,12 @@ class _Clusters(TableLayer):
         optimizer_state: str = "reset",
         options: ClusterOptions | None = None,
     ) -> Clustering:
-        """Cluster this layer alone, between two steps of training; see `cluster_`.
+        """Cluster this layer only, between two training steps; see `cluster_`.
 
         Args:
-            losses: for gradient-informed clustering, begins a pass over training data; or None.
-            counts: (N,) how often each id is used; or None.
-            optimizer: of the codebooks.
+            losses: begins a pass over training data, for gradient-informed clustering; or None.
+            counts: (N,) counts of the ids; or None.
+            optimizer: optimizer of the codebooks.
             optimizer_state: "reset" or "keep".
             options: see `ClusterOptions`.
         """
@@ -70,20 +70,20 @@ class _Clusters(TableLayer):
         )[0]
 
     def entropies(self) -> Entropies:
-        """How evenly and independently the pointers are spread."""
+        """Compute the entropies of the pointers."""
         return pointer_entropies(pointers(self), self.spec.codebook_size)  # type: ignore[union-attr]
 
 
 class CQREmbedding(_Clusters, CompressedEmbedding):
-    """A trainable embedding of few parameters, whose ids are clustered while it trains.
+    """A trainable embedding with few parameters, whose ids are clustered during training.
 
-    "Clustering the Sketch", arXiv:2210.05974. It is used where nn.Embedding is; between steps of training,
-    `cluster()` points ids that behave alike to common codewords (or let a `ClusterSchedule` call it).
+    "Clustering the Sketch", arXiv:2210.05974. It replaces nn.Embedding; between training steps, `cluster()`, which
+    a `ClusterSchedule` can call, lets ids with similar rows share codewords.
 
     row(i) = concat over columns of codebooks[c, 0][pointer(c, i)] (+ codebooks[c, 1][hash(c, i)] with a helper).
-    Pointers begin as hashes and take ceil(log2 K) bits each; helper hashes take none.
+    Pointers are initialized with hashes and take ceil(log2 K) bits each; hashes of the helper take none.
 
-    Shapes: N rows, D dimensions; ids of any shape (...) give rows (..., D).
+    Shapes: N rows, D dimensions; ids (...) of any shape, rows (..., D).
     """
 
     def __init__(
@@ -105,27 +105,27 @@ class CQREmbedding(_Clusters, CompressedEmbedding):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Make a layer with random codebooks; the first arguments are those of nn.Embedding.
+        """Create a layer with random codebooks; the first arguments are those of nn.Embedding.
 
         Args:
             num_embeddings: N.
             embedding_dim: D, divisible by num_columns.
             padding_idx: row of zeros that is never trained.
-            max_norm: rows longer than this are returned with this length.
-            norm_type: p of that length.
-            scale_grad_by_freq: divide gradients by how often an id is in the batch.
-            sparse: only False.
-            codebook_size: K, a power of two; codewords for each dimension: K, or 2 K with a helper.
+            max_norm: rows with a larger norm are renormalized to this norm.
+            norm_type: p of the p-norm for max_norm.
+            scale_grad_by_freq: scale gradients by the inverse frequency of the ids in the batch.
+            sparse: has to be False.
+            codebook_size: K, a power of two; the layer has K * D parameters, or 2 * K * D with a helper.
             num_columns: C; that of the preset if None.
-            helper: whether each column has a hashed helper codebook; that of the preset if None.
-            init_scale: codewords begin uniform in +-init_scale / sqrt(D); that of the preset if None.
-            preset: a name of PRESETS: "default", or "paper" for the algorithm as it is in the paper.
-            seed: of codebooks, hashes and clusterings; drawn from torch's generator if None.
-            device: where to put the tensors.
-            dtype: of rows and codebooks.
+            helper: whether each column has a hashed helper codebook; as in the preset if None.
+            init_scale: codewords are initialized uniformly in +-init_scale / sqrt(D); as in the preset if None.
+            preset: a name of PRESETS: "default", or "paper" for the settings of the paper.
+            seed: seed of codebooks, hashes and clusterings; drawn from torch's generator if None.
+            device: device of the tensors.
+            dtype: dtype of rows and codebooks.
 
         Raises:
-            SpecError: settings that no table can have.
+            SpecError: invalid settings.
         """
         table = _first_table(
             num_embeddings, embedding_dim, padding_idx, codebook_size, num_columns, helper, init_scale, preset,
@@ -136,7 +136,7 @@ class CQREmbedding(_Clusters, CompressedEmbedding):
 
 
 class CQREmbeddingBag(_Clusters, CompressedEmbeddingBag):
-    """The bag form of `CQREmbedding`: bags of ids are reduced to one row, as nn.EmbeddingBag does."""
+    """The bag variant of `CQREmbedding`: reduces bags of rows, as nn.EmbeddingBag does."""
 
     def __init__(
         self,
@@ -159,10 +159,10 @@ class CQREmbeddingBag(_Clusters, CompressedEmbeddingBag):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Make a layer with random codebooks; the arguments are those of nn.EmbeddingBag and `CQREmbedding`.
+        """Create a layer with random codebooks; the arguments are those of nn.EmbeddingBag and `CQREmbedding`.
 
         Raises:
-            SpecError: settings that no table can have.
+            SpecError: invalid settings.
         """
         table = _first_table(
             num_embeddings, embedding_dim, padding_idx, codebook_size, num_columns, helper, init_scale, preset,

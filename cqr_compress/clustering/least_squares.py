@@ -1,8 +1,8 @@
-"""Clustering the sketch for least squares: min ||X T - Y|| over T (d1, d2) through matrices of few rows.
+"""Clustering the sketch for least squares: min ||X T - Y|| over T (d1, d2) by solving smaller problems.
 
-"Clustering the Sketch", arXiv:2210.05974, section 3. Rows of X are examples, T is an embedding table without a
-network behind it. A step compresses T to H M with a sketch H (d1, k) of k << d1 columns and solves for M. The
-dense algorithm has a proof (Theorem 3.1); the sparse one, which is what embedding tables do, has none.
+"Clustering the Sketch", arXiv:2210.05974, section 3. The rows of X are examples, T is an embedding table without a
+network. Each step compresses T to H M with a sketch H (d1, k) of k << d1 columns, and solves for M. Convergence is
+proved for the dense algorithm (Theorem 3.1), not for the sparse one, which corresponds to embedding tables.
 
 Shapes: n examples, d1 rows of T (ids), d2 columns of T (dimensions), k columns of H.
 """
@@ -21,14 +21,14 @@ from cqr_compress.quantize.kmeans import fit_centroids, nearest_centroids
 
 @dataclass(frozen=True)
 class Problem:
-    """A least squares problem and its solution.
+    """A least-squares problem and its solution.
 
     Attributes:
         X: (n, d1) float64.
         Y: (n, d2) float64.
         best: (d1, d2), a T that minimizes ||X T - Y||.
-        signal: ||X best||**2, the error of T = 0 beyond the least one.
-        floor: ||X best - Y||**2.
+        signal: ||X best||**2, the excess error of T = 0.
+        floor: ||X best - Y||**2, the minimum error.
     """
 
     X: Tensor
@@ -39,23 +39,27 @@ class Problem:
 
     @classmethod
     def of(cls, X: Tensor, Y: Tensor) -> Problem:
-        """Solve it densely.
+        """Create a problem and solve it directly.
 
         Raises:
-            ShapeError: X and Y are not matrices with as many rows.
+            ShapeError: X and Y are not matrices with the same number of rows.
         """
         if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y):
-            raise ShapeError(f"X {tuple(X.shape)} and Y {tuple(Y.shape)} are not matrices with as many rows")
+            raise ShapeError(
+                f"X {tuple(X.shape)} and Y {tuple(Y.shape)} are not matrices with the same number of rows"
+            )
         X, Y = X.double(), Y.double()
         best = _solve(X, Y)
         return cls(X, Y, best, float((X @ best).square().sum()), float((X @ best - Y).square().sum()))
 
     def excess(self, T: Tensor) -> float:
-        """(||X T - Y||**2 - ||X best - Y||**2) / ||X best||**2: 1 for T = 0 and 0 for the best."""
+        """Compute (||X T - Y||**2 - ||X best - Y||**2) / ||X best||**2: 1 for T = 0 and 0 for the best."""
         return (float((self.X @ T - self.Y).square().sum()) - self.floor) / self.signal
 
     def bound(self, iterations: int, k: int, smart: bool = False) -> float:
-        """Theorem 3.1: the expected `excess` of the dense algorithm is at most (1 - rho)**(iterations * k').
+        """Compute the bound of Theorem 3.1 on the expected `excess` of the dense algorithm.
+
+        The bound is (1 - rho)**(iterations * k').
 
         k' = k - d2 is the number of random columns of each step, rho = sigma_min(X)**2 / ||X||_F**2, or 1 / d1 for
         smart noise.
@@ -68,16 +72,16 @@ class Problem:
 
 
 def dense_iterates(problem: Problem, k: int, seed: int = 0, smart: bool = False) -> Iterator[Tensor]:
-    """Algorithm 1: H = [T | G] with Gaussian noise G (d1, k - d2), then T = H argmin_M ||X H M - Y||.
+    """Iterate Algorithm 1: H = [T | G] with Gaussian noise G (d1, k - d2), then T = H argmin_M ||X H M - Y||.
 
     Args:
         problem: X and Y.
-        k: columns of H, more than d2 and no more than d1.
-        seed: of the noise.
+        k: columns of H, more than d2 and at most d1.
+        seed: seed of the noise.
         smart: draw the noise in the eigenspace of X, so that X G is Gaussian in the column space of X.
 
     Returns:
-        T (d1, d2) float64 after the first, second, ... step, without end.
+        An infinite iterator over T (d1, d2) float64 after each step.
 
     Raises:
         ShapeError: k is out of range.
@@ -101,17 +105,17 @@ def dense_iterates(problem: Problem, k: int, seed: int = 0, smart: bool = False)
 
 
 def sparse_iterates(problem: Problem, k: int, seed: int = 0) -> Iterator[Tensor]:
-    """Algorithm 2: H = [clusters of the rows of T | count sketch], each with one entry in a row and k / 2 columns.
+    """Iterate Algorithm 2: H = [clusters of the rows of T | count sketch], each one-sparse with k / 2 columns.
 
-    It has no proof, and in practice stops above k-means of the best T.
+    Convergence is not proved; in practice the error stays above that of k-means of the best T.
 
     Args:
         problem: X and Y.
-        k: columns of H, even, at least 4 and no more than d1.
-        seed: of k-means and the count sketches.
+        k: columns of H, even, at least 4 and at most d1.
+        seed: seed of k-means and the count sketches.
 
     Returns:
-        T (d1, d2) float64 after the first, second, ... step, without end.
+        An infinite iterator over T (d1, d2) float64 after each step.
 
     Raises:
         ShapeError: k is out of range.
@@ -137,15 +141,15 @@ def sparse_iterates(problem: Problem, k: int, seed: int = 0) -> Iterator[Tensor]
 
 
 def cluster_rows(T: Tensor, num_clusters: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """k-means of the rows of T.
+    """Cluster the rows of T with k-means.
 
     Args:
         T: (d1, d2).
         num_clusters: K.
-        seed: of k-means.
+        seed: seed of k-means.
 
     Returns:
-        Each row's cluster (d1,) int64, and the centroids (K, d2) float64.
+        The clusters of the rows (d1,) int64, and the centroids (K, d2) float64.
     """
     points = T.float()
     centroids = fit_centroids(points, num_clusters, seed)
@@ -153,6 +157,6 @@ def cluster_rows(T: Tensor, num_clusters: int, seed: int = 0) -> tuple[Tensor, T
 
 
 def _solve(A: Tensor, B: Tensor) -> Tensor:
-    """The M of least norm that minimizes ||A M - B||; A may have dependent columns."""
+    """Compute the minimum-norm M that minimizes ||A M - B||; A may be rank-deficient."""
     solution: Tensor = torch.linalg.lstsq(A, B, driver="gelsd").solution
     return solution

@@ -1,4 +1,4 @@
-"""Observe a layer's lookups and products while losses are backpropagated."""
+"""Observe the lookups and products of a layer while losses are backpropagated."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from cqr_compress.nn.table_layer import TableLayer
 
 _BLOCK_VALUES = 2**22
 Losses = Callable[[], Iterable[Tensor]]
-"""Begins a pass over training data: for each batch the losses of its examples, not reduced."""
+"""Begins a pass over training data, and yields for each batch the unreduced losses of its examples."""
 
 
 class GradientAccumulator(Protocol):
-    """What is added up at the output of a layer's lookups, and of products of its rows with queries."""
+    """Accumulates gradients with respect to looked-up rows, and to products of rows with queries."""
 
     def add(self, ids: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
-        """Count in lookups of rows `ids` (B,), whose gradient (B, D) is after the rotation (width, D)."""
+        """Add lookups of rows `ids` (B,) with their gradient (B, D), taken after the rotation (width, D)."""
 
     def add_products(self, ids: Tensor, queries: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
-        """Count in products of rows `ids` (V,) with queries (B, D), whose gradient is (B, V)."""
+        """Add products of rows `ids` (V,) with queries (B, D), with their gradient (B, V)."""
 
 
 @contextmanager
 def observed(gradients: Mapping[TableLayer, GradientAccumulator]) -> Iterator[None]:
-    """Let every backward in the context add to the sums of some layers; their codebooks get no gradient.
+    """Accumulate gradients of layers' rows in every backward pass inside the context.
 
-    Rows are cut from the codebooks, so that the pass costs no more than the rest of the model.
+    Rows are detached from the codebooks, which receive no gradient, so that the pass does not backpropagate
+    through lookups.
 
     Raises:
-        SpecError: a layer is observed already.
+        SpecError: a layer is already observed.
     """
     for layer in gradients:
         if layer.observer is not None:
-            raise SpecError(f"{type(layer).__name__} is being observed by another pass")
+            raise SpecError(f"{type(layer).__name__} is already observed by another pass: let it finish first")
     try:
         for layer, sums in gradients.items():
             rotation = layer.table_tensors().get("rotation")
@@ -51,16 +52,16 @@ def observed(gradients: Mapping[TableLayer, GradientAccumulator]) -> Iterator[No
 
 
 def usage(gradient: Tensor) -> Tensor:
-    """How often each row was used by products, in the measure of lookups.
+    """Compute the usage of each row by products, as an equivalent number of lookups.
 
-    In an example a row counts as its gradient beside the largest, which is about 1 for the wanted row of a softmax
-    and the probability of any other.
+    In each example a row counts as the magnitude of its gradient / the largest magnitude. For a softmax this is
+    about 1 for the target row and the probability of any other row.
 
     Args:
-        gradient: (B, V) with respect to the products.
+        gradient: (B, V), gradient with respect to the products.
 
     Returns:
-        (V,).
+        (V,) usage, summed over examples.
     """
     size = gradient.abs()
     return (size / size.amax(1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)).sum(0)
@@ -68,7 +69,7 @@ def usage(gradient: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Summing:
-    """An observer that cuts rows from the codebooks, and adds up gradients at the cut."""
+    """An observer that detaches rows from the codebooks and accumulates their gradients."""
 
     sums: GradientAccumulator
     rotation: Tensor | None
@@ -99,12 +100,12 @@ class _Summing:
 
 
 def backpropagate(model: nn.Module, losses: Losses, step: Callable[[], None] = lambda: None) -> None:
-    """Run the backward of each batch's losses, and leave the parameters' gradients as they were.
+    """Backpropagate the losses of each batch, and restore the parameters' gradients afterwards.
 
     Args:
-        model: whose parameters may receive gradients on the way.
-        losses: begins a pass, and yields for each batch the losses of its examples, not reduced: the sum of all of
-            them is the objective. Gradients are enabled, whatever the caller's mode.
+        model: model whose parameters may receive gradients during the pass.
+        losses: begins a pass, and yields for each batch the unreduced losses of its examples; their total sum is
+            the objective. Gradients are enabled regardless of the caller's mode.
         step: called after each batch.
 
     Raises:
@@ -120,9 +121,8 @@ def backpropagate(model: nn.Module, losses: Losses, step: Callable[[], None] = l
             for loss in losses():
                 if loss.ndim == 0:
                     raise SpecError(
-                        "gradient-informed clustering takes the loss of each example, and got one number for a "
-                        "batch. Compute it with reduction='none'; a sum over the batch can be given as "
-                        "loss.reshape(1)."
+                        "gradient-informed clustering requires the loss of each example, but got one number for a "
+                        "batch. Compute it with reduction='none'; pass a sum over the batch as loss.reshape(1)."
                     )
                 loss.sum().backward()  # type: ignore[no-untyped-call]
                 batches += 1

@@ -1,4 +1,4 @@
-"""What is asked of a clustering, and what it answers."""
+"""Options and result of a clustering."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ _PANEL = "Clustering"
 @documented
 @dataclass(frozen=True, kw_only=True)
 class ClusterOptions:
-    """How a clustering is done; the defaults were chosen by measurement.
+    """Options of a clustering; the defaults were tuned empirically.
 
-    Rows step as if all others stayed: where an example meets rows of many tables, such as the 26 of DLRM on
-        Criteo,
-    a step_size of 0.1 is better.
+    The Newton step of a row ignores its interaction with other rows: if an example looks up rows of many tables,
+    such as the 26 of DLRM on Criteo, a step_size of 0.1 is better.
     """
 
-    step_size: float = option(0.3, "Part of a damped Newton step that rows take.", panel=_PANEL, above=0)
-    prior_weight: float = option(2.0, "Weight of the Gaussian prior in that step.", panel=_PANEL, above=0)
-    weighted: bool = option(True, "Weight ids by how often they occur, where that is known.", panel=_PANEL)
+    step_size: float = option(
+        0.3, "Step size of the damped Newton step toward the rows' targets.", panel=_PANEL, above=0
+    )
+    prior_weight: float = option(2.0, "Weight of the Gaussian prior in the Newton step.", panel=_PANEL, above=0)
+    weighted: bool = option(True, "Weight ids by their frequency in k-means, if known.", panel=_PANEL)
     iterations: int = option(20, "Iterations of k-means.", panel=_PANEL, low=1)
     points_per_centroid: int = option(256, "Ids sampled for each centroid.", panel=_PANEL, low=1)
     block_bytes: int = option(
@@ -30,16 +31,16 @@ class ClusterOptions:
     )
     buffer_bytes: int = option(
         2 * 2**30,
-        "Memory for gradients; more passes over the data are made where a table needs more.",
+        "Memory for gradients; tables that need more are processed in several passes over the data.",
         panel=_PANEL,
         low=1,
     )
     skip_unreached: bool = option(
         False,
-        "Leave layers that no gradient reaches as they are, with a warning, instead of an error.",
+        "Skip layers that no gradient reaches, with a warning instead of an error.",
         panel=_PANEL,
     )
-    seed: int = option(0, "Seed of samples, k-means and helper hashes.", panel=_PANEL)
+    seed: int = option(0, "Random seed of samples, k-means and helper hashes.", panel=_PANEL)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -47,13 +48,13 @@ class ClusterOptions:
 
 @dataclass(frozen=True)
 class Clustering:
-    """What one clustering did to one layer.
+    """Result of clustering one layer.
 
     Attributes:
-        name: of the layer in the model.
-        moved: share of ids that point elsewhere in at least one column.
-        relative_error: squared distance of the ids' targets to their centroids / that of the targets to zero.
-        dead_codewords: codewords to which no id points, all columns together.
+        name: name of the layer in the model.
+        moved: share of ids whose pointer changed in at least one column.
+        relative_error: squared distance of the ids' targets to their centroids / squared norm of the targets.
+        dead_codewords: number of codewords that no pointer uses, over all columns.
     """
 
     name: str

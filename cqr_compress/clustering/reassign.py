@@ -1,7 +1,7 @@
-"""Reassign codes while a model trains: rows are encoded anew where a Newton step would take them.
+"""Reassignment of codes during training: codes are reassigned toward a damped Newton target of each row.
 
-Codebooks stay as they are. Unlike a clustering this takes any number of stored levels, and a cap on the ids that
-move keeps a training that is nearly done from being shaken.
+Codebooks are unchanged. Unlike clustering, this supports any number of stored levels, and a limit on the share of
+ids that change keeps the training stable.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from cqr_compress.table.bitpack import pack_codes, unpack_codes
 from cqr_compress.table.spec import STORED
 
 _EFFORT = Effort(refine_rounds=1, restarts=1)
-_FLOOR = 0.1  # no direction is free
+_FLOOR = 0.1  # keeps the metric positive definite
 
 
 @dataclass(frozen=True)
 class Reassignment:
-    """What one reassignment did to one layer.
+    """Result of reassigning the codes of one layer.
 
     Attributes:
-        name: of the layer in the model.
-        moved: share of ids that got another code in at least one column.
-        wanted: share of ids that would have, without the cap.
+        name: name of the layer in the model.
+        moved: share of ids whose code changed in at least one column.
+        wanted: share of ids whose code would change without the limit.
     """
 
     name: str
@@ -54,35 +54,36 @@ def reassign_(
     options: ClusterOptions | None = None,
     progress: Progress | None = None,
 ) -> list[Reassignment]:
-    """Encode the rows of every layer whose codes are all stored anew, in place; codebooks stay.
+    """Reassign the codes of every layer whose codes are all stored, in place; codebooks are unchanged.
 
-    Call it between two steps of training, as `cluster_`. Each row aims at where a damped Newton step would take it
-    (see `RowGradients.directed_target`) and gets the codes that come closest, if that is closer than the codes it
-    has, in a distance that counts each direction by what it costs.
+    Call it between two training steps, as `cluster_`. The target of each row is a damped Newton step (see
+    `RowGradients.directed_target`). The row gets the codes nearest to its target under the Fisher metric of the
+    column, if they are nearer than its current codes.
 
     Args:
-        model: changed in place.
-        losses: begins a pass over training data, and yields for each batch the losses of its examples.
-        max_moved: share of ids that may get other codes, in each column: those whose loss falls most.
-        options: step_size, prior_weight, memory and seed are used.
-        progress: told of the work.
+        model: modified in place.
+        losses: begins a pass over training data, and yields for each batch the unreduced losses of its examples.
+        max_moved: maximum share of ids that change, in each column: those whose loss is expected to decrease most.
+        options: step_size, prior_weight, memory limits, skip_unreached and seed are used.
+        progress: receives the progress of the work.
 
     Returns:
-        One entry for each layer.
+        One result for each layer.
 
     Raises:
-        TableNotFoundError: no such layer.
-        SpecError: a share outside (0, 1], reduced losses, or a layer that no gradient reached; the model is as it
-            was.
-        NonFiniteError: codebooks or gradients with NaN or infinity; the model is as it was.
+        TableNotFoundError: no layer has all of its codes stored.
+        SpecError: a share outside (0, 1], reduced losses, or a layer that no gradient reached; the model is
+            unchanged.
+        NonFiniteError: codebooks or gradients with NaN or infinity; the model is unchanged.
     """
     options, progress = options or ClusterOptions(), progress or NoProgress()
     if not 0 < max_moved <= 1:
-        raise SpecError(f"max_moved is {max_moved}: give a share of the ids, above 0 and at most 1")
+        raise SpecError(f"max_moved is {max_moved}: give a share of ids above 0 and at most 1")
     layers = reassignable_layers(model)
     if not layers:
         raise TableNotFoundError(
-            f"{type(model).__name__} has no layer whose codes are all stored{listed_layers(model)}"
+            f"{type(model).__name__} has no layer whose codes are all stored{listed_layers(model)}: load a table "
+            "compressed with pq, rq, prq, or cqr and helper stored or none"
         )
     jobs = [LayerReassignment.begin(name, layer, options, max_moved) for name, layer in layers.items()]
     done = update_columns(model, jobs, losses, options.buffer_bytes, "reassigning codes", progress)
@@ -90,13 +91,13 @@ def reassign_(
 
 
 def reassignable_layers(model: nn.Module) -> dict[str, TableLayer]:
-    """Layers whose codes are all stored, each table once, by the name of the layer in the model."""
+    """Find the layers whose codes are all stored, each table once, by name in the model."""
     return codebook_layers(model, lambda spec: set(spec.code_sources) == {STORED})
 
 
 @dataclass(eq=False)
 class LayerReassignment:
-    """One layer on its way through a reassignment; the layer stays as it is until `finish`."""
+    """A reassignment of one layer in progress; the layer is unchanged until `finish`."""
 
     targets: Targets
     max_moved: float
@@ -112,12 +113,12 @@ class LayerReassignment:
 
     @torch.no_grad()
     def update_column(self, column: int, gradients: RowGradients | None) -> None:
-        """Encode one column of every row, and take over what gains most."""
+        """Re-encode one column of every row, and apply the changes with the largest expected gain."""
         targets, spec = self.targets, self.targets.spec
         assert gradients is not None and targets.prior is not None
         first = gradients.columns.start // spec.sub_dim
         values, vectors = gradients.directions(column - first)
-        basis = vectors * (values + _FLOOR).sqrt()  # (S, S): distances are what errors cost
+        basis = vectors * (values + _FLOOR).sqrt()  # (S, S): Euclidean distances become the Fisher metric
         codebooks = (targets.layer.table_tensors()["codebooks"][column].detach().float() @ basis).cpu()
         found = torch.empty(spec.num_embeddings, spec.num_levels, dtype=torch.int32)
         gain = torch.empty(spec.num_embeddings)
@@ -146,7 +147,7 @@ class LayerReassignment:
 
     @torch.no_grad()
     def finish(self) -> Reassignment:
-        """Put the new codes into the layer, the same in all processes."""
+        """Write the new codes to the layer, identically in all processes."""
         held = self.targets.layer.table_tensors()["codes"]
         held.copy_(self.codes)
         distributed.broadcast_(held)

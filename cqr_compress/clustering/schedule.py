@@ -1,4 +1,4 @@
-"""When to cluster: a callback for a plain training loop."""
+"""A schedule of clusterings, for use in a training loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cqr_compress.progress import Progress
 
 
 class ClusterSchedule:
-    """Cluster a model's layers after given steps of training.
+    """Cluster the layers of a model after given numbers of optimizer steps.
 
         schedule = ClusterSchedule.every_epoch(model, steps_per_epoch, num_epochs, optimizer=optimizer)
         for batch in batches:
@@ -25,8 +25,8 @@ class ClusterSchedule:
             schedule.step()
 
     Attributes:
-        steps: after which numbers of steps a clustering is done, ascending.
-        steps_done: steps so far.
+        steps: numbers of optimizer steps after which to cluster, ascending.
+        steps_done: number of optimizer steps so far.
     """
 
     def __init__(
@@ -41,24 +41,24 @@ class ClusterSchedule:
         options: ClusterOptions | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Plan clusterings; the other arguments are those of `cluster_`.
+        """Create a schedule; the other arguments are those of `cluster_`.
 
         Args:
-            model: whose layers are clustered.
+            model: model whose layers are clustered.
             steps: numbers of optimizer steps, from 1.
             losses: begins a pass over the training data; see `cluster_`.
-            counts: how often each id is used, by layer.
-            optimizer: of the codebooks.
+            counts: counts of the ids, by layer.
+            optimizer: optimizer of the codebooks.
             optimizer_state: "reset" or "keep".
             options: see `ClusterOptions`.
-            progress: told of the work of each clustering.
+            progress: receives the progress of each clustering.
 
         Raises:
             SpecError: a step below 1.
         """
         self.steps = tuple(sorted(set(steps)))
         if self.steps and self.steps[0] < 1:
-            raise SpecError(f"cannot cluster after step {self.steps[0]}: steps count from 1")
+            raise SpecError(f"cannot cluster after step {self.steps[0]}: give steps of at least 1")
         self.steps_done = 0
         self._model = model
         self._arguments: dict[str, Any] = {
@@ -76,27 +76,28 @@ class ClusterSchedule:
         codes_until: float = 0.75,
         **arguments: Any,
     ) -> ClusterSchedule:
-        """Cluster after each epoch up to a part of the training; the model needs time to rest after the last.
+        """Cluster after each epoch of the first part of the training; the codebooks converge in the rest of it.
 
         Args:
-            model: whose layers are clustered.
-            steps_per_epoch: optimizer steps of an epoch.
-            num_epochs: epochs of the training.
-            codes_until: part of the training after which no clustering is done. The paper's is 0.6: after each of
-                the first 6 of 10 epochs.
-            arguments: those of `ClusterSchedule`.
+            model: model whose layers are clustered.
+            steps_per_epoch: optimizer steps per epoch.
+            num_epochs: number of epochs of the training.
+            codes_until: fraction of the training after which codes are frozen. It is 0.6 in the paper: after each
+                of the first 6 of 10 epochs.
+            arguments: arguments of `ClusterSchedule`.
 
         Raises:
-            SpecError: no clustering would be done.
+            SpecError: the schedule would have no clustering.
         """
         if steps_per_epoch < 1 or num_epochs < 1 or not 0 < codes_until <= 1:
             raise SpecError(
-                f"{num_epochs} epochs of {steps_per_epoch} steps, until {codes_until}: there is no clustering"
+                f"{num_epochs} epochs of {steps_per_epoch} steps until {codes_until} have no clustering: give at "
+                "least 1 epoch of 1 step, and codes_until above 0 and at most 1"
             )
         last = int(num_epochs * codes_until + 1e-9)
         if last < 1:
             raise SpecError(
-                f"no epoch of {num_epochs} ends before {codes_until} of the training: use at_fractions instead"
+                f"none of {num_epochs} epochs ends before {codes_until} of the training: use at_fractions instead"
             )
         return cls(model, [steps_per_epoch * epoch for epoch in range(1, last + 1)], **arguments)
 
@@ -104,13 +105,13 @@ class ClusterSchedule:
     def at_fractions(
         cls, model: nn.Module, num_steps: int, fractions: Iterable[float] = (1 / 4, 1 / 2), **arguments: Any
     ) -> ClusterSchedule:
-        """Cluster at parts of the training; by default at those of the paper for one epoch.
+        """Cluster at fractions of the training; by default at those of the paper for one epoch.
 
         Args:
-            model: whose layers are clustered.
+            model: model whose layers are clustered.
             num_steps: optimizer steps of the whole training.
-            fractions: of it, in (0, 1].
-            arguments: those of `ClusterSchedule`.
+            fractions: fractions of the training, in (0, 1].
+            arguments: arguments of `ClusterSchedule`.
 
         Raises:
             SpecError: a fraction outside (0, 1].
@@ -121,10 +122,10 @@ class ClusterSchedule:
         return cls(model, [max(1, round(num_steps * fraction)) for fraction in fractions], **arguments)
 
     def step(self) -> list[Clustering] | None:
-        """Count a step of the optimizer, and cluster if it is the time; call it after `optimizer.step()`.
+        """Count an optimizer step, and cluster if it is scheduled; call it after `optimizer.step()`.
 
         Returns:
-            What `cluster_` returns, or None where nothing was done.
+            The result of `cluster_`, or None if no clustering was scheduled.
         """
         self.steps_done += 1
         if self.steps_done not in self.steps:
@@ -132,9 +133,9 @@ class ClusterSchedule:
         return cluster_(self._model, **self._arguments)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs."""
+        """Return the state that resumes the schedule."""
         return {"steps": list(self.steps), "steps_done": self.steps_done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Resume from the state of `state_dict`."""
         self.steps, self.steps_done = tuple(state["steps"]), state["steps_done"]

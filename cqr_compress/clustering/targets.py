@@ -1,4 +1,4 @@
-"""Where the rows of a layer are, or want to be: what clusterings and reassignments of codes aim at."""
+"""Targets of the rows of a layer, which clustering and reassignment of codes approximate."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from cqr_compress.table.spec import CodebookSpec
 
 @dataclass(eq=False)
 class Targets:
-    """The rows of one layer, column by column, moved by a Newton step where gradients are known.
+    """Targets of the rows of one layer, column by column: the rows, or a damped Newton step from them.
 
     Attributes:
-        name: of the layer in the model.
-        layer: it stays as it is.
-        spec: of its table.
-        options: damping, weight of the prior, memory.
-        moments: of the rows; None without gradients.
-        prior: of a row; known after `fit_prior`.
+        name: name of the layer in the model.
+        layer: the layer, which is not modified.
+        spec: spec of its table.
+        options: step size, weight of the prior, memory.
+        moments: moments of the rows; None without gradients.
+        prior: prior of a row; set by `fit_prior`.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Targets:
 
     @classmethod
     def begin(cls, name: str, layer: TableLayer, options: ClusterOptions, gradient_informed: bool) -> Targets:
-        """Look at a layer.
+        """Create targets for a layer, with the moments of its rows if gradient-informed.
 
         Raises:
             NonFiniteError: codebooks with NaN or infinity.
@@ -52,14 +52,14 @@ class Targets:
         return targets
 
     def id_blocks(self, ids: Tensor | None = None) -> Iterator[Tensor]:
-        """Split ids, or all of them, into blocks."""
+        """Split ids into blocks; all ids of the table if None."""
         count = self.spec.num_embeddings if ids is None else len(ids)
         width = 2 * self.spec.embedding_dim + 4 * self.spec.num_columns * self.spec.num_levels
         for a, b in row_blocks(count, width, self.options.block_bytes):
             yield torch.arange(a, b, device=self.layer.device) if ids is None else ids[a:b]
 
     def column(self, ids: Tensor, column: int, gradients: RowGradients | None) -> Tensor:
-        """Where one column of some rows is, or wants to be: (B, S) float32."""
+        """Compute the targets of one column of rows: (B, S) float32; the rows themselves without gradients."""
         S = self.spec.sub_dim
         rows = self.layer.lookup_unrotated(ids)
         if gradients is None:
@@ -70,11 +70,11 @@ class Targets:
         return moved[:, at : at + S].contiguous()
 
     def is_unreached(self, gradients: RowGradients | None) -> bool:
-        """Whether no gradient reached the layer, and the options let it be."""
+        """Return whether no gradient reached the layer and the options allow to skip it."""
         return gradients is not None and self.options.skip_unreached and not gradients.counts.any()
 
     def fit_prior(self, gradients: RowGradients) -> None:
-        """Learn from a pass over the data what the prior of rows is.
+        """Estimate the prior of the rows from the gradients of a pass over the data.
 
         Raises:
             SpecError: no gradient reached the layer.
@@ -82,8 +82,8 @@ class Targets:
         """
         if not gradients.counts.any():
             raise SpecError(
-                f"no gradient reached {self.name!r}: the losses do not depend on it, or a compiled or traced "
-                "copy of the model made them"
+                f"no gradient reached {self.name!r}: the losses do not depend on it, or were computed with a "
+                "compiled or traced copy of the model. Compute them with the model itself"
             )
         for sums in (gradients.gradient, gradients.fisher):
             _check_finite(sums, "gradients", self.name)
@@ -94,6 +94,6 @@ class Targets:
 def _check_finite(values: Tensor, what: str, name: str) -> None:
     if not values.isfinite().all():
         raise NonFiniteError(
-            f"the {what} of layer {name!r} have NaN or infinity: training diverged, or a loss was not finite. "
-            "The model is as it was"
+            f"the {what} of layer {name!r} contain NaN or infinity: training diverged, or a loss was not finite. "
+            "The model is unchanged"
         )

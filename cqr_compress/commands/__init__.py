@@ -1,1 +1,1 @@
-"""The commands on files: `cqr-compress NAME` is `commands/NAME.py`."""
+"""Commands on files: `commands/NAME.py` implements `cqr-compress NAME`."""

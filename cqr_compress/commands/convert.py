@@ -33,7 +33,7 @@ from cqr_compress.table.table import CompressedTable
 
 
 def default_output(source: Path) -> Path:
-    """Where `convert` writes when no output is named: `ckpt.pt` gives `ckpt.cqr.safetensors` in its folder."""
+    """Return the default output of `convert`: `ckpt.cqr.safetensors` in the same folder for `ckpt.pt`."""
     if source.is_dir():
         return source / "model.cqr.safetensors"
     name = source.name
@@ -67,19 +67,19 @@ def convert(
         source: anything `open_checkpoint` opens.
         output: the file to write; `default_output` if None.
         options: method and budget.
-        tables: globs or "re:" patterns of tables to take instead of the found ones.
-        exclude: the same, of tables to leave.
-        frequencies: how often each id is used, by table or in files, see `read_frequencies`: squared errors of
-            rows are weighted by it.
-        untie: keep a dense copy for the other names of a shared table.
+        tables: globs or "re:" patterns of tables to compress instead of the found ones.
+        exclude: the same, of tables to leave dense.
+        frequencies: counts of the ids, by table or in files, see `read_frequencies`: the rows' squared errors are
+            weighted by them.
+        untie: store a dense copy under the other names of a tied table.
         shard_bytes: split the output into files of about this size.
         force: replace existing output.
         dry_run: plan and predict sizes; nothing is written.
-        progress: told of the work; bars where stderr is a terminal, if None.
-        **option_fields: fields of `ConvertOptions`, such as `ratio=16`; they replace those of `options`.
+        progress: receives the progress of the work; if None, bars if stderr is a terminal.
+        **option_fields: fields of `ConvertOptions`, such as `ratio=16`; they override those of `options`.
 
     Returns:
-        The size report; of predicted sizes when `dry_run`.
+        The size report, with predicted sizes if `dry_run`.
 
     Raises:
         CqrCompressError: see the subclasses in `errors`; nothing is left at `output`.
@@ -90,7 +90,9 @@ def convert(
         check_outputs([output, report_path(output)], force, [source])
     with shown(progress) as progress, open_checkpoint(source) as opened:
         if is_compressed(opened):
-            raise CheckpointError(f"{str(source)!r} is already compressed. Convert the checkpoint it was made of.")
+            raise CheckpointError(
+                f"{str(source)!r} is already compressed. Convert the checkpoint that it was made of."
+            )
         refuse_foreign(opened)
         checkpoint = with_table_names(opened)
         candidates = find_tables(checkpoint, tables, exclude)
@@ -129,11 +131,13 @@ def _nothing_found(checkpoint: Checkpoint, candidates: list[Candidate]) -> str:
         return f"{str(checkpoint.path)!r} has no embedding table: none of its tensors is 2-D floating point"
     likely = sorted(candidates, key=lambda c: (-c.confidence, -c.nbytes))[:5]
     listed = "; ".join(f"{c.name} {c.shape[0]} x {c.shape[1]} ({c.reason})" for c in likely)
-    return f"found no embedding table in {str(checkpoint.path)!r}. Name it with --tables. The likeliest: {listed}"
+    return (
+        f"found no embedding table in {str(checkpoint.path)!r}. Select tables with --tables. Most likely: {listed}"
+    )
 
 
 def _untied(checkpoint: Checkpoint, selected: list[Candidate]) -> Checkpoint:
-    """Give each other name of a selected table an entry of its own."""
+    """Replace the aliases of the selected tables by separate entries."""
     names = {candidate.name for candidate in selected}
     loose = {alias: to for alias, to in checkpoint.aliases.items() if to in names}
     entries = dict(checkpoint.entries)
@@ -164,7 +168,7 @@ def _header(checkpoint: Checkpoint, planned: Planned, options: ConvertOptions) -
 
 
 def _encoded_part(name: str, table: PlannedTable, meters: dict[str, QualityMeter], progress: Progress) -> Part:
-    """Fit and encode a table while it is written, and compare what was written with what was meant."""
+    """Make a part that fits and encodes a table while it is written, and verifies the written rows."""
 
     def write(put: Put) -> None:
         meters[name] = table.encode(lambda short, tensor: put(stored_name(name, short), tensor), progress)
@@ -172,40 +176,40 @@ def _encoded_part(name: str, table: PlannedTable, meters: dict[str, QualityMeter
     def check(opened: CompressedFile) -> None:
         written, meter = opened.table(name), meters[name]
         if not _close(_lookup(written, meter.sample_ids), torch.cat(meter.decoded)):
-            raise VerificationError(f"table {name!r} of {opened.name!r} decodes to other rows")
+            raise VerificationError(f"table {name!r} of {opened.name!r} does not decode to the encoded rows")
         exact = _lookup(written, table.scan.exact_ids)
         if not torch.equal(exact.view(torch.uint8), exact_rows_of(table.scan).view(torch.uint8)):
-            raise VerificationError(f"table {name!r} of {opened.name!r} changed its exact rows")
+            raise VerificationError(f"the exact rows of table {name!r} of {opened.name!r} differ from the source")
 
     shapes = {stored_name(name, short): shape for short, shape in table.spec.tensor_shapes().items()}
     return Part(shapes, write, check, shows_progress=True)
 
 
 def _check_names(checkpoint: Checkpoint, planned: Planned) -> None:
-    """Refuse names and dtypes that safetensors cannot hold, and names that two tensors would have."""
+    """Refuse names and dtypes that safetensors does not support, and names that collide with a table's tensors."""
     where = str(checkpoint.path)
     for name, entry in checkpoint.entries.items():
         if name == "__metadata__" or not is_text(name):
-            raise CheckpointError(f"{where!r} has a tensor {name!r}, which safetensors cannot name")
+            raise CheckpointError(f"{where!r} has a tensor {name!r}, a name that safetensors does not support")
         if entry.dtype not in DTYPES.values():
-            raise CheckpointError(f"tensor {name!r} has dtype {entry.dtype}, which safetensors cannot hold")
+            raise CheckpointError(f"tensor {name!r} has dtype {entry.dtype}, which safetensors does not support")
     taken = {name for name in checkpoint.entries if name not in planned.tables}
     for name, table in planned.tables.items():
         for short in table.spec.tensor_shapes():
             stored = stored_name(name, short)
             if stored in taken or stored in checkpoint.entries:
                 raise ShapeError(
-                    f"{where!r} has a tensor {stored!r}, the name that table {name!r} needs. "
+                    f"{where!r} has a tensor {stored!r}, a name that compressing table {name!r} would create. "
                     f"Pass --exclude {name!r}."
                 )
             taken.add(stored)
 
 
 def _lookup(table: CompressedTable, ids: Tensor) -> Tensor:
-    """Look rows up a few at a time, so that memory does not grow with their number."""
+    """Look up rows in blocks, which bounds the memory."""
     return torch.cat([table.lookup(block) for block in torch.split(ids, 1024)])
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for the rounding of matrix products of another shape."""
+    """Return whether rows are equal up to the rounding of matrix products of different shapes."""
     return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-5, equal_nan=True)

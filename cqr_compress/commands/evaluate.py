@@ -1,4 +1,4 @@
-"""What compression cost and what fine-tuning gave back: rows beside their source, models by a task's metrics."""
+"""Evaluate compressed files: quality of rows compared with the original, and a task's metrics."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _BANDS = (("half of all uses", 0.5), ("the next 40%", 0.9), ("the last 10%", 1.0
 
 @dataclass(frozen=True)
 class Band:
-    """Rows of about equal frequency.
+    """Quality of ids of similar frequency.
 
     Attributes:
-        name: which uses they have.
-        num_ids: how many.
-        relative_mse: see `quality.Quality`; None where the band has no energy.
-        mean_cosine: the same.
-        recall_at_10: the same, of queries in the band.
+        name: share of all uses that the band covers.
+        num_ids: number of ids.
+        relative_mse: see `quality.Quality`; None if all rows of the band are zero.
+        mean_cosine: see `quality.Quality`.
+        recall_at_10: see `quality.Quality`; of queries in the band.
     """
 
     name: str
@@ -49,12 +49,12 @@ class Band:
 
 @dataclass(frozen=True)
 class TableEvaluation:
-    """One table of a compressed file beside its source.
+    """Quality of one table of a compressed file, compared with the original.
 
     Attributes:
-        name: of the table.
+        name: name of the table.
         quality: metrics by name, see `quality.Quality`.
-        bands: the same by frequency, where that is known.
+        bands: quality by frequency; empty if frequencies are unknown.
     """
 
     name: str
@@ -64,13 +64,13 @@ class TableEvaluation:
 
 @dataclass(frozen=True)
 class FileEvaluation:
-    """One compressed file.
+    """Evaluation of one compressed file.
 
     Attributes:
         file: its path.
         file_bytes: its size.
-        tables: beside the dense checkpoint; empty without one.
-        metrics: of the task, or None without one.
+        tables: quality of its tables; empty without an original.
+        metrics: metrics of the task, or None without a task.
     """
 
     file: str
@@ -81,15 +81,15 @@ class FileEvaluation:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What `evaluate` found.
+    """Result of `evaluate`.
 
     Attributes:
-        original: the dense checkpoint, or None.
-        dense_bytes: its size.
-        dense: its metrics, or None without a task.
-        task: its name, or None.
-        metric: the figure that counts, or None.
-        files: the compressed files.
+        original: path of the dense checkpoint, or None.
+        dense_bytes: size of the original, or None.
+        dense: metrics of the original, or None without a task or an original.
+        task: name of the task, or None.
+        metric: name of the task's metric, or None.
+        files: evaluations of the compressed files.
     """
 
     original: str | None
@@ -100,7 +100,7 @@ class EvaluationReport:
     files: list[FileEvaluation]
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
+        """Convert to a JSON object."""
         return {"kind": "evaluation_report", "schema_version": 1, **asdict(self)}
 
 
@@ -114,18 +114,18 @@ def evaluate(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationReport:
-    """Compare compressed files with their source, by their rows and by a task's metrics, side by side.
+    """Compare compressed files with their original, by the quality of their rows and by a task's metrics.
 
-    The report beside each file is completed by what is found, and `inspect` shows it.
+    The evaluation is added to the report next to each file, which `inspect` shows.
 
     Args:
         files: compressed files.
-        original: the dense checkpoint they stand for.
-        task: its metrics are measured, of the dense model too.
-        frequencies: how often each id is used, see `read_frequencies`.
-        seed: of every random choice.
-        device: to run the task on; CUDA where there is one, if None.
-        progress: told of the work; bars where stderr is a terminal, if None.
+        original: the dense checkpoint that the files were made of.
+        task: task whose metrics are measured, also of the original.
+        frequencies: counts of the ids, see `read_frequencies`.
+        seed: random seed.
+        device: device to run the task on; if None, CUDA if available.
+        progress: receives the progress of the work; if None, bars if stderr is a terminal.
 
     Raises:
         CqrCompressError: see the subclasses in `errors`.
@@ -154,7 +154,7 @@ def evaluate(
         try:
             _complete(Path(one.file), report, one)
         except OutputError as e:
-            message = f"the report next to {one.file!r} stays as it was: {e}"
+            message = f"the report next to {one.file!r} was not updated: {e}"
             warnings.warn(message, CqrCompressWarning, stacklevel=2)
     return report
 
@@ -219,7 +219,7 @@ def _table(
 
 
 def _bands(counts: Tensor) -> list[tuple[str, Tensor]]:
-    """Masks (N,) of ids by how much of all uses is theirs, and of those that are never used."""
+    """Compute masks (N,) of ids by cumulative share of all uses, most frequent first, and of unused ids."""
     order = counts.argsort(descending=True, stable=True)
     share = counts[order].double().cumsum(0) / counts.double().sum()
     before = share - counts[order].double() / counts.double().sum()
@@ -252,7 +252,7 @@ def _band(name: str, mask: Tensor, errors: Tensor, energies: Tensor, cosines: Te
 
 
 def _complete(path: Path, report: EvaluationReport, mine: FileEvaluation) -> None:
-    """Write what was found into the report next to the file."""
+    """Write the evaluation into the report next to the file."""
     with open_checkpoint(path) as compressed:
         size, target = report_of(CompressedFile.from_checkpoint(compressed)), report_path(compressed.path)
     values = {key: value for key, value in report.to_json().items() if key not in ("files", "kind")}

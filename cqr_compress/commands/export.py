@@ -1,4 +1,4 @@
-"""Turn a compressed file back into a dense checkpoint."""
+"""Export a compressed file to a dense checkpoint."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 def load_dense_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Decode a compressed file to the model's dense state_dict, in memory at its full size.
 
-    Tensors that the source had outside of it (a trainer's own) are left out; `export` writes them too.
-    Names that shared a tensor in the source share one again.
+    Tensors outside the model's state_dict in the source, such as a trainer's, are omitted; `export` includes them.
+    Names that shared a tensor in the source share a tensor.
 
     Args:
         path: a file, index or folder that `convert` wrote.
 
     Returns:
-        Tensors by the source's names, with its dtypes and shapes.
+        Tensors by name, with the names, dtypes and shapes of the source.
 
     Raises:
         FormatError: not a compressed file, or a damaged one.
@@ -56,18 +56,18 @@ def export(
     """Write a dense checkpoint with the names, dtypes, shapes, nesting and aliases of the source.
 
     A torch file is assembled in memory; a safetensors file is streamed. Objects of unknown classes (a pickled
-    config), sets, bytes, numpy arrays, sparse and quantized tensors of a torch checkpoint are not in the
-    compressed file, and so not in the export.
+    config), sets, bytes, numpy arrays, and sparse and quantized tensors of a torch checkpoint are not stored in a
+    compressed file, and therefore are not exported.
 
     Args:
         source: a compressed file.
-        output: ends in .pt, .pth, .ckpt, .bin or .safetensors.
+        output: path that ends in .pt, .pth, .ckpt, .bin or .safetensors.
         shard_bytes: split a safetensors output into files of about this size.
         force: replace an existing file.
-        progress: told of the work; bars where stderr is a terminal, if None.
+        progress: receives the progress of the work; if None, bars if stderr is a terminal.
 
     Returns:
-        Bytes of the files written.
+        Bytes of the written files.
 
     Raises:
         FormatError: not a compressed file, or a damaged one.
@@ -76,7 +76,7 @@ def export(
     output = Path(output)
     if output.suffix not in (*TORCH_SUFFIXES, ".safetensors"):
         raise OutputError(
-            f"{str(output)!r} ends in none of {', '.join(TORCH_SUFFIXES)} (torch.save) and .safetensors"
+            f"{str(output)!r} has an unknown suffix: give {', '.join(TORCH_SUFFIXES)} (torch.save) or .safetensors"
         )
     if shard_bytes is not None and output.suffix != ".safetensors":
         raise OutputError(f"only a .safetensors output can be sharded, not {str(output)!r}")
@@ -93,7 +93,7 @@ def export(
         try:
             tree = restore_tree(structure, state.__getitem__)
         except (TypeError, ValueError, KeyError, StopIteration, AttributeError, RecursionError) as e:
-            raise FormatError(f"the nesting that {str(source)!r} describes is damaged: {e}") from e
+            raise FormatError(f"the nesting in the header of {str(source)!r} is damaged: {e}") from e
         with atomic_file(output) as file:
             torch.save(tree, file)
     return output.stat().st_size
@@ -122,7 +122,7 @@ def _decoded_blocks(opened: CompressedFile, name: str) -> Iterator[tuple[int, Te
 
 
 def _dense_parts(opened: CompressedFile) -> list[Part]:
-    """Decoded tables and copied tensors; the format shares nothing, so that tied names get copies."""
+    """List decoded tables and copied tensors; safetensors cannot share memory, so tied names are copies."""
     names = {name: name for name in (*opened.specs, *opened.dense_entries)} | dict(opened.aliases)
     return [
         _decoded_part(opened, name, source)

@@ -51,11 +51,11 @@ def finetune(
     progress: Progress | None = None,
     **option_fields: Any,
 ) -> TuningReport:
-    """Train the codebooks of a compressed file end to end, and write what is best on held-out data.
+    """Train the codebooks of a compressed file end to end, and write the best weights on held-out data.
 
-    The file is evaluated as it is before the first step, and whatever comes later has to be better than that, with
-    values rounded as the file holds them: what is written is never worse by the task's metric than what was given.
-    With more processes (torch.distributed is set up) every one calls this; the first one writes.
+    The given weights are evaluated before the first step, and all evaluations use values rounded to the dtypes of
+    the file: the written weights are never worse by the task's metric than the given ones.
+    With several processes (torch.distributed is initialized) each process calls this; the first one writes.
 
     Args:
         source: a compressed file.
@@ -64,11 +64,11 @@ def finetune(
         options: see `FinetuneOptions`.
         original: the dense checkpoint that was converted: its rows are re-quantized under Fisher-weighted error,
             its metrics are reported, and it is the teacher of distillation.
-        device: to train on; CUDA where there is one, if None.
-        resume: continue exactly from the state that an interrupted run left next to `output`, where there is one.
+        device: device to train on; if None, CUDA if available.
+        resume: resume exactly from the state of an interrupted run next to `output`, if there is one.
         force: replace existing output, and a state of an interrupted run.
-        progress: told of the work; bars where stderr is a terminal, if None.
-        **option_fields: fields of `FinetuneOptions`, such as `epochs=3`; they replace those of `options`.
+        progress: receives the progress of the work; if None, bars if stderr is a terminal.
+        **option_fields: fields of `FinetuneOptions`, such as `epochs=3`; they override those of `options`.
 
     Returns:
         The report.
@@ -80,14 +80,16 @@ def finetune(
     original = None if original is None else Path(original)
     chosen = own_device(device)
     if options.distill and original is None:
-        raise SpecError(f"distill is {options.distill!r}: give the original, the dense checkpoint to learn from")
+        raise SpecError(
+            f"distill is {options.distill!r} without an original: give the dense checkpoint to distill from"
+        )
     state = state_path(output)
     if state.exists() and not (resume or force):
         raise OutputExistsError(
-            f"{str(state)!r} is the state of an interrupted run: continue with --resume, or start over with "
+            f"{str(state)!r} is the state of an interrupted run: resume it with --resume, or start over with "
             "--force"
         )
-    force = force or (resume and state.exists())  # the output is then what the interrupted run wrote
+    force = force or (resume and state.exists())  # an existing output is then that of the interrupted run
     check_outputs([output, report_path(output)], force, [source, *([original] if original else [])])
     first = distributed.rank() == 0
     with shown(progress if first else NoProgress()) as progress:
@@ -103,7 +105,7 @@ def finetune(
 
 @dataclass(frozen=True)
 class _Run:
-    """A run of `finetune` between the checks of its arguments and the writing of its result."""
+    """A run of `finetune`, from the checked arguments to the trained model."""
 
     source: Path
     task: Task
@@ -114,7 +116,7 @@ class _Run:
     progress: Progress
 
     def train(self, resume: bool) -> tuple[TuningReport, nn.Module, Callable[[Header], Header], bool]:
-        """Train; give the report, the best model, the change of the header, and whether it was interrupted."""
+        """Train; return the report, the best model, the update of the header, and whether it was interrupted."""
         began = time.monotonic()
         task, options = self.task, self.options
         with open_checkpoint(self.source) as checkpoint:
@@ -158,7 +160,7 @@ class _Run:
     def _dense_model(
         self, tuned: TunedModel, opened: CompressedFile
     ) -> tuple[dict[str, float] | None, OutputDistillation | RowDistillation | None]:
-        """Load the original, where it is used, for its metrics and as a teacher."""
+        """Load the original if needed; return its metrics and the distillation loss, each None if not used."""
         task, options = self.task, self.options
         if self.original is None or not (options.evaluate_original or options.distill):
             return None, None
@@ -191,7 +193,7 @@ def _distillation(
 def _identity(
     options: FinetuneOptions, opened: CompressedFile, original: Path | None, task: Task
 ) -> dict[str, Any]:
-    """What has to be equal in a run that goes on from a state."""
+    """Return the settings that a resumed run has to share with the run that saved the state."""
     free = ("save_every", "patience", "evaluate_original")
     settings = {name: value for name, value in options.to_json().items() if name not in free}
     return {
@@ -224,21 +226,21 @@ def _summary(trainer: Trainer, reason: str) -> str:
     after = best.metrics[metric]
     if early_stopping.improved:
         at = "a fit to the original's rows" if best.stage == "refit" else f"step {best.step}"
-        return f"{metric} {before:.5g} -> {after:.5g}, from {at}; training ended because {reason}"
+        return f"{metric} {before:.5g} -> {after:.5g}, from {at}; training ended: {reason}"
     tried = [evaluation.metrics[metric] for evaluation in early_stopping.history[1:]]
     if not tried:
-        return f"{metric} stays {before:.5g}: the weights as they were given are kept, as {reason}"
+        return f"{metric} stays {before:.5g}: the given weights are kept; training ended: {reason}"
     closest = max(tried) if trainer.task.mode == "max" else min(tried)
     return (
-        f"{metric} stays {before:.5g}: the weights as they were given are kept, as none of {len(tried)} later "
-        f"evaluations was better (the best of them {closest:.5g}); training ended because {reason}"
+        f"{metric} stays {before:.5g}: the given weights are kept, because none of {len(tried)} later evaluations "
+        f"was better (the best of them {closest:.5g}); training ended: {reason}"
     )
 
 
 def _qualities(
     tables: Mapping[str, TableLayer], original: Path | None, counts: Mapping[str, Tensor], progress: Progress
 ) -> dict[str, Quality]:
-    """Compare the rows with the original's."""
+    """Measure the quality of the tables' rows compared with the original's; empty without an original."""
     if original is None:
         return {}
     found = {}

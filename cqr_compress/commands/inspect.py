@@ -1,4 +1,4 @@
-"""What is in a dense checkpoint: its tables, why they are tables, and what compressing them would cost."""
+"""Describe a dense checkpoint: its tables, the reasons for their selection, and estimated compression errors."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class DenseTable:
     """An embedding table of a dense checkpoint.
 
     Attributes:
-        name: of the tensor.
+        name: name of the tensor.
         shape: (N, D).
-        dtype: of the tensor.
-        nbytes: of the tensor.
-        share: of the file's bytes, 0 to 1.
-        confidence: that it is a table, 0 to 1.
-        reason: why.
+        dtype: dtype of the tensor.
+        nbytes: bytes of the tensor.
+        share: share of the file's bytes, 0 to 1.
+        confidence: confidence that it is a table, 0 to 1.
+        reason: explanation of the confidence.
         aliases: other names of the same tensor.
-        zero_rows: rows that are all zero.
-        duplicate_rows: rows equal to an earlier row.
-        nonfinite_rows: rows with NaN or infinity.
+        zero_rows: number of all-zero rows.
+        duplicate_rows: number of rows equal to an earlier row.
+        nonfinite_rows: number of rows with NaN or infinity.
         effective_rank: exp of the entropy of the normalized singular values (Roy & Vetterli 2007), of a sample.
         relative_mse_at_ratio: quick estimate of product quantization's error at ratios 8, 16 and 32, from trial
-            fits on a sample; None where no layout is that small. `convert` by default does better.
+            fits on a sample; None if no layout is that small. The default method of `convert` has a lower error.
     """
 
     name: str
@@ -66,18 +66,18 @@ class DenseTable:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseReport:
-    """What a dense checkpoint holds.
+    """The content of a dense checkpoint.
 
     Attributes:
-        file: that was opened.
-        format: of the file.
+        file: path that was opened.
+        format: format of the file.
         file_bytes: size of all its files.
-        num_tensors: names in it, aliases not counted.
-        optimizer_bytes: bytes of optimizer state, which is not carried over.
-        unbuilt_objects: objects that were not built.
-        tables: that `convert` would take.
-        others: 2-D tensors that it would not, each with name, shape, confidence and reason.
-        warnings: that would stop or change a conversion.
+        num_tensors: number of tensors, aliases not counted.
+        optimizer_bytes: bytes of optimizer state, which a conversion drops.
+        unbuilt_objects: objects of the checkpoint that were not instantiated.
+        tables: tables that `convert` would compress.
+        others: other 2-D tensors, each with name, shape, confidence and reason.
+        warnings: problems that would stop a conversion.
     """
 
     file: str
@@ -91,7 +91,7 @@ class DenseReport:
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with the schema's name and version."""
+        """Convert to a JSON object with the schema's name and version."""
         return {"kind": "checkpoint_report", "schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
@@ -103,17 +103,17 @@ def inspect(
     quick: bool = False,
     progress: Progress | None = None,
 ) -> SizeReport | DenseReport:
-    """Describe a dense checkpoint, a compressed one, or a saved report.
+    """Describe a dense checkpoint, a compressed file, or a saved report.
 
     Args:
         path: any of the three.
         tables: as for `convert`.
         exclude: as for `convert`.
-        quick: names and shapes alone; the tables are not read.
-        progress: told of the work; bars where stderr is a terminal, if None.
+        quick: use names and shapes only; the tables are not read.
+        progress: receives the progress of the work; if None, bars if stderr is a terminal.
 
     Raises:
-        CheckpointError: not a file that can be described.
+        CheckpointError: the file is none of the three.
     """
     path = Path(path)
     if path.suffix == ".json" and not path.name.endswith(".index.json"):
@@ -149,7 +149,7 @@ def inspect(
 
 
 def _with_evaluation(report: SizeReport) -> SizeReport:
-    """Add what `evaluate` wrote beside the file, if it is of this file."""
+    """Add the evaluation from the report next to the file, if the report is of this file."""
     path = report_path(Path(report.file))
     if not path.is_file():
         return report
@@ -167,7 +167,7 @@ def _saved_report(path: Path) -> SizeReport:
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{str(path)!r} cannot be read as a report: {e}") from e
     if not isinstance(values, dict):
-        raise CheckpointError(f"{str(path)!r} is JSON and not a size report")
+        raise CheckpointError(f"{str(path)!r} is JSON, but not a size report: give a report that `convert` wrote")
     return SizeReport.from_json(values, str(path))
 
 
@@ -209,7 +209,7 @@ def _describe(
 
 
 def effective_rank(rows: Tensor) -> float:
-    """Exponential of the entropy of the normalized singular values (Roy & Vetterli 2007, EUSIPCO).
+    """Compute the exponential of the entropy of the normalized singular values (Roy & Vetterli 2007, EUSIPCO).
 
     Args:
         rows: (n, D) float32.
@@ -221,7 +221,7 @@ def effective_rank(rows: Tensor) -> float:
 
 
 def _count_duplicates(entry: TensorEntry, progress: Progress) -> int:
-    """Count rows whose bytes equal an earlier row's, by a 64-bit hash of each."""
+    """Count rows whose bytes equal those of an earlier row, by a 64-bit hash of each row."""
     N, D = entry.shape
     width = D * entry.dtype.itemsize
     generator = torch.Generator().manual_seed(0)

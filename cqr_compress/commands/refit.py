@@ -1,4 +1,4 @@
-"""Refit a compressed file to its original, over all rows of its tables: no training data needed."""
+"""Refit a compressed file to its original on all rows of its tables, without training data."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def refit(
     force: bool = False,
     progress: Progress | None = None,
 ) -> SizeReport:
-    """Re-solve all codebooks by least squares and re-encode all rows, in turns.
+    """Re-solve all codebooks by least squares and re-encode all rows, alternately.
 
-    Unlike a conversion, which fits codebooks to a sample, every row takes part in every round. A table whose error
-    does not fall stays as it was; so do tables of integers, and those whose rotation `finetune` fitted to a task,
-    which is not orthogonal.
+    Unlike a conversion, which fits codebooks to a sample, a refit uses all rows in every round. A table stays
+    unchanged if its error does not decrease, if it is quantized to integers, or if its rotation is not orthogonal,
+    as after a fit by `finetune`.
 
     Args:
         source: a compressed file.
         output: the safetensors file to write, with a report next to it.
         original: the dense checkpoint that was converted.
         refine_rounds: rounds of solving and re-encoding.
-        frequencies: how often each id is used, see `read_frequencies`: squared errors of rows are weighted by it.
+        frequencies: counts of the ids, see `read_frequencies`: the rows' squared errors are weighted by them.
         force: replace existing output.
-        progress: told of the work; bars where stderr is a terminal, if None.
+        progress: receives the progress of the work; if None, bars if stderr is a terminal.
 
     Returns:
         The size report.
@@ -59,7 +59,7 @@ def refit(
     """
     source, output, original = Path(source), Path(output), Path(original)
     if refine_rounds < 1:
-        raise SpecError(f"refine_rounds is {refine_rounds}: it is at least 1")
+        raise SpecError(f"refine_rounds is {refine_rounds}: give at least 1")
     check_outputs([output, report_path(output)], force, [source, original])
     with shown(progress) as progress, open_checkpoint(source) as compressed, open_checkpoint(original) as dense:
         opened = CompressedFile.from_checkpoint(compressed)
@@ -94,7 +94,7 @@ def _refined(
     body = {short: table.tensors[short] for short in ("codes", "codebooks", "rotation") if short in table.tensors}
     if not can_refine(spec, body):
         warnings.warn(
-            f"{name}: its rotation was fitted to a task and is not orthogonal, so it stays as it is",
+            f"{name}: not refitted, because its rotation was fitted to a task and is not orthogonal",
             CqrCompressWarning,
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Batches of an epoch, dealt to processes and to steps of the optimizer, the same in every run."""
+"""Deterministic distribution of an epoch's batches to processes and optimizer steps."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _DATA = 1
 
 @dataclass(frozen=True)
 class Step:
-    """The batches of one step of the optimizer.
+    """The batches of one optimizer step.
 
     Attributes:
-        batches: of this process.
-        count: of all processes together.
+        batches: batches of this process.
+        count: number of batches of all processes.
     """
 
     batches: list[Any]
@@ -31,10 +31,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Batches:
-    """Deals a task's batches: a step takes `gradient_accumulation_steps` of them for each process, in turns.
+    """Distributes a task's batches round-robin: `gradient_accumulation_steps` per optimizer step and process.
 
-    Random numbers of the data are drawn from a stream that the seed and the epoch determine, whatever the model
-    draws in between.
+    Random numbers of the data are drawn from a stream seeded with the seed and the epoch, independent of the
+    random numbers that the model draws.
     """
 
     task: Task
@@ -43,7 +43,7 @@ class Batches:
     device: torch.device
 
     def steps(self, epoch: int, skip: int = 0) -> Iterator[Step]:
-        """Give the steps of an epoch, without the first `skip`."""
+        """Iterate over the steps of an epoch, without the first `skip`."""
         world, rank = distributed.world_size(), distributed.rank()
         width = self.gradient_accumulation_steps * world
         group: list[Any] = []
@@ -61,7 +61,7 @@ class Batches:
             yield Step(group, count)
 
     def mine(self, epoch: int, limit: int | None) -> Iterator[Any]:
-        """Give this process's batches of an epoch, for a pass over the data; at most `limit`."""
+        """Iterate over this process's batches of an epoch, at most `limit`, for a pass over the data."""
         world, rank = distributed.world_size(), distributed.rank()
         for index, batch in enumerate(self._all(epoch)):
             if limit is not None and index >= limit * world:
@@ -70,7 +70,7 @@ class Batches:
                 yield to_device(batch, self.device)
 
     def steps_per_epoch(self, epoch: int) -> int | None:
-        """Number of steps, where the batches know how many they are."""
+        """Return the number of steps of an epoch; None if the batches have no length."""
         with RandomStream.seeded(self.seed, _DATA, epoch).active():
             batches = self.task.train_batches(epoch)
         try:
@@ -93,7 +93,7 @@ class Batches:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch: in tuples, lists and dicts, however nested; anything else is left as it is."""
+    """Move the tensors of a batch, also in nested tuples, lists and dicts, to a device; other values stay."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

@@ -1,4 +1,4 @@
-"""What fine-tuning does to codes between epochs: cluster, or reassign."""
+"""Updates of codes between epochs of fine-tuning: reclustering or reassignment."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from cqr_compress.progress import Progress
 
 @dataclass(frozen=True)
 class CodeChanges:
-    """Changes the codes of a model's tables.
+    """Updates the codes of a model's tables.
 
     Attributes:
-        model: changed in slot.
-        tables: its layers by the names of their tables.
-        options: when and how.
-        counts: how often ids are used, (N,) by table, where that is known.
-        progress: told of the work.
+        model: the model, modified in place.
+        tables: its layers, by the names of their tables.
+        options: options of fine-tuning.
+        counts: counts of the ids, (N,) by table, if known.
+        progress: receives the progress of the work.
     """
 
     model: nn.Module
@@ -36,14 +36,14 @@ class CodeChanges:
     progress: Progress
 
     def kind(self, per_example: bool) -> str:
-        """What is done to codes between epochs: "recluster", "reassign" or "frozen".
+        """Choose the update of codes between epochs: "recluster", "reassign" or "frozen".
 
         Args:
-            per_example: whether the losses of examples are known.
+            per_example: whether the task's loss gives the losses of the examples.
 
         Raises:
-            TableNotFoundError: there is no table to which what was asked can be done.
-            TaskError: it needs the losses of examples.
+            TableNotFoundError: no table supports the requested update.
+            TaskError: the requested update requires the losses of the examples.
         """
         asked = self.options.codes
         needs_losses = self.options.gradient_informed or asked == "reassign"
@@ -54,22 +54,26 @@ class CodeChanges:
             return "recluster" if can else "frozen"
         if asked != "frozen" and needs_losses and not per_example:
             raise TaskError(
-                f"codes is {asked!r}, for which the losses of examples have to be known, and the task's loss is "
-                "one number for a batch: compute it with reduction='none'"
+                f"codes is {asked!r}, which requires the losses of the examples, but the task's loss is one "
+                "number for a batch: compute it with reduction='none'"
             )
         if asked == "recluster" and not clusterable_layers(self.model):
-            raise TableNotFoundError("codes is 'recluster', and no table has one level of stored codes: reassign")
+            raise TableNotFoundError(
+                "codes is 'recluster', but no table has one level of stored codes: give 'reassign' or 'auto'"
+            )
         if asked == "reassign" and not reassignable_layers(self.model):
-            raise TableNotFoundError("codes is 'reassign', and no table has all of its codes stored")
+            raise TableNotFoundError(
+                "codes is 'reassign', but no table has all of its codes stored: give 'recluster' or 'auto'"
+            )
         return asked
 
     def is_due(self, epoch: int) -> bool:
-        """Whether codes change after so many epochs; 0 is before the first."""
+        """Return whether codes are updated after `epoch` epochs; 0 is before the first."""
         last = int(self.options.epochs * self.options.codes_until + 1e-9)
         return self.options.codes_until > 0 and epoch <= last and epoch < self.options.epochs
 
     def change(self, kind: str, losses: Losses, optimizer: torch.optim.Optimizer) -> str:
-        """Cluster or reassign; what was done, in a few words."""
+        """Recluster or reassign the codes, and return a log line."""
         clustering = replace(self.options.clustering, skip_unreached=True)
         if kind == "recluster":
             named = {id(layer): name for name, layer in self.tables.items()}

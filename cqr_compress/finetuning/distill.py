@@ -1,4 +1,4 @@
-"""Distillation: a dense teacher's outputs or rows as a part of the loss."""
+"""Distillation losses: from the outputs or the rows of a dense teacher."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from cqr_compress.nn.table_layer import TableLayer
 
 @dataclass
 class OutputDistillation:
-    """Pulls what the model answers toward what the teacher answers for the same batch.
+    """Distillation from the teacher's outputs for the same batch.
 
-    Where the task has logits, these are the softmax of both (Hinton et al. 2015, arXiv:1503.02531), otherwise what
-    their forward returns.
+    If the task has logits, KL distillation from the teacher's logits (Hinton et al. 2015, arXiv:1503.02531);
+    otherwise, squared error of the outputs of forward.
 
     Attributes:
-        task: its loss runs both models.
-        teacher: in eval mode.
-        student: the model.
+        task: task whose loss runs both models.
+        teacher: the dense model, in eval mode.
+        student: the model that is trained.
     """
 
     task: Task
@@ -34,10 +34,10 @@ class OutputDistillation:
     student: nn.Module
 
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The task's losses, and how far outputs are from the teacher's.
+        """Compute the task's losses and the distillation loss.
 
-        That is KL(teacher || student) in nats, the mean over examples, or the mean squared error of what forward
-        returns / its mean square.
+        The latter is KL(teacher || student) in nats, averaged over examples, or the mean squared error of the
+        outputs of forward / the mean square of the teacher's.
 
         Raises:
             TaskError: logits are not (n, V), the loss does not call the model itself, or outputs differ in shape.
@@ -46,7 +46,7 @@ class OutputDistillation:
         if self.task.logits is not None:
             losses = self.task.loss(self.student, batch)
             after = RandomState.current()
-            before.set()  # so that both, and the loss, draw candidates and negatives alike
+            before.set()  # both models and the loss have to draw the same candidates and negatives
             mine = self.task.logits(self.student, batch)
             before.set()
             with torch.no_grad():
@@ -56,14 +56,14 @@ class OutputDistillation:
         with _recorded(self.student) as outputs:
             losses = self.task.loss(self.student, batch)
         after = RandomState.current()
-        before.set()  # so that negatives are drawn alike
+        before.set()  # both models have to draw the same negatives
         with torch.no_grad(), _recorded(self.teacher) as targets:
             self.task.loss(self.teacher, batch)
         after.set()
         if not outputs or [t.shape for t in outputs] != [t.shape for t in targets]:
             raise TaskError(
-                "distillation of outputs compares what model(...) returns, and the loss "
-                + ("got outputs of different shapes" if outputs else "never calls model(...)")
+                "distillation of outputs compares what model(...) returns, but "
+                + ("the teacher's outputs differ in shape" if outputs else "the loss never calls model(...)")
                 + ": define logits(model, batch) in the task, or distill rows"
             )
         errors = [
@@ -75,11 +75,11 @@ class OutputDistillation:
 
 @dataclass
 class RowDistillation:
-    """Pulls the rows that a batch looks up toward the teacher's.
+    """Distillation from the teacher's rows, on the rows that a batch looks up.
 
     Attributes:
-        task: its loss runs the model.
-        student: the model.
+        task: task whose loss runs the model.
+        student: the model that is trained.
         rows: the teacher's tables (N, D), by layer.
     """
 
@@ -89,7 +89,13 @@ class RowDistillation:
     _errors: list[Tensor] = field(default_factory=list)
 
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The task's losses, and the squared error of rows / their squares, the mean over lookups."""
+        """Compute the task's losses and the distillation loss.
+
+        The latter is the squared error of the rows / their sum of squares, averaged over lookups.
+
+        Raises:
+            TaskError: the loss looks up no row.
+        """
         self._errors.clear()
         try:
             for layer, wanted in self.rows.items():
@@ -99,13 +105,13 @@ class RowDistillation:
             for layer in self.rows:
                 layer.observer = None
         if not self._errors:
-            raise TaskError("distillation of rows found no lookup in the loss")
+            raise TaskError("distillation of rows requires lookups, but the loss looks up no row: distill outputs")
         return losses, torch.stack(self._errors).mean()
 
 
 @dataclass(frozen=True)
 class _Comparing:
-    """An observer that notes how far rows are from the teacher's (N, D)."""
+    """An observer that collects the relative squared errors of rows compared with the teacher's (N, D)."""
 
     wanted: Tensor
     errors: list[Tensor]
@@ -121,15 +127,15 @@ class _Comparing:
 
 
 def _divergence(mine: Tensor, wanted: Tensor) -> Tensor:
-    """KL(wanted || mine) of the softmax of logits (n, V), the mean over examples; -inf leaves a candidate out.
+    """Compute KL(wanted || mine) of the softmax of logits (n, V), averaged over examples; -inf masks a candidate.
 
     Raises:
-        TaskError: other shapes, or shapes that differ.
+        TaskError: logits that are not (n, V), or whose shapes differ.
     """
     if mine.ndim != 2 or mine.shape[1] < 2 or mine.shape != wanted.shape:
         raise TaskError(
-            f"logits gave {tuple(mine.shape)}, and {tuple(wanted.shape)} for the teacher: it returns scores of "
-            "two or more candidates for each example, (n, V)"
+            f"logits returned shape {tuple(mine.shape)} for the model and {tuple(wanted.shape)} for the teacher: "
+            "it has to return scores of two or more candidates for each example, (n, V)"
         )
     log_p, log_q = wanted.float().log_softmax(1), mine.float().log_softmax(1)
     each = (log_p.exp() * (log_p - log_q)).masked_fill(log_p.isneginf(), 0.0)
@@ -138,7 +144,7 @@ def _divergence(mine: Tensor, wanted: Tensor) -> Tensor:
 
 @contextmanager
 def _recorded(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the floating-point tensors that the model returns."""
+    """Record the floating-point tensors that the model returns."""
     found: list[Tensor] = []
     hook = model.register_forward_hook(lambda module, args, output: found.extend(_tensors(output)))
     try:

@@ -1,4 +1,4 @@
-"""The guard against over-fitting: what is best so far on held-out data, and when to stop."""
+"""Early stopping: the best weights on held-out data so far, and when to stop."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cqr_compress.finetuning.tuned_model import Snapshot
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One look at held-out data.
+    """One evaluation on held-out data.
 
     Attributes:
-        step: of the optimizer.
+        step: optimizer steps done.
         epoch: finished epochs.
         stage: "as given", "refit" or "trained".
-        metrics: by name.
-        best: whether it was better than all before.
+        metrics: metrics by name.
+        best: whether it was better than all previous evaluations.
     """
 
     step: int
@@ -32,14 +32,14 @@ class Evaluation:
 
 @dataclass
 class EarlyStopping:
-    """Keeps the best weights, the given ones first: what is handed back is never worse than what was given.
+    """Early stopping that starts from the given weights, so that the best weights are never worse than those.
 
     Attributes:
-        task: names the metric.
-        patience: evaluations in a row without a better one after which to stop.
+        task: the task, with its metric.
+        patience: consecutive evaluations without improvement until training stops.
         history: all evaluations.
-        best: the weights of the best one.
-        num_bad_evaluations: evaluations since then.
+        best: weights of the best evaluation.
+        num_bad_evaluations: evaluations since the best one, refits not counted.
     """
 
     task: Task
@@ -50,34 +50,36 @@ class EarlyStopping:
 
     @property
     def given(self) -> Evaluation:
-        """The first evaluation, of the weights as they were given."""
+        """The first evaluation, of the given weights."""
         return self.history[0]
 
     @property
     def best_evaluation(self) -> Evaluation:
-        """The last one that was better than all before."""
+        """The best evaluation: the last one that improved the metric."""
         return [evaluation for evaluation in self.history if evaluation.best][-1]
 
     @property
     def improved(self) -> bool:
-        """Whether anything was better than what was given."""
+        """Whether any evaluation was better than that of the given weights."""
         return self.best_evaluation is not self.given
 
     @property
     def exhausted(self) -> bool:
-        """Whether patience has run out."""
+        """Whether training should stop."""
         return self.num_bad_evaluations >= self.patience
 
     def offer(self, step: int, epoch: int, stage: str, metrics: Mapping[str, float]) -> bool:
-        """Take an evaluation in; whether it is the best so far, so that its weights shall be kept.
+        """Add an evaluation, and return whether it is the best so far; the caller then sets `best`.
 
         Raises:
-            TaskError: the first one's metric is not a number.
+            TaskError: the metric of the first evaluation is NaN.
         """
         if not self.history:
             value = metrics[self.task.metric]
             if value != value:
-                raise TaskError(f"evaluate gave {self.task.metric} = nan for the weights as they were given")
+                raise TaskError(
+                    f"evaluate returned {self.task.metric} = nan for the given weights: it has to be a number"
+                )
             better = True
         else:
             better = self.task.is_better(metrics, self.best_evaluation.metrics)
@@ -87,7 +89,7 @@ class EarlyStopping:
         return better
 
     def to_plain(self) -> dict[str, Any]:
-        """For a state that a run goes on from."""
+        """Convert to plain values, for the state of a run."""
         return {
             "history": [asdict(evaluation) for evaluation in self.history],
             "best": self.best,
@@ -95,6 +97,6 @@ class EarlyStopping:
         }
 
     def load_plain(self, plain: Mapping[str, Any]) -> None:
-        """Go on from `to_plain`."""
+        """Restore the values of `to_plain`."""
         self.history = [Evaluation(**evaluation) for evaluation in plain["history"]]
         self.best, self.num_bad_evaluations = plain["best"], plain["num_bad_evaluations"]

@@ -1,4 +1,4 @@
-"""In which directions an error of a row costs much: the Fisher information of a table's rows, summed over data."""
+"""The empirical Fisher information of a table's rows, summed over training data."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _FLOOR = 0.1
 
 @dataclass
 class FisherMatrix:
-    """The empirical Fisher information matrix that all rows of a table share.
+    """The empirical Fisher information matrix, shared by all rows of a table.
 
     Attributes:
-        matrix: (D, D) float64, outer products of the gradients of single lookups, summed.
-        counts: (N,) float32, how often each id was looked up.
+        matrix: (D, D) float64, sum of the outer products of the gradients of single lookups.
+        counts: (N,) float32, number of lookups of each id.
     """
 
     matrix: Tensor
@@ -31,7 +31,7 @@ class FisherMatrix:
 
     @classmethod
     def zeros(cls, layer: TableLayer) -> FisherMatrix:
-        """Begin a pass; on the layer's device."""
+        """Create zeros on the layer's device, for a pass over data."""
         D, device = layer.embedding_dim, layer.device
         return cls(
             torch.zeros(D, D, dtype=torch.float64, device=device),
@@ -39,28 +39,28 @@ class FisherMatrix:
         )
 
     def add(self, ids: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
-        """Count occurrences in; see `GradientAccumulator.add`. The matrix is that of rows after rotation."""
+        """Add lookups; see `GradientAccumulator.add`. The matrix is that of rows after the rotation."""
         gradient = gradient.float()
         self.matrix += (gradient.T @ gradient).double()
         self.counts.index_add_(0, ids, torch.ones_like(gradient[:, 0]))
 
     def add_products(self, ids: Tensor, queries: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
-        """Count products of queries and rows in; see `RowGradients.add_products`."""
+        """Add products of queries and rows; see `RowGradients.add_products`."""
         weighted = queries.float() * gradient.float().square().sum(1, keepdim=True).sqrt()
         self.matrix += (weighted.T @ weighted).double()
         self.counts.index_add_(0, ids, usage(gradient.float()))
 
     def metric_sqrt(self, num_blocks: int = 1) -> Tensor:
-        """Find A such that ||x @ A - y @ A||**2 is what a difference of two rows costs.
+        """Compute A such that ||(x - y) @ A||**2 is the Fisher-weighted squared error of a row y of x.
 
-        A is the symmetric square root of the matrix, scaled to a mean eigenvalue of 1 and with 0.1 added to each,
-        so that no direction is free.
+        A is the symmetric square root of the matrix, after scaling it to a mean eigenvalue of 1 and adding 0.1 to
+        each eigenvalue, which makes it positive definite.
 
         Args:
-            num_blocks: blocks of dimensions between which costs are left out.
+            num_blocks: number of diagonal blocks; entries outside the blocks are taken as 0.
 
         Returns:
-            (D, D) float32 on the CPU, symmetric, positive definite, zero outside of the blocks.
+            (D, D) float32 on the CPU, symmetric, positive definite, zero outside the blocks.
         """
         D = len(self.matrix)
         S = D // num_blocks
@@ -76,17 +76,17 @@ class FisherMatrix:
 def measure_fisher(
     model: nn.Module, layers: Mapping[str, TableLayer], losses: Losses, progress: Progress | None = None
 ) -> dict[str, FisherMatrix]:
-    """Pass over training data, and sum the Fisher information of some layers' rows.
+    """Accumulate the empirical Fisher information of layers' rows in one pass over training data.
 
     Args:
-        model: as it is; call `model.eval()` before if dropout shall rest.
-        layers: layers of the model by name.
-        losses: begins the pass: for each batch the losses of its examples, not reduced. With several processes,
-            of this one's part of the data.
-        progress: told of the work.
+        model: used in its current mode; call `model.eval()` before to disable dropout.
+        layers: layers of the model, by name.
+        losses: begins the pass, and yields for each batch the unreduced losses of its examples; with several
+            processes, those of this process's part of the data.
+        progress: receives the progress of the work.
 
     Returns:
-        By name; layers that no gradient reached are left out.
+        Fisher information by name, without layers that no gradient reached.
 
     Raises:
         SpecError: reduced losses, or no gradient reached any layer.
@@ -94,7 +94,7 @@ def measure_fisher(
     """
     progress = progress or NoProgress()
     sums = {layer: FisherMatrix.zeros(layer) for layer in layers.values()}
-    progress.start("measuring fisher", 0, "batches")
+    progress.start("measuring Fisher information", 0, "batches")
     with observed(sums):
         backpropagate(model, losses, progress.advance)
     for name, layer in layers.items():
@@ -102,7 +102,7 @@ def measure_fisher(
         distributed.all_reduce_(found.matrix)
         distributed.all_reduce_(found.counts)
         if not found.matrix.isfinite().all():
-            raise NonFiniteError(f"gradients at the rows of {name!r} have NaN or infinity")
+            raise NonFiniteError(f"gradients of the rows of {name!r} contain NaN or infinity")
     reached = {name: sums[layer] for name, layer in layers.items() if sums[layer].counts.any()}
     if not reached:
         raise SpecError(f"no gradient reached {', '.join(map(repr, layers))}: the losses do not depend on them")

@@ -1,4 +1,4 @@
-"""Fit a original's rows anew, where an error of a row costs what the task's loss says, at the bytes there are."""
+"""Re-quantize the original's rows under Fisher-weighted error, within the budget of the conversion."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _ADDITIVE = ("pq", "rq", "prq")
 
 @dataclass(frozen=True)
 class FisherFit:
-    """Fits of a original's rows, to be tried one after another.
+    """Candidate fits of the original's rows under Fisher-weighted error.
 
     Attributes:
-        tuned: the model; its tables change.
+        tuned: the model, whose tables are replaced.
         original: the dense checkpoint.
-        fisher: what the task says about each table; others stay as they are.
-        counts: how often ids are used, by table.
-        method: that the conversion was asked for.
-        budgets: bytes that each table may have; its own if it is not named.
-        progress: told of the work.
+        fisher: Fisher information by table; tables without it stay unchanged.
+        counts: counts of the ids, by table; those of `fisher` for other tables.
+        method: method of the conversion.
+        budgets: budget in bytes, by table; at least the current size of the table is allowed.
+        progress: receives the progress of the work.
     """
 
     tuned: TunedModel
@@ -53,7 +53,7 @@ class FisherFit:
 
     @staticmethod
     def tables(tuned: TunedModel) -> dict[str, TableLayer]:
-        """The tables that can be fitted: those with stored codes."""
+        """Return the tables that can be fitted, which have stored codes."""
         return {
             name: layer
             for name, layer in tuned.tables.items()
@@ -62,16 +62,17 @@ class FisherFit:
 
     @torch.no_grad()
     def candidates(self) -> Iterator[str]:
-        """Put one fit after another into the model: with frequent ids weighing more, and alike for all ids.
+        """Install one fit after another in the model: with equal weights of all ids, then weighted by counts.
 
-        Layouts stay, or are chosen anew among those of the same method within the bytes that the conversion had.
+        Where a rotation or a single column allows it, the layout is chosen again among those of the same method
+        within the budget of the conversion.
 
         Yields:
-            What was done.
+            A log line that describes the fit.
 
         Raises:
             TableNotFoundError: the original lacks a table.
-            ShapeError: it has another shape there.
+            ShapeError: a table has another shape in the original.
         """
         given = {name: layer.spec for name, layer in self.tables(self.tuned).items() if name in self.fisher}
         for weighted, rotated in itertools.product((False, True), self._ways(given)):
@@ -87,11 +88,11 @@ class FisherFit:
                     kept = {s: t for s, t in layer.table_tensors().items() if s.startswith("kept_")}
                     self.tuned.install(name, found, {**tensors, **kept})
                     layouts.append(f"{name} {found.layout}")
-            more = ", and more at frequent ids" if weighted else ""
-            yield f"fitted {', '.join(layouts)} anew, errors costing what the loss says{more}"
+            more = ", weighted by frequency" if weighted else ""
+            yield f"re-quantized {', '.join(layouts)} under Fisher-weighted error{more}"
 
     def _ways(self, given: Mapping[str, AnySpec]) -> tuple[bool, ...]:
-        """Whether to try layouts with a rotation, without, or both."""
+        """Return whether to add a rotation: False only, or both if a table supports it."""
         some = any(isinstance(spec, CodebookSpec) and _may_rotate(spec) for spec in given.values())
         return (False, True) if some else (False,)
 
@@ -108,8 +109,8 @@ class FisherFit:
             self.progress.start(f"choosing a layout for {name}", 0, "trials")
             found = _replanned(moved, spec, self.method, rotated, budget, self.progress)
         if found.rotation is None and found.num_columns != spec.num_columns:
-            found = spec  # the metric_sqrt is that of the columns there were
-        if found is spec and rotated and spec.rotation is None:  # no such layout fits
+            found = spec  # the metric has the blocks of the previous columns
+        if found is spec and rotated and spec.rotation is None:  # no layout with a rotation fits the budget
             metric_sqrt = fisher.metric_sqrt(spec.num_columns)
             moved = transformed(scan, metric_sqrt)
         self.progress.start(f"fitting {name}", 0, "steps")
@@ -123,7 +124,7 @@ def _may_rotate(spec: CodebookSpec) -> bool:
 def _replanned(
     rows: ScannedTable, spec: CodebookSpec, method: str, rotated: bool, budget: int, progress: Progress
 ) -> CodebookSpec:
-    """The layout of least error within a budget; the given one where there is none."""
+    """Choose the layout of least error within a budget; the given one if none fits."""
     additive = spec.method if spec.method in _ADDITIVE else "pq"
     options = ConvertOptions(
         method="auto" if method == "auto" and rotated else additive,
@@ -145,7 +146,7 @@ def _replanned(
 
 
 def transformed(scan: ScannedTable, metric_sqrt: Tensor) -> ScannedTable:
-    """The same table with every row on_matmul by a matrix, (D, D) float32, block by block as it is read."""
+    """Return the table with its rows multiplied by `metric_sqrt`, (D, D) float32, block by block when read."""
     moved = _Multiplied(scan.entry.stored, metric_sqrt)
     sample = scan.sample @ metric_sqrt
     return replace(
@@ -159,7 +160,7 @@ def transformed(scan: ScannedTable, metric_sqrt: Tensor) -> ScannedTable:
 
 @dataclass(frozen=True)
 class _Multiplied:
-    """A `StoredTensor` of rows times a matrix; its values are float32, whatever dtype the source has."""
+    """A `StoredTensor` of rows multiplied by a matrix; its values are float32 for any dtype of the source."""
 
     source: StoredTensor
     metric_sqrt: Tensor
@@ -182,20 +183,23 @@ class _Multiplied:
 def fit_transformed(
     rows: TableRows, spec: CodebookSpec, metric_sqrt: Tensor, step: Callable[[], None] = lambda: None
 ) -> dict[str, Tensor]:
-    """Fit a layout afresh to rows that were on_matmul by a metric_sqrt, and take the codebooks back out of it.
+    """Fit a layout to rows multiplied by the square root of a metric, and transform its tensors back.
 
-    The error of a decoded row y of x is then ||(x - y) @ metric_sqrt||, and takes no bytes: where the layout has a
-    rotation, or one column, the metric_sqrt goes into the rotation or the codebooks as a whole; else it has to be
-    zero between columns.
+    The fit minimizes ||(x - y) @ metric_sqrt|| of a decoded row y of x, at no cost in bytes: the inverse of the
+    square root of the metric goes into the rotation if the layout has one, else into the codebooks. With several
+    columns and no rotation, `metric_sqrt` has to be zero between columns.
 
     Args:
-        rows: the table's source, times `metric_sqrt`.
+        rows: the rows of the original, multiplied by `metric_sqrt`.
         spec: the layout.
         metric_sqrt: (D, D) float32, invertible.
         step: called after each unit of work.
 
     Returns:
-        `codes`, `codebooks` and `rotation` where the spec has them, in its dtypes.
+        `codes`, `codebooks` and `rotation` where the spec has them, in the spec's dtypes.
+
+    Raises:
+        NonFiniteError: a value is outside the range of its dtype.
     """
     C, S = spec.num_columns, spec.sub_dim
     back = torch.linalg.inv(metric_sqrt.double()).float()

@@ -1,4 +1,4 @@
-"""What a fine-tuning did, for people and for the file's metadata."""
+"""Report of fine-tuning, for users and for the file's metadata."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from cqr_compress.finetuning.early_stopping import Evaluation
 
 @dataclass(frozen=True, kw_only=True)
 class TuningReport:
-    """What a fine-tuning did.
+    """Result of fine-tuning.
 
     Attributes:
-        task: its name.
-        metric: the figure that decided.
+        task: name of the task.
+        metric: name of the metric that selected the best weights.
         mode: "max" or "min".
-        dense: metrics of the original, where there is one that was evaluated.
-        before: metrics of the file as it was given.
-        after: metrics of the file that was written.
-        improved: whether anything was better than what was given; if not, the given weights were written.
-        summary: that in a sentence, with the reason why training ended.
-        best_step: step of the weights that were written.
-        steps: of the optimizer in all.
-        history: every evaluation.
-        log: what was said on the way.
+        dense: metrics of the original, or None if it was not evaluated.
+        before: metrics of the given file.
+        after: metrics of the written file.
+        improved: whether any evaluation was better than the first; if not, the given weights were written.
+        summary: the result in one sentence, with the reason why training ended.
+        best_step: optimizer step of the written weights.
+        steps: total number of optimizer steps.
+        history: all evaluations.
+        log: lines that were logged.
         options: all settings.
-        seconds: it took.
-        size: the size report of the file that was written.
+        seconds: duration.
+        size: size report of the written file.
     """
 
     task: str
@@ -49,12 +49,12 @@ class TuningReport:
     size: SizeReport | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
+        """Convert to a JSON object."""
         values = {name: value for name, value in asdict(self).items() if name != "size"}
         size = {} if self.size is None else {"size": self.size.to_json()}
         return {"kind": "tuning_report", "schema_version": 2, **values, **size}
 
     def in_file(self) -> dict[str, Any]:
-        """What the file's metadata keep."""
+        """Return the part that is stored in the file's metadata."""
         kept = ("task", "metric", "mode", "dense", "before", "after", "improved", "summary", "best_step", "steps")
         return {name: getattr(self, name) for name in kept}

@@ -1,4 +1,4 @@
-"""The state of a run that was cut off, in a file beside its output, to go on from."""
+"""The state of an interrupted run, in a file next to its output, from which it is resumed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from cqr_compress.errors import StateError
 from cqr_compress.finetuning.rng import RandomState
 
 STATE_VERSION = 1
-_ANEW = ", or begin anew: leave out --resume and pass --force"
+_ANEW = ", or start over: omit --resume and pass --force"
 
 
 @dataclass
 class Position:
-    """How far a run is.
+    """Position of a run in its training.
 
     Attributes:
-        epoch: that is going on, from 0.
-        step_of_epoch: steps of it that are done.
-        step: steps in all.
-        steps_per_epoch: counted in a finished epoch, or known in advance; None where neither.
-        codes_changed: whether the change of codes that begins this epoch is done.
+        epoch: current epoch, from 0.
+        step_of_epoch: optimizer steps done in the current epoch.
+        step: optimizer steps done in total.
+        steps_per_epoch: steps of a finished epoch, or of the length of the batches; None if neither is known.
+        codes_changed: whether the update of codes at the beginning of the current epoch is done.
     """
 
     epoch: int = 0
@@ -37,17 +37,17 @@ class Position:
 
 
 def state_path(output: Path) -> Path:
-    """Where the state of an unfinished run is: `tuned.safetensors` has `tuned.resume.pt`."""
+    """Return the path of an unfinished run's state: `tuned.resume.pt` for `tuned.safetensors`."""
     return output.with_name(f"{output.name.removesuffix('.safetensors')}.resume.pt")
 
 
 def save_state(path: Path, identity: dict[str, Any], position: Position, parts: dict[str, Any]) -> None:
-    """Write a state, complete or not at all; every process takes part and the first one writes.
+    """Write a state atomically; a collective operation, in which the first process writes.
 
     Args:
         path: the file.
-        identity: what has to be equal in the run that goes on.
-        position: how far this one is.
+        identity: settings that the resumed run has to share.
+        position: position of this run.
         parts: tensors and plain values.
     """
     random_states = distributed.all_gather_object(RandomState.current().to_plain())
@@ -62,17 +62,17 @@ def save_state(path: Path, identity: dict[str, Any], position: Position, parts: 
 
 
 def load_state(path: Path, identity: dict[str, Any]) -> tuple[Position, dict[str, Any]]:
-    """Read a state back and set the generators of random numbers.
+    """Read a state, and restore the state of the random number generators.
 
     Raises:
-        StateError: damaged, of another version, or of another run.
+        StateError: the file is damaged, of another version, or of a run with other settings.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         raise StateError(f"{str(path)!r} cannot be read as the state of a run: {e}") from e
     if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-        raise StateError(f"{str(path)!r} is not a state of this version{_ANEW}")
+        raise StateError(f"{str(path)!r} is not a state of version {STATE_VERSION}{_ANEW}")
     differing = {
         name: (state["identity"].get(name), value)
         for name, value in identity.items()

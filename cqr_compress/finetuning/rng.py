@@ -1,4 +1,4 @@
-"""Random numbers in streams: data, training and evaluation do not change what the others draw."""
+"""Independent streams of random numbers for data, training and evaluation."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class RandomState:
 
     @classmethod
     def current(cls) -> RandomState:
-        """As it is."""
+        """Return the current state."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
         return cls(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())
 
     @classmethod
     def seeded(cls, *seeds: int) -> RandomState:
-        """As it is after seeding everything with a mixture of numbers; the current state stays."""
+        """Return the state after seeding all generators from several numbers; the current state is unchanged."""
         seed = int(np.random.SeedSequence(seeds).generate_state(1, np.uint32)[0])
         before = cls.current()
         torch.manual_seed(seed)
@@ -40,7 +40,7 @@ class RandomState:
         return state
 
     def set(self) -> None:
-        """Let the generators go on from here."""
+        """Set the generators to this state."""
         torch.set_rng_state(self.torch_cpu)
         if self.torch_cuda:
             torch.cuda.set_rng_state_all(self.torch_cuda)
@@ -48,7 +48,7 @@ class RandomState:
         random.setstate(self.python)
 
     def to_plain(self) -> dict[str, Any]:
-        """Tensors and plain values, which torch.load reads without running code."""
+        """Convert to tensors and plain values, which torch.load reads with weights_only=True."""
         name, keys, position, has_gauss, gauss = self.numpy
         version, internal, gauss_next = self.python
         return {
@@ -60,7 +60,7 @@ class RandomState:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> RandomState:
-        """Back from `to_plain`."""
+        """Restore from the values of `to_plain`."""
         name, keys, *rest = plain["numpy"]
         version, internal, gauss_next = plain["python"]
         numpy = (name, keys.numpy().astype(np.uint32), *rest)
@@ -69,18 +69,18 @@ class RandomState:
 
 @dataclass
 class RandomStream:
-    """A stream of its own: what is drawn inside of `active` goes on where it ended the last time."""
+    """A separate stream of random numbers: each `active` context continues where the last one ended."""
 
     state: RandomState
 
     @classmethod
     def seeded(cls, *seeds: int) -> RandomStream:
-        """Begin a stream."""
+        """Create a stream seeded from several numbers."""
         return cls(RandomState.seeded(*seeds))
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Draw from this stream; the generators are as they were afterwards."""
+        """Draw from this stream inside the context; the generators are restored afterwards."""
         before = RandomState.current()
         self.state.set()
         try:

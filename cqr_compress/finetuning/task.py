@@ -1,4 +1,4 @@
-"""What fine-tuning needs of a user: the model, batches, a loss, and a metric on held-out data."""
+"""Interface of a task: the model, training batches, a loss, and metrics on held-out data."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ class Task:
     """A model and its data, as functions.
 
     Attributes:
-        name: shown in reports.
-        model: builds the architecture whose state_dict the checkpoint belongs to; its weights do not matter.
-        train_batches: begins an epoch, counted from 0, and gives its batches: any finite iterable of anything that
-            `loss` takes. Called again with the same number it has to give the same batches if random numbers are
-            drawn from `torch`, `numpy.random` or `random`, which are seeded alike.
-        loss: of a model and a batch: the losses of its examples, (B,), or their mean.
-        evaluate: of a model in eval mode, without gradients: metrics by name, on held-out data.
-        metric: the figure that decides.
-        mode: "max" if more of it is better, or "min".
-        logits: of a model and a batch: scores of candidates, (n, V), whose softmax distillation of outputs
-            compares; what `model(...)` returns is compared if None.
-        frequencies: how often each id of a table is used, (N,), by the name of the tensor, or None.
-        optimizer: makes the optimizer of some parameters; AdamW if None.
-        identity: what tells it from other tasks of this name, as plain values: a run that goes on after a kill has
-            to have the same.
+        name: name in reports.
+        model: builds the architecture of the checkpoint's state_dict; its initial weights are replaced.
+        train_batches: maps an epoch, from 0, to its batches: a finite iterable of anything that `loss` accepts.
+            For the same epoch it has to give the same batches, provided that random numbers are drawn from
+            `torch`, `numpy.random` or `random`, which are seeded with the same values.
+        loss: maps a model and a batch to the losses of its examples, (B,), or to their mean.
+        evaluate: maps a model in eval mode to metrics on held-out data, by name; called without gradients.
+        metric: name of the metric that selects the best weights.
+        mode: "max" if a larger metric is better, or "min".
+        logits: maps a model and a batch to scores of candidates, (n, V), for distillation of outputs, which uses
+            their softmax; if None, it uses the output of `model(...)`.
+        frequencies: maps the name of a table to counts of its ids, (N,), or None.
+        optimizer: creates the optimizer of a list of parameters; AdamW if None.
+        identity: plain values that distinguish the task from others of the same name; a resumed run has to have
+            the same values.
     """
 
     name: str
@@ -50,26 +50,29 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise TaskError(f"mode is {self.mode!r}: give 'max' if more of {self.metric!r} is better, or 'min'")
+            raise TaskError(f"mode is {self.mode!r}: give 'max' if a larger {self.metric!r} is better, or 'min'")
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Evaluate a model.
 
         Raises:
-            TaskError: the metric is not among the metrics, or one of them is not a number.
+            TaskError: `evaluate` does not return the task's metric, or returns something that is not a number.
         """
         found = self.evaluate(model)
         if not isinstance(found, Mapping):
-            raise TaskError(f"evaluate gave a {type(found).__name__}: it returns metrics by name")
+            raise TaskError(f"evaluate returned a {type(found).__name__}: it has to return metrics by name")
         try:
             metrics = {str(name): float(value) for name, value in found.items()}
         except (TypeError, ValueError) as e:
-            raise TaskError(f"evaluate gave {found!r}: its values are numbers") from e
+            raise TaskError(f"evaluate returned {found!r}: its values have to be numbers") from e
         if self.metric not in metrics:
-            raise TaskError(f"metric is {self.metric!r} and evaluate gave {', '.join(metrics) or 'nothing'}")
+            raise TaskError(
+                f"metric is {self.metric!r}, but evaluate returned {', '.join(metrics) or 'no metrics'}: it has "
+                "to return that metric"
+            )
         return metrics
 
     def is_better(self, metrics: Mapping[str, float], than: Mapping[str, float]) -> bool:
-        """Whether the metric is better; NaN never is."""
+        """Return whether the metric is strictly better; NaN never is."""
         new, old = metrics[self.metric], than[self.metric]
         return new > old if self.mode == "max" else new < old

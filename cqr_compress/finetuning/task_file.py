@@ -1,4 +1,4 @@
-"""Tasks that users write: a Python file with a few functions, found by name."""
+"""Task files of users: Python files with a few functions, found by name."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ TEMPLATE = '''"""My model and data, for `cqr-compress finetune SMALL.safetensors
 import torch
 from torch import nn
 
-metric = "auc"  # the figure of evaluate() that decides what is kept
-mode = "max"  # "max" if more of it is better, "min" if less is
+metric = "auc"  # the metric of evaluate() that selects the best weights
+mode = "max"  # "max" if a larger metric is better, else "min"
 
 
 def model():
-    """Build the architecture that the checkpoint belongs to; its weights are loaded afterwards."""
+    """Build the architecture of the checkpoint; its weights are loaded afterwards."""
     raise NotImplementedError("from my_project import MyModel; return MyModel(...)")
 
 
 def train_batches(epoch):
-    """Give the batches of an epoch: a DataLoader, a generator, a list. Random numbers come from torch, numpy or
-    random, and are seeded for you, so that a run can be resumed."""
+    """Return the batches of an epoch: a DataLoader, a generator or a list. Draw random numbers from torch, numpy
+    or random: their generators are seeded for each epoch, so that a run can be resumed."""
     raise NotImplementedError("return DataLoader(my_training_set, batch_size=1024, shuffle=True)")
 
 
 def loss(model, batch):
-    """The loss of each example of a batch, not reduced, so that clusterings can weigh them; or their mean."""
+    """Return the unreduced loss of each example of a batch, which updates of codes require; or the mean loss."""
     features, labels = batch
     return nn.functional.binary_cross_entropy_with_logits(model(features), labels, reduction="none")
 
 
 def evaluate(model):
-    """Figures on held-out data; the model is in eval mode, and no gradients are recorded."""
+    """Return metrics on held-out data; the model is in eval mode, and gradients are disabled."""
     raise NotImplementedError('return {"auc": ..., "bce": ...}')
 
 
 # def logits(model, batch):
-#     """Scores of classes or items, (n, V): --distill outputs compares their softmax with the original's. Without
-#     this it compares what model(...) returns."""
+#     """Return scores of classes or items, (n, V), whose softmax --distill outputs compares with the original's.
+#     Without this function it compares the outputs of model(...)."""
 
 
 # def frequencies(table_name):
-#     """How often each id of a table is used, (N,), by its name in the checkpoint, or None."""
+#     """Return the counts of the ids of a table, (N,), by its name in the checkpoint, or None."""
 
 
 # def optimizer(params):
@@ -64,11 +64,11 @@ def evaluate(model):
 
 
 def write_template(path: str | Path, force: bool = False) -> None:
-    """Write a commented task file to start from.
+    """Write a commented template of a task file.
 
     Raises:
-        OutputExistsError: the file is there, and `force` is not given.
-        OutputError: it cannot be written.
+        OutputExistsError: the file exists, and `force` is False.
+        OutputError: the file cannot be written.
     """
     path = Path(path)
     check_outputs([path], force)
@@ -77,25 +77,25 @@ def write_template(path: str | Path, force: bool = False) -> None:
 
 
 def load_task_file(path: str | Path) -> Task:
-    """Run a task file and find its functions.
+    """Execute a task file and build a task from its functions.
 
     Args:
-        path: a Python file; modules beside it can be imported by it.
+        path: a Python file, which can import modules from its folder.
 
     Raises:
-        TaskError: no such file, or names that are missing or of another kind.
-        UserCodeError: an error of the file itself; so do the task's functions when they are called.
+        TaskError: no such file, or names that are missing or of another type.
+        UserCodeError: an exception in the file; the functions of the task raise it as well.
     """
     path = Path(path)
     if not path.is_file():
-        raise TaskError(f"there is no task file {str(path)!r}")
+        raise TaskError(f"no such task file: {str(path)!r}")
     module = _run(path)
     missing = [name for name in _NEEDED if not callable(getattr(module, name, None))]
     missing += ["metric"] if not isinstance(getattr(module, "metric", None), str) else []
     if missing:
         raise TaskError(
             f"task file {str(path)!r} does not define {', '.join(missing)}. "
-            "`cqr-compress finetune --init-task FILE` writes a commented one."
+            "`cqr-compress finetune --init-task FILE` writes a commented template."
         )
     functions: dict[str, Any] = {name: _of_user(getattr(module, name), path) for name in _NEEDED}
     for name in _OPTIONAL:
@@ -112,9 +112,9 @@ def _run(path: Path) -> ModuleType:
     name = f"_cqr_compress_task_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise TaskError(f"task file {str(path)!r} is not a Python file: its name ends in .py")
+        raise TaskError(f"task file {str(path)!r} is not a Python file: its name has to end in .py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # for classes that are pickled, as by workers of a DataLoader
+    sys.modules[name] = module  # required to pickle classes of the file, as workers of a DataLoader do
     sys.path.insert(0, str(path.parent.resolve()))
     loader = spec.loader
     _of_user(lambda: loader.exec_module(module), path)()
@@ -122,7 +122,7 @@ def _run(path: Path) -> ModuleType:
 
 
 def _of_user(function: Callable[..., Any], path: Path) -> Callable[..., Any]:
-    """Let errors of a function be told as the user's own."""
+    """Wrap a function of the user, so that its exceptions are raised as `UserCodeError`."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -135,13 +135,13 @@ def _of_user(function: Callable[..., Any], path: Path) -> Callable[..., Any]:
 
 
 class _iterate:  # noqa: N801
-    """Batches whose errors are told as the user's own; their length too, where they have one."""
+    """Iterable of batches whose exceptions are raised as `UserCodeError`; it has a length if they have one."""
 
     def __init__(self, batches: Any, path: Path) -> None:
         self._batches, self._path = batches, path
 
     def __len__(self) -> int:
-        return len(self._batches)  # a TypeError where they have none, as len() wants it
+        return len(self._batches)  # a TypeError if they have none, as len() requires
 
     def __iter__(self) -> Iterator[Any]:
         iterator = _of_user(lambda: iter(self._batches), self._path)()
@@ -152,7 +152,7 @@ class _iterate:  # noqa: N801
 
 
 def _own_traceback(error: BaseException, path: Path) -> str:
-    """Format an error from the first line of the user's file on, without this package's frames above it."""
+    """Format a traceback from the first frame in the user's file, without the frames of this package above it."""
     if isinstance(error, UserCodeError):
         return str(error)
     first = error.__traceback__

@@ -1,4 +1,4 @@
-"""Build a task's model, load a file into it, and evaluate it."""
+"""Build a task's model, load a file into it and evaluate it."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from cqr_compress.model.load import init_empty_weights, load_checkpoint, load_co
 
 
 def own_device(asked: torch.device | str | None = None) -> torch.device:
-    """The device of this process: what was asked, or CUDA where there is one; of several the one of its number.
+    """Return the device of this process: the given one, else CUDA if available; LOCAL_RANK is its default index.
 
     Raises:
-        SpecError: there is no such device.
+        SpecError: the device does not exist.
     """
     try:
         device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as e:
-        raise SpecError(f"there is no device {str(asked)!r}: give cpu, cuda or cuda:1, for example") from e
+        raise SpecError(f"no device {str(asked)!r}: give cpu, cuda or cuda:1, for example") from e
     if device.type != "cuda":
         return device
     number = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
     if number >= torch.cuda.device_count():
-        raise SpecError(f"there is no device cuda:{number}: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise SpecError(f"no device cuda:{number}: torch finds {torch.cuda.device_count()} CUDA devices")
     return torch.device("cuda", number)
 
 
 def load_model(task: Task, path: Path, seed: int, device: torch.device) -> nn.Module:
-    """Build the task's model and load a file into it, its random numbers drawn from a stream of their own.
+    """Build the task's model, with a separate stream of random numbers, and load a file into it.
 
-    For a compressed file, dense tables are never in memory, unless `model()` needs the values it starts from, or
-    draws random numbers for anything else.
+    For a compressed file, dense tables are never allocated, unless `model()` reads its initial values, or draws
+    random numbers outside the initialization of embeddings.
 
     Raises:
-        TaskError: `model()` does not give a module.
-        SwapError: the file does not fit it.
+        TaskError: `model()` does not return a module.
+        SwapError: the file does not match the model.
     """
     with open_checkpoint(path) as checkpoint:
         compressed = is_compressed(checkpoint)
@@ -56,7 +56,7 @@ def load_model(task: Task, path: Path, seed: int, device: torch.device) -> nn.Mo
                 load_compressed(model, path, device=device)
                 if not _holds_meta(model, set()):
                     return model
-        except Exception:  # the same without, or an error that is told then
+        except Exception:  # built again below with allocated weights, which raises errors of the model itself
             pass
     model, _ = _build(task, seed)
     load_checkpoint(model, path)
@@ -64,7 +64,7 @@ def load_model(task: Task, path: Path, seed: int, device: torch.device) -> nn.Mo
 
 
 def _holds_meta(value: Any, seen: set[int]) -> bool:
-    """Whether a tensor on the meta device is in a module or a collection, however deep."""
+    """Return whether a module or a collection contains a tensor on the meta device, at any depth."""
     if isinstance(value, Tensor):
         return value.is_meta
     if isinstance(value, nn.Module):
@@ -76,13 +76,13 @@ def _holds_meta(value: Any, seen: set[int]) -> bool:
 
 
 def _build(task: Task, seed: int) -> tuple[nn.Module, bool]:
-    """Build the model; also whether it drew from torch's generator."""
+    """Build the model; return it, and whether it drew random numbers from torch's generator."""
     with RandomStream.seeded(seed, 0).active():
         before = torch.get_rng_state()
         model = task.model()
         drawn = not torch.equal(before, torch.get_rng_state())
     if not isinstance(model, nn.Module):
-        raise TaskError(f"model() gave a {type(model).__name__}: it returns a torch.nn.Module")
+        raise TaskError(f"model() returned a {type(model).__name__}: it has to return a torch.nn.Module")
     return model, drawn
 
 
@@ -90,7 +90,7 @@ _TRAINING, _EVALUATION, _PASS = 2, 3, 4
 
 
 def evaluate_task(task: Task, model: nn.Module, seed: int) -> dict[str, float]:
-    """Evaluate a model, random numbers drawn from a stream of their own; means over all processes."""
+    """Evaluate a model with a separate stream of random numbers; metrics are averaged over all processes."""
     model.eval()
     with torch.no_grad(), RandomStream.seeded(seed, _EVALUATION).active():
         mine = task.measure(model)

@@ -1,4 +1,4 @@
-"""The training loop: evaluated from step 0, stopped early, resumed exactly, run by one process or more."""
+"""The training loop: evaluation from step 0, early stopping, exact resumption, one or several processes."""
 
 from __future__ import annotations
 
@@ -40,18 +40,21 @@ class Trainer:
     """One run of fine-tuning.
 
     Attributes:
-        task: what is trained on.
+        task: task to train on.
         tuned: the model.
-        options: how.
-        changes: of codes.
-        device: where the model is.
-        distillation: adds a part to the loss, or None.
-        original: the dense checkpoint that rows are fitted to, or None.
-        method: that the conversion was asked for.
-        budgets: bytes that tables may have.
-        state_file: where the state goes.
-        identity: what a run that goes on has to have in common with this one.
-        progress: told of the work.
+        options: options of fine-tuning.
+        changes: updates of codes.
+        device: device of the model.
+        distillation: distillation loss to add, or None.
+        original: the dense checkpoint whose rows are re-quantized, or None.
+        method: method of the conversion.
+        budgets: budget of each table in bytes.
+        state_file: path of the saved state.
+        identity: settings that a resumed run has to share with this one.
+        progress: receives the progress of the work.
+        early_stopping: the evaluations and the best weights.
+        position: progress of the run, as saved in a state.
+        log: lines that were logged.
     """
 
     task: Task
@@ -82,18 +85,22 @@ class Trainer:
         self._per_example = False
 
     def run(self, resume: bool) -> str:
-        """Train; the model has the best weights afterwards.
+        """Train the model, and restore the best weights at the end.
 
         Args:
-            resume: go on from the state file, where there is one.
+            resume: resume from the state file, if there is one.
 
         Returns:
-            Why it ended.
+            The reason why training ended.
+
+        Raises:
+            TaskError: the task is invalid.
+            StateError: the state cannot be resumed.
         """
         RandomStream.seeded(self.options.seed, _TRAINING, distributed.rank()).state.set()
         if resume and self.state_file.exists():
             self._load()
-            self._log(f"going on from step {self.position.step}")
+            self._log(f"resuming from step {self.position.step}")
         try:
             reason = self._train()
         except KeyboardInterrupt:
@@ -110,9 +117,9 @@ class Trainer:
         with torch.no_grad():
             first = next(self._losses(0)(), None)
         if first is None:
-            raise TaskError("train_batches(0) gave no batch")
+            raise TaskError("train_batches(0) returned no batch")
         self._per_example = first.ndim == 1
-        self.changes.kind(self._per_example)  # complain before the work
+        self.changes.kind(self._per_example)  # raises before any work is done
         if not self.early_stopping.history:
             self._evaluate("as given")
             if self.original is not None and options.refit and self._per_example:
@@ -121,7 +128,7 @@ class Trainer:
         if self.early_stopping.exhausted:
             return self._patience()
         for epoch in range(position.epoch, options.epochs):
-            if self._steps_are_done:  # as the state says that was gone on from
+            if self._steps_are_done:  # the resumed state may already have reached max_steps
                 return self._end_of_steps()
             if not position.codes_changed:
                 self._change_codes(epoch)
@@ -143,7 +150,7 @@ class Trainer:
                 if self._steps_are_done:
                     break
             if not position.step_of_epoch:
-                raise TaskError(f"train_batches({epoch}) gave no batch")
+                raise TaskError(f"train_batches({epoch}) returned no batch")
             if self._steps_are_done:
                 return self._end_of_steps()
             position.steps_per_epoch = position.step_of_epoch
@@ -168,7 +175,7 @@ class Trainer:
             self._evaluate("trained")
 
     def _step(self, step: Step) -> bool:
-        """Make one step of the optimizer; whether its loss was finite."""
+        """Do one optimizer step; return False, without updating the parameters, if the loss is not finite."""
         position, parameters = self.position, self.tuned.parameters
         for group, base_lr in zip(self._optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base_lr * self.lr_factor()
@@ -193,7 +200,7 @@ class Trainer:
         return True
 
     def _loss_of(self, batch: Any) -> Tensor:
-        """The mean loss of a batch, with what distillation adds."""
+        """Compute the mean loss of a batch, including the weighted distillation loss."""
         enabled = self._precision is not torch.float32
         cast: Any = torch.autocast(self.device.type, self._precision) if enabled else nullcontext()
         with cast:
@@ -203,7 +210,7 @@ class Trainer:
             return losses.mean() + self.options.distill_weight * extra
 
     def lr_factor(self) -> float:
-        """The learning rate beside its base_lr: a linear rise, then a cosine to a tenth."""
+        """Return the learning rate relative to its base_lr: linear warm-up times cosine decay to a tenth."""
         position, options = self.position, self.options
         rise = min(1.0, (position.step + 1) / max(1, options.warmup_steps))
         per_epoch = position.steps_per_epoch
@@ -214,7 +221,7 @@ class Trainer:
         return rise * (_LOWEST + (1 - _LOWEST) * (1 + math.cos(math.pi * part)) / 2)
 
     def _evaluate(self, stage: str) -> bool:
-        """Look at held-out data, with weights as the file will hold them, and keep them if they are the best."""
+        """Evaluate with weights rounded to the dtypes of the file; store a snapshot if they are the best."""
         self.tuned.model.eval()
         with self.tuned.as_written():
             metrics = evaluate_task(self.task, self.tuned.model, self.options.seed)
@@ -228,7 +235,7 @@ class Trainer:
         return better
 
     def _refit(self, original: Path) -> None:
-        """Try fits of the original's rows, and go on from whatever is best."""
+        """Re-quantize the original's rows under Fisher-weighted error, and continue from the best weights."""
         tables = FisherFit.tables(self.tuned)
         if not tables:
             return
@@ -244,11 +251,11 @@ class Trainer:
                 better |= self._evaluate("refit")
             assert self.early_stopping.best is not None
             self.tuned.restore(self.early_stopping.best)
-            if not better:  # fisher at these weights has been measured
+            if not better:  # the Fisher information at these weights has been measured already
                 return
 
     def _change_codes(self, epoch: int) -> None:
-        """Cluster or reassign where an epoch begins."""
+        """Recluster or reassign codes at the beginning of an epoch, if due."""
         kind = self.changes.kind(self._per_example)
         if kind != "frozen" and self.changes.is_due(epoch):
             self.tuned.model.eval()
@@ -277,7 +284,9 @@ class Trainer:
             )
         optimizer = self.task.optimizer(self.tuned.parameters)
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TaskError(f"optimizer gave a {type(optimizer).__name__}: it returns a torch.optim.Optimizer")
+            raise TaskError(
+                f"optimizer returned a {type(optimizer).__name__}: it has to return a torch.optim.Optimizer"
+            )
         return optimizer
 
     def _save_is_due(self) -> bool:
@@ -311,7 +320,7 @@ class Trainer:
             distributed.log_on_first(line)
 
     def _patience(self) -> str:
-        return f"nothing was better in {self.options.patience} evaluations"
+        return f"no improvement in {self.options.patience} evaluations"
 
     def _best_so_far(self) -> str:
         return f"best {self.task.metric} {self.early_stopping.best_evaluation.metrics[self.task.metric]:.5g}"
@@ -321,12 +330,14 @@ def _losses(task: Task, model: nn.Module, batch: Any) -> Tensor:
     losses = task.loss(model, batch)
     if not isinstance(losses, Tensor) or losses.ndim > 1 or losses.numel() == 0:
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise TaskError(f"loss gave {shape}: it returns the losses of a batch's examples (B,), or their mean")
+        raise TaskError(
+            f"loss returned {shape}: it has to return the losses of a batch's examples (B,), or their mean"
+        )
     return losses
 
 
 def _add_up_gradients(parameters: list[nn.Parameter]) -> None:
-    """Sum gradients over all processes, in one piece for each dtype; processes without a batch add zeros."""
+    """Sum gradients over all processes, in one flat tensor per dtype; a process without a batch adds zeros."""
     if distributed.world_size() == 1:
         return
     by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}

@@ -1,4 +1,4 @@
-"""The part of a model that fine-tuning changes: trained in float32, judged as the file will hold it."""
+"""The trainable part of a model: trained in float32, evaluated with the dtypes of the file."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Snapshot = dict[str, Any]
 
 @dataclass
 class TunedModel:
-    """A model that a compressed file was loaded into, ready to be trained.
+    """A model prepared for training, with a compressed file loaded into it.
 
     Attributes:
-        model: its codebooks are float32.
-        tables: layers by the names of their tables in the file.
-        everything: whether parameters outside of tables are trained too.
-        dense_dtypes: dtype in the file of the tensors outside of tables that can change.
+        model: the model, with codebooks in float32.
+        tables: layers, by the names of their tables in the file.
+        everything: whether parameters outside tables are trained too.
+        dense_dtypes: dtypes in the file of the trainable tensors outside tables.
     """
 
     model: nn.Module
@@ -40,10 +40,10 @@ class TunedModel:
 
     @classmethod
     def from_model(cls, model: nn.Module, opened: CompressedFile, everything: bool) -> TunedModel:
-        """Widen what is trained to float32, and freeze the rest.
+        """Convert trainable tensors to float32, and freeze the others.
 
         Raises:
-            TableNotFoundError: there is no table to train.
+            TableNotFoundError: the model has no table of the file.
         """
         slots = model_tensors(model, opened)
         tables: dict[str, TableLayer] = {}
@@ -52,7 +52,7 @@ class TunedModel:
             if layer is not None:
                 tables[name] = layer.owner
         if not tables:
-            raise TableNotFoundError(f"{type(model).__name__} holds no table of {str(opened.checkpoint.path)!r}")
+            raise TableNotFoundError(f"{type(model).__name__} has no table of {str(opened.checkpoint.path)!r}")
         dense: dict[Tensor, torch.dtype] = {}
         if everything:
             model.float()
@@ -67,12 +67,12 @@ class TunedModel:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer gets: codebooks and row scales; rotations and kept rows stay."""
+        """Parameters of the optimizer: codebooks, row scales and offsets, and all others if `everything`."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @property
     def file_dtypes(self) -> dict[Tensor, torch.dtype]:
-        """Dtype in the file of each floating-point tensor that can change."""
+        """Dtypes in the file of the floating-point tensors of tables, and of trainable tensors outside them."""
         dtypes = dict(self.dense_dtypes)
         for layer in self.tables.values():
             shapes, tensors = layer.spec.tensor_shapes(), layer.table_tensors()
@@ -80,12 +80,12 @@ class TunedModel:
         return dtypes
 
     def install(self, name: str, spec: AnySpec, tensors: Mapping[str, Tensor]) -> None:
-        """Let a layer hold another table; an optimizer has to be made anew.
+        """Replace the table of a layer; an existing optimizer becomes invalid.
 
         Args:
-            name: of the table.
-            spec: of the new one.
-            tensors: of the new one, in the dtypes of the spec or wider.
+            name: name of the table.
+            spec: spec of the new table.
+            tensors: tensors of the new table, in the dtypes of the spec or wider.
         """
         layer = self.tables[name]
         dtype, device = layer.dtype, layer.device
@@ -97,7 +97,7 @@ class TunedModel:
         _widen(layer)
 
     def train_mode(self) -> None:
-        """Put the model into train mode; running statistics rest where only codebooks are trained."""
+        """Set train mode; batch normalization stays in eval mode unless everything is trained."""
         self.model.train()
         if not self.everything:
             for module in self.model.modules():
@@ -107,7 +107,7 @@ class TunedModel:
     @contextmanager
     @torch.no_grad()
     def as_written(self) -> Iterator[None]:
-        """Round values to the dtypes of the file for a while."""
+        """Round values to the dtypes of the file inside the context."""
         held: dict[Tensor, Tensor] = {}
         for tensor, dtype in self.file_dtypes.items():
             if dtype != tensor.dtype:
@@ -120,7 +120,7 @@ class TunedModel:
                 tensor.data.copy_(value)
 
     def snapshot(self) -> Snapshot:
-        """Copy everything that can change."""
+        """Copy all tensors that training can change."""
         tables = {
             name: {
                 "spec": layer.spec.to_json(),
@@ -133,7 +133,7 @@ class TunedModel:
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
-        """Put a copy back; if its tables have other layouts, an optimizer has to be made anew."""
+        """Restore a snapshot; an existing optimizer becomes invalid if the layout of a table differs."""
         for name, kept in snapshot["tables"].items():
             spec, layer = spec_from_json(kept["spec"]), self.tables[name]
             if _without_seed(spec) != _without_seed(layer.spec):
@@ -147,12 +147,12 @@ class TunedModel:
             now = others.get(name)
             if now is not None and now.shape == value.shape and 0 not in now.stride():
                 now.data.copy_(value)
-            elif now is not None:  # a buffer that a forward put into the slot of another one
+            elif now is not None:  # a buffer that a forward pass replaced by one of another shape
                 path, _, attribute = name.rpartition(".")
                 self.model.get_submodule(path)._buffers[attribute] = value.to(now.device, copy=True)
 
     def _others(self) -> dict[str, Tensor]:
-        """What a file holds outside of tables and can change: parameters, and buffers that a forward may fill."""
+        """Return tensors outside tables that can change: buffers, and parameters if everything is trained."""
         inside = {id(t) for layer in self.tables.values() for t in layer.table_tensors().values()}
         return {
             name: tensor
@@ -164,7 +164,7 @@ class TunedModel:
 
 
 def _widen(layer: TableLayer) -> None:
-    """Hold floating-point tensors in float32, and train those that are codebooks or row scales."""
+    """Convert tensors below float64 to float32, and make codebooks, row scales and row offsets trainable."""
     for short, tensor in layer.table_tensors().items():
         if tensor.is_floating_point():
             tensor.data = tensor.data.float() if tensor.dtype != torch.float64 else tensor.data

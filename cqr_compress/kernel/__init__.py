@@ -1,1 +1,1 @@
-"""C for the CPU."""
+"""Compiled lookups for the CPU, in C."""

@@ -1,4 +1,4 @@
-"""Build `lookup.c` with the system's C compiler when it is first needed, and load it."""
+"""Compile `lookup.c` with the system's C compiler on first use, and load it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-ffp-contract=off")
 
 @dataclass(frozen=True)
 class Native:
-    """Whether the compiled lookups are in use.
+    """The compiled library, if it is available.
 
     Attributes:
         library: the loaded library, or None.
-        reason: where it is, or why there is none.
+        reason: path of the library, or why it is not available.
     """
 
     library: ctypes.CDLL | None
@@ -33,18 +33,18 @@ class Native:
 
 @functools.cache
 def native() -> Native:
-    """Load the library, after building it where it was not built before; never raises."""
+    """Load the library, compiling it if it is not cached; failures are reported in `reason`, not raised."""
     if os.environ.get("CQR_COMPRESS_NATIVE", "1") == "0":
-        return Native(None, "turned off by CQR_COMPRESS_NATIVE=0")
+        return Native(None, "disabled by CQR_COMPRESS_NATIVE=0")
     named = os.environ.get("CC", "cc")
     compiler = shutil.which(named) or shutil.which("gcc") or shutil.which("clang")
     if os.name != "posix" or compiler is None:
-        return Native(None, f"no C compiler: neither {named!r}, gcc nor clang is there")
+        return Native(None, f"no C compiler: none of {named!r}, gcc and clang found")
     try:
         path = _build(compiler, ("-fopenmp",))
         try:
             library = ctypes.CDLL(str(path))
-        except OSError:  # torch was built with another OpenMP library than this compiler's
+        except OSError:  # torch uses another OpenMP library than this compiler
             path = _build(compiler, ())
             library = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as e:
@@ -70,10 +70,10 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def _build(compiler: str, more_flags: tuple[str, ...]) -> Path:
-    """Compile the library, unless that was done before.
+    """Compile the library, unless it is cached.
 
-    It is linked without an OpenMP library of its own: it finds the one that torch has loaded, so that both
-    share one pool of threads.
+    It is linked without an OpenMP library: its symbols resolve to the one that torch has loaded, so that both
+    share one thread pool.
     """
     source = _SOURCE.read_bytes()
     flags = (*_FLAGS, *more_flags)
@@ -89,12 +89,12 @@ def _build(compiler: str, more_flags: tuple[str, ...]) -> Path:
             [compiler, "-shared", str(compiled), "-o", str(linked)],
         ):
             subprocess.run(command, check=True, capture_output=True, timeout=120)
-        linked.replace(path)  # whole or not at all, also when several processes build
+        linked.replace(path)  # atomic, also if several processes build at the same time
     return path
 
 
 def _cache_folder() -> Path:
-    """A folder that no one else can write to; one for this process alone where the cache is not like that."""
+    """Return a cache folder that only this user can write to; a temporary folder if the cache is not suitable."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "cqr-compress"
     try:
@@ -108,7 +108,7 @@ def _cache_folder() -> Path:
 
 
 def _processor() -> bytes:
-    """What the processor can do, as far as the system tells."""
+    """Return a description of the processor's instruction sets, as a part of the cache key."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return "".join(line for line in lines if line.startswith(("flags", "Features")))[:8192].encode()

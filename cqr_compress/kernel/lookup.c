@@ -1,15 +1,15 @@
 /* Lookups in compressed tables and their gradients on the CPU.
  *
- * Rows come straight from packed codes to floats, without the index tensors that the same work takes in torch.
+ * Rows are decoded directly from packed codes, without the index tensors that torch operations require.
  * Shapes: N rows, D = C * S columns, C columns of S dimensions, L levels, K codewords; a row of codes is
  * `width` bytes, C * L codes of n_bits without gaps, least significant bit first. Codes are below K because K is
- * 2**n_bits. Work is split so that no two threads write to one place: results do not depend on their number.
+ * 2**n_bits. No two threads write to the same location: results do not depend on the number of threads.
  */
 #include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define AHEAD 12 /* rows whose codes are fetched before their turn */
-#define MAX_LEVELS 64 /* levels that are summed in one go */
+#define AHEAD 12 /* prefetch distance, in rows */
+#define MAX_LEVELS 64 /* levels that are summed in one pass */
 
 typedef float f4 __attribute__((vector_size(16), aligned(4)));
 typedef float f16 __attribute__((vector_size(64), aligned(4)));
@@ -35,7 +35,7 @@ INLINE f16 half_16(const half *p) {
 #endif
 }
 #else
-const int has_half = 0; /* the caller widens float16 first */
+const int has_half = 0; /* the caller converts float16 to float32 */
 INLINE float half_1(const half *p) { return (float)*p; }
 INLINE f4 half_4(const half *p) { return (f4){(float)*p}; }
 INLINE f16 half_16(const half *p) { return (f16){(float)*p}; }
@@ -45,14 +45,14 @@ INLINE int64_t id_at(const void *ids, int is_int64, int64_t i) {
     return is_int64 ? ((const int64_t *)ids)[i] : (int64_t)((const int32_t *)ids)[i];
 }
 
-/* The first place whose id is no row of the table, or -1. */
+/* Index of the first id outside the table, or -1. */
 static int64_t first_bad_id(const void *ids, int is_int64, int64_t B, int64_t N) {
     for (int64_t i = 0; i < B; i++)
         if ((uint64_t)id_at(ids, is_int64, i) >= (uint64_t)N) return i;
     return -1;
 }
 
-/* The m-th code of a packed row; touches no byte beyond the row. */
+/* The m-th code of a packed row; reads no byte beyond the row. */
 INLINE uint32_t code_at(const uint8_t *row, int64_t m, int n_bits) {
     if (n_bits == 8) return row[m];
     if (n_bits == 4) return row[m >> 1] >> (m & 1) * 4 & 15;
@@ -65,7 +65,7 @@ INLINE uint32_t code_at(const uint8_t *row, int64_t m, int n_bits) {
     return word >> shift & ((1u << n_bits) - 1);
 }
 
-/* GradientAccumulator over the levels of S dimensions from s on, in vectors of `width` floats, onto what `to` holds if `more`. */
+/* Sum over the levels, from dimension s on, in vectors of `width` floats; added to `to` if `more`. */
 #define SUM_LEVELS(vector, width, load)                                                                \
     for (; s + width <= S; s += width) {                                                               \
         vector sum = load(words[0] + s);                                                               \
@@ -74,7 +74,7 @@ INLINE uint32_t code_at(const uint8_t *row, int64_t m, int n_bits) {
         *(vector *)(to + s) = sum;                                                                     \
     }
 
-/* The same for 64 dimensions at a time, so that a codeword is read in one piece. */
+/* The same for 64 dimensions at a time, so that a codeword is read contiguously. */
 #define SUM_LEVELS_BY_FOUR(load)                                                                       \
     for (; s + 64 <= S; s += 64) {                                                                     \
         f16 sum[4];                                                                                    \
@@ -87,7 +87,7 @@ INLINE uint32_t code_at(const uint8_t *row, int64_t m, int n_bits) {
         }                                                                                              \
     }
 
-/* Rows a..b of the batch. Where L, S and n_bits are constants the compiler unrolls the loops. */
+/* Rows a..b of the batch. The compiler unrolls the loops if L, S and n_bits are constants. */
 #define DEFINE_ROWS(value)                                                                             \
     INLINE void value##_rows(float *out, const void *ids, int is_int64, int64_t a, int64_t b,          \
                              const uint8_t *codes, int64_t width, const value *codebooks, int C,       \
@@ -132,7 +132,7 @@ INLINE uint32_t code_at(const uint8_t *row, int64_t m, int n_bits) {
 DEFINE_ROWS(float)
 DEFINE_ROWS(half)
 
-/* out (B, D) = rows of ids; codebooks (C, L, K, S) float or half. Returns the place of a bad id, or -1. */
+/* out (B, D) = rows of ids; codebooks (C, L, K, S) float or half. Returns the index of a bad id, or -1. */
 int64_t lookup_codewords(float *out, const void *ids, int is_int64, int64_t B, int64_t N, const uint8_t *codes,
                       int64_t width, const void *codebooks, int is_half, int C, int L, int K, int S, int n_bits,
                       int threads) {
@@ -162,7 +162,7 @@ INLINE void add_codewords(float *grad, const float *g, const void *ids, int is_i
     }
 }
 
-/* grad (C, L, K, S) += what the rows' gradients g (B, D) give their codewords; ids are rows of the table. */
+/* grad (C, L, K, S) += gradients of the codewords, from those of the rows g (B, D); ids have to be in range. */
 void lookup_backward(float *grad, const float *g, const void *ids, int is_int64, int64_t B,
                        const uint8_t *codes, int64_t width, int C, int L, int K, int S, int n_bits, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -195,7 +195,7 @@ INLINE void integer_rows(float *out, const void *ids, int is_int64, int64_t a, i
     }
 }
 
-/* out (B, D) = offset + scale * integers of n_bits 8 or 4. Returns the place of a bad id, or -1. */
+/* out (B, D) = offset + scale * integers of n_bits 8 or 4. Returns the index of a bad id, or -1. */
 int64_t lookup_integers(float *out, const void *ids, int is_int64, int64_t B, int64_t N, const uint8_t *codes,
                      int64_t width, const void *scale, const void *offset, int is_half, int D, int n_bits,
                      int threads) {
@@ -213,8 +213,8 @@ int64_t lookup_integers(float *out, const void *ids, int is_int64, int64_t B, in
 
 #define PRIME 2147483647ll /* 2**31 - 1 */
 
-/* all (B, n) = every code of the rows: the hashes of hashing.py with coefficients (n, 3), or, where those are
- * zeros, the next packed code of the row. Returns the place of a bad id, or -1. */
+/* all (B, n) = all codes of the rows: the hashes of hashing.py with coefficients (n, 3), or, where those are
+ * zeros, the next packed code of the row. Returns the index of a bad id, or -1. */
 int64_t all_codes(int32_t *all, const void *ids, int is_int64, int64_t B, int64_t N, const uint8_t *codes,
                   int64_t width, int n_bits, const int64_t *coefficients, int n, int64_t K, int threads) {
     int64_t bad = first_bad_id(ids, is_int64, B, N);

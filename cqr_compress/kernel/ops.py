@@ -1,4 +1,4 @@
-"""Compiled lookups for the CPU."""
+"""Bindings of the compiled lookups for the CPU."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from cqr_compress.kernel.build import native
 from cqr_compress.table.hashing import hash_coefficients
 from cqr_compress.table.spec import HASHED, CodebookSpec
 
-_FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults of torch are
+_FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # torch's defaults can be changed
 _ROWS_PER_THREAD = 256
-"""Rows that are worth waking a thread for."""
+"""Minimum number of rows for each thread."""
 
 
 def lookup_codewords(ids: Tensor, codes: Tensor, codebooks: Tensor, num_rows: int, n_bits: int) -> Tensor | None:
-    """Look rows up; the codebook formula for stored codes.
+    """Look up rows with the codebook formula for stored codes.
 
     Args:
         ids: (B,) int32 or int64, contiguous, on the CPU.
         codes: (N, width) uint8, contiguous.
         codebooks: (C, L, K, S) floating point, contiguous.
         num_rows: N.
-        n_bits: of a code, log2 K; or 32 for codes that are int32 below K, seen as bytes.
+        n_bits: bits of a code, log2 K; or 32 for int32 codes in [0, K), viewed as bytes.
 
     Returns:
         (B, C * S) float32; None if an id is outside [0, N).
 
     Raises:
-        ShapeError: the tensors do not make a table of N rows; nothing is read beyond them.
+        ShapeError: the tensors do not form a table of N rows; checked before any out-of-bounds read.
     """
     C, L, K, S = codebooks.shape
     B, (N, width) = ids.shape[0], codes.shape
     in_range = n_bits == 32 or 1 << n_bits == K
     if num_rows > N or 8 * width < C * L * n_bits or not in_range or codes.dtype != torch.uint8:
         raise ShapeError(
-            f"codes {tuple(codes.shape)} {codes.dtype} and codebooks {tuple(codebooks.shape)} do not make a table "
+            f"codes {tuple(codes.shape)} {codes.dtype} and codebooks {tuple(codebooks.shape)} do not form a table "
             f"of {num_rows} rows with codes of {n_bits} bits"
         )
     values, is_half = _readable(codebooks)
@@ -59,10 +59,10 @@ def lookup_backward(
 
     Args:
         grad_rows: (B, D) float32, contiguous.
-        ids: (B,) as `lookup_codewords` took them.
+        ids: (B,) as in `lookup_codewords`.
         codes: (N, width) uint8.
         shape: (C, L, K, S).
-        n_bits: of a code.
+        n_bits: bits of a code.
 
     Returns:
         (C, L, K, S) float32; independent of the number of threads.
@@ -81,21 +81,19 @@ def all_codes(spec: CodebookSpec, ids: Tensor, codes: Tensor | None) -> Tensor |
     """Compute `table.row_codes` in one pass, for stored and hashed levels.
 
     Args:
-        spec: whose code sources are STORED or HASHED.
+        spec: spec whose code sources are STORED or HASHED.
         ids: (B,) int32 or int64, contiguous, on the CPU.
-        codes: (N, codes_width) uint8, contiguous; None where no level is stored.
+        codes: (N, codes_width) uint8, contiguous; None if no level is stored.
 
     Returns:
         (B, C * L) int32; None if an id is outside [0, N).
 
     Raises:
-        ShapeError: the codes are not those of the spec.
+        ShapeError: the codes do not match the spec.
     """
     B, N, n = ids.shape[0], spec.num_embeddings, spec.num_columns * spec.num_levels
     if codes is not None and (codes.shape != (N, spec.codes_width) or codes.dtype != torch.uint8):
-        raise ShapeError(
-            f"codes {tuple(codes.shape)} {codes.dtype} are not of {N} rows of {spec.codes_width} bytes"
-        )
+        raise ShapeError(f"codes are {tuple(codes.shape)} {codes.dtype}, not {(N, spec.codes_width)} torch.uint8")
     all_ = torch.empty(B, n, dtype=torch.int32, device="cpu")
     coefficients = _coefficients(spec.seed, spec.num_columns, spec.code_sources)
     bad = _library().all_codes(
@@ -108,7 +106,7 @@ def all_codes(spec: CodebookSpec, ids: Tensor, codes: Tensor | None) -> Tensor |
 
 @functools.lru_cache(1024)
 def _coefficients(seed: int, num_columns: int, sources: tuple[str, ...]) -> Tensor:
-    """Coefficients of the hash of each column and level, zeros where codes are stored: (C * L, 3) int64."""
+    """Return the hash coefficients of each column and level, zeros for stored levels: (C * L, 3) int64."""
     all_ = torch.tensor(
         hash_coefficients(seed, range(num_columns * len(sources))), dtype=torch.int64, device="cpu"
     )
@@ -119,7 +117,7 @@ def _coefficients(seed: int, num_columns: int, sources: tuple[str, ...]) -> Tens
 def lookup_integers(
     ids: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, num_rows: int, dim: int, n_bits: int
 ) -> Tensor | None:
-    """Look up rows of integers with a scale and an offset for each.
+    """Look up rows of integers with a scale and an offset per row.
 
     Args:
         ids: (B,) int32 or int64, contiguous, on the CPU.
@@ -134,13 +132,13 @@ def lookup_integers(
         (B, D) float32; None if an id is outside [0, N).
 
     Raises:
-        ShapeError: the tensors do not make a table of N rows.
+        ShapeError: the tensors do not form a table of N rows.
     """
     B, (N, width) = ids.shape[0], codes.shape
     if min(N, len(scale), len(offset)) < num_rows or 8 * width < dim * n_bits or codes.dtype != torch.uint8:
         raise ShapeError(
             f"codes {tuple(codes.shape)} {codes.dtype}, scale {tuple(scale.shape)} and offset "
-            f"{tuple(offset.shape)} do not make a table of {num_rows} x {dim}"
+            f"{tuple(offset.shape)} do not form a table of {num_rows} x {dim}"
         )
     out = torch.empty(B, dim, **_FLOAT)
     bad = _library().lookup_integers(
@@ -153,18 +151,18 @@ def lookup_integers(
 
 @functools.cache
 def available() -> bool:
-    """Whether there is a library."""
+    """Return whether the compiled library is available."""
     return native().library is not None
 
 
 @functools.cache
 def has_half() -> bool:
-    """Whether the library reads float16 itself."""
+    """Return whether the library reads float16 without conversion."""
     return bool(ctypes.c_int.in_dll(_library(), "has_half").value)
 
 
 def _readable(codebooks: Tensor) -> tuple[Tensor, bool]:
-    """The codebooks in a dtype that the library reads, and whether that is float16."""
+    """Return the codebooks in a dtype that the library reads, and whether that is float16."""
     is_half = codebooks.dtype == torch.float16 and has_half()
     return (codebooks, True) if is_half else (codebooks.float(), False)
 
@@ -172,7 +170,7 @@ def _readable(codebooks: Tensor) -> tuple[Tensor, bool]:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native().library
-    assert library is not None, "asked before looking whether there is one"
+    assert library is not None, "callers check available() first"
     return library
 
 

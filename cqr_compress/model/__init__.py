@@ -1,1 +1,1 @@
-"""Live models: compressed tables are put into them, loaded and saved."""
+"""Live models: compress, swap, load and save their tables."""

@@ -1,4 +1,4 @@
-"""Compress the embedding layers of a live model, without a file."""
+"""Compress the embedding layers of a live model in memory."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from cqr_compress.table.table import CompressedTable
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """What `compress_` did with one table of a model.
+    """Result of `compress_` for one table of a model.
 
     Attributes:
-        name: of the tensor in the state_dict.
-        spec: how it is compressed, or None if it stayed dense.
-        reason: why this layout, or why it stayed dense.
-        quality: agreement of the rows with what they were, or None if it stayed dense.
+        name: name of the tensor in the state_dict.
+        spec: spec of the compressed table, or None if it stayed dense.
+        reason: why this layout was chosen, or why the table stayed dense.
+        quality: quality compared with the dense rows, or None if it stayed dense.
     """
 
     name: str
@@ -58,27 +58,27 @@ def compress_(
 
         cqr.compress_(model, ratio=8)
 
-    Every table is planned before the first is compressed, and all are compressed before the model is changed:
-    dense and compressed tables are in memory together for a while.
+    All tables are planned before the first one is compressed, and compressed before the model is modified: dense
+    and compressed tables are in memory at the same time.
 
     Args:
-        model: changed in place; make its optimizer after this call.
-        options: method and budget; or a spec, whose layout each table gets (its shape and rows do not count); 2
-            bits for each value if None.
-        tables: globs or "re:" patterns of tensors to take instead of the weights of all embedding layers; they may
-            name bare parameters.
-        exclude: the same, of tensors to leave.
-        frequencies: how often each id is used, (N,) by tensor, or files; see `convert`.
-        progress: told of the work; bars where stderr is a terminal, if None.
-        **option_fields: fields of `ConvertOptions`, such as `ratio=8`; they replace those of `options`.
+        model: modified in place; create its optimizer after this call.
+        options: method and budget; or a spec whose layout each table gets (its shape and special rows are
+            ignored); if None, 2 bits for each value.
+        tables: globs or "re:" patterns of tensors to compress instead of the weights of all embedding layers,
+            which may include bare parameters.
+        exclude: the same, of tensors to leave dense.
+        frequencies: counts of the ids, (N,) by tensor, or files; see `convert`.
+        progress: receives the progress of the work; if None, bars if stderr is a terminal.
+        **option_fields: fields of `ConvertOptions`, such as `ratio=8`; they override those of `options`.
 
     Returns:
-        One entry for each table that was looked at, in the order of the state_dict.
+        One result for each selected table, in the order of the state_dict.
 
     Raises:
-        TableNotFoundError: no embedding layer, a pattern that matches nothing, or no table that would gain.
-        SpecError: a spec without stored codes, or a layout that a table's shape cannot have.
-        BudgetError: tables for which no layout fits; the model is as it was.
+        TableNotFoundError: no embedding layer, a pattern without match, or no table that becomes smaller.
+        SpecError: a spec without stored codes, or a layout that is invalid for a table's shape.
+        BudgetError: tables for which no layout fits; the model is unchanged.
     """
     chosen = _options_of(options) if isinstance(options, (CodebookSpec, RowwiseSpec)) else options
     chosen = merged(ConvertOptions, chosen, option_fields)
@@ -87,7 +87,9 @@ def compress_(
     checkpoint = Checkpoint(path=Path(type(model).__name__), format="live model", entries=entries)
     selected = [c for c in find_tables(checkpoint, tables or list(entries), exclude) if c.selected]
     if not selected:
-        raise TableNotFoundError(f"{type(model).__name__} has no embedding layer: name its tables")
+        raise TableNotFoundError(
+            f"{type(model).__name__} has no embedding layer to compress: select tensors with `tables`"
+        )
     counts = read_frequencies(frequencies, {c.name: c.shape[0] for c in selected})
     weights = {name: row_weights(count) for name, count in counts.items()}
     with shown(progress) as progress:
@@ -102,11 +104,11 @@ def compress_(
 
 
 def _options_of(spec: AnySpec) -> ConvertOptions:
-    """The options that give tables of other shapes the layout of a spec."""
+    """Return the options that give tables of other shapes the layout of a spec."""
     if isinstance(spec, RowwiseSpec):
         return ConvertOptions(method=spec.method, codebook_dtype=spec.scale_dtype)
     if not spec.num_stored_levels:
-        raise SpecError(f"a spec of {spec.method} fixes no size for other tables: give a ratio")
+        raise SpecError(f"a spec of {spec.method} does not determine the size of other tables: give a ratio")
     helpers = {(): "none", ("stored",): "stored", ("hashed",): "hashed"}
     clustered = spec.method == "cqr"
     return ConvertOptions(
@@ -130,7 +132,7 @@ def _encoded(table: PlannedTable, progress: Progress) -> tuple[CompressedTable, 
 
 
 def _entries(model: nn.Module, tables: Sequence[str]) -> Mapping[str, TensorEntry]:
-    """Tensors that may be tables, each once: weights of embedding layers, or all where patterns choose."""
+    """Return possible tables, each once: weights of embedding layers; with patterns, all 2-D parameters."""
     entries: dict[str, TensorEntry] = {}
     seen: set[int] = set()
     for slot in embedding_slots(model):

@@ -1,4 +1,4 @@
-"""Load a compressed file into a model: its embedding layers compressed, everything else as it was."""
+"""Load a compressed file into a model, whose embedding layers then run on the compressed tables."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _LISTED = 10
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_compressed` did.
+    """Result of `load_compressed`.
 
     Attributes:
-        tables: names of the tensors that are computed from codes, tied ones included.
+        tables: names of the tensors that are decoded from tables, tied ones included.
         missing: names of the model's tensors that the file does not have.
         unexpected: names of the file's tensors that the model does not have.
     """
@@ -59,22 +59,26 @@ def load_compressed(
     strict: bool = True,
     prefix: str | None = None,
 ) -> LoadReport:
-    """Load a compressed file into a model, in slot: the model then runs on the compressed tables.
+    """Load a compressed file into a model in place: the model then runs on the compressed tables.
 
-    Embedding layers become compressed ones (see `swap_embeddings_`), all other tensors are loaded as
-    `load_state_dict` would. All checks come before the first change. Make the optimizer after this call.
+    Embedding layers become compressed layers (see `swap_embeddings_`), all other tensors are loaded as by
+    `load_state_dict`. All checks precede the first change. Create the optimizer after this call.
 
     Args:
-        model: of the architecture that the checkpoint was made of; on the meta device no dense table is ever in
-            memory (see `init_empty_weights`).
+        model: a model of the checkpoint's architecture; with a model on the meta device, dense tables are never
+            allocated (see `init_empty_weights`).
         path: a file, index or folder that `convert` wrote.
-        device: where the model goes; its tensors stay where they are, if None (on the CPU, if on meta).
-        strict: whether it is an error if the file and the model do not have the same tensors.
-        prefix: taken off the file's names; None takes off "module." and "_orig_mod." of wrappers by itself.
+        device: device to move the model to; if None, tensors stay on their device (the CPU for the meta device).
+        strict: raise an error unless the file and the model have the same tensors.
+        prefix: prefix to remove from the file's names; if None, the prefixes "module." and "_orig_mod." of
+            wrappers are removed.
+
+    Returns:
+        Names of the loaded tables, and of missing and unexpected tensors.
 
     Raises:
         FormatError: not a compressed file, or a damaged one.
-        SwapError: the file does not fit the model; all problems are listed, and the model is as it was.
+        SwapError: the file does not match the model; all problems are listed, and the model is unchanged.
     """
     model = _unwrapped(model)
     with open_checkpoint(path) as checkpoint:
@@ -94,12 +98,13 @@ def load_compressed(
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Load any checkpoint into a model: a compressed file as `load_compressed` does, else as load_state_dict.
+    """Load any checkpoint into a model: a compressed file with `load_compressed`, others as by load_state_dict.
 
-    Optimizer state and a trainer's own tensors are left out, and so are the wrappers' prefixes of names.
+    Optimizer state and tensors outside the model's state_dict are skipped, and prefixes of wrappers are removed
+    from names.
 
     Raises:
-        SwapError: names or shapes do not fit the model.
+        SwapError: names or shapes do not match the model.
     """
     with open_checkpoint(path) as opened:
         if not is_compressed(opened):
@@ -110,7 +115,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
 @torch.no_grad()
 def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load a dense checkpoint as load_state_dict does, large tensors block by block."""
+    """Load a dense checkpoint as by load_state_dict, large tensors block by block."""
     slots = _slots(model)
     aliases = {name: to for name, to in checkpoint.aliases.items() if name not in checkpoint.outside_model}
     names = {name: name for name in checkpoint.entries if name not in checkpoint.outside_model} | aliases
@@ -124,13 +129,13 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     try:
         found = nn.Module.load_state_dict(model, small, strict=False)
     except RuntimeError as e:
-        raise SwapError(f"{str(checkpoint.path)!r} does not fit the model: {e}") from e
+        raise SwapError(f"{str(checkpoint.path)!r} does not match the model: {e}") from e
     problems = _list("the model does not have these tensors of the file", found.unexpected_keys)
     filled = {slots[name].key for name in entries if name in slots}  # tied names need not be in the file
     missing = [name for name in found.missing_keys if name not in slots or slots[name].key not in filled]
     problems += _list("the file does not have these tensors of the model", missing)
     if problems:
-        raise SwapError("\n  ".join([f"{str(checkpoint.path)!r} does not fit the model:", *problems]))
+        raise SwapError("\n  ".join([f"{str(checkpoint.path)!r} does not match the model:", *problems]))
     for name, entry in large.items():
         for start, block in read_blocks(entry, BLOCK_BYTES):
             slots[name].tensor[start : start + len(block)] = block
@@ -138,13 +143,14 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 @contextlib.contextmanager
 def init_empty_weights() -> Iterator[None]:
-    """Build models without memory for their parameters, for `load_compressed` to fill.
+    """Context manager that creates parameters on the meta device, to be loaded by `load_compressed`.
 
         with cqr.init_empty_weights():
             model = MyModel()
         cqr.load_compressed(model, "small.safetensors")
 
-    Buffers are built as ever, also those that no file has. Affects nn.Module in all threads while it is open.
+    Buffers are created as usual, because non-persistent ones are not in a file. The context affects nn.Module in
+    all threads.
     """
     register = nn.Module.register_parameter
     moved: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}  # shared parameters stay shared
@@ -167,12 +173,12 @@ def init_empty_weights() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _LoadPlan:
-    """A checked load.
+    """A checked plan of a load.
 
     Attributes:
         swaps: tables and their slots.
-        dense: names of the model's tensors, each with the file's tensor (or table, to be decoded) that it gets.
-        separated: slots that the model ties to a table and the file does not.
+        dense: names of the model's tensors, each with the file's tensor (or table to decode) to load into it.
+        separated: slots that the model ties to a table, but the file does not.
         missing: tensors of the model that the file does not have.
         unexpected: tensors of the file that the model does not have.
     """
@@ -185,10 +191,10 @@ class _LoadPlan:
 
 
 def _plan(model: nn.Module, opened: CompressedFile, strict: bool, prefix: str | None) -> _LoadPlan:
-    """Decide where every tensor of the file goes, and check that it fits.
+    """Assign every tensor of the file to tensors of the model, and check names and shapes.
 
     Raises:
-        SwapError: all problems at once.
+        SwapError: the file does not match the model; all problems are listed.
     """
     slots = _slots(model)
     sources = _renamed(_sources(opened), slots, prefix)
@@ -218,26 +224,26 @@ def _plan(model: nn.Module, opened: CompressedFile, strict: bool, prefix: str | 
             problems.append(f"{name!r} is {list(shape)} in the file and {list(have)} in the model")
     filled = {*tied, *dense}
     empty = [name for name, slot in slots_of(model) if slot.tensor.is_meta and name not in filled]
-    problems += _list("these tensors are on the meta device and nothing fills them", sorted({*empty} - {*missing}))
+    problems += _list("these tensors on the meta device are not in the file", sorted({*empty} - {*missing}))
     swaps, against = plan_swaps(model, tables, {slot.name for slot in separated})
     problems += against
     if problems:
         listed = "\n  ".join(problems)
         advice = _advice(model, sources, slots) if missing or unexpected else ""
-        raise SwapError(f"{opened.name!r} does not fit the model:\n  {listed}{advice}")
+        raise SwapError(f"{opened.name!r} does not match the model:\n  {listed}{advice}")
     return _LoadPlan(swaps, dense, separated, missing, unexpected)
 
 
 def model_tensors(model: nn.Module, opened: CompressedFile, prefix: str | None = None) -> dict[str, TensorSlot]:
-    """Find the model's tensor for each name of a file.
+    """Find the slot of the model for each tensor of a file.
 
     Args:
-        model: that the file was loaded into.
+        model: model that the file was loaded into.
         opened: the file.
         prefix: as for `load_compressed`.
 
     Returns:
-        Places by the file's names, aliases left out; names that the model does not have are not in it.
+        Slots by the file's names, without aliases and names that the model does not have.
     """
     slots = _slots(model)
     return {
@@ -248,7 +254,7 @@ def model_tensors(model: nn.Module, opened: CompressedFile, prefix: str | None =
 
 
 def _sources(opened: CompressedFile) -> dict[str, str]:
-    """All names of the model's tensors in the file, each with the table or tensor it stands for."""
+    """Return all names of the model's tensors in the file, each with the name of its table or tensor."""
     outside_model = set(opened.header.outside_model)
     own = {name: name for name in (*opened.specs, *opened.dense_entries) if name not in outside_model}
     return own | {alias: target for alias, target in opened.aliases.items() if alias not in outside_model}
@@ -259,8 +265,8 @@ def _assign(
 ) -> tuple[dict[str, CompressedTable], dict[str, str]]:
     """Split the tensors that the model has into tables for its layers and dense tensors.
 
-    Of several names of one table the first that the model has gets it; another one is tied to it if the model
-    ties them, else it gets the same rows for itself: compressed in an embedding layer, dense elsewhere.
+    A table is assigned to the first of its names that the model has. Each other name is tied to it if the model
+    ties them; otherwise it gets its own copy, compressed in an embedding layer and dense elsewhere.
     """
     tables: dict[str, CompressedTable] = {}
     dense: dict[str, str] = {}
@@ -283,7 +289,7 @@ def _assign(
 
 
 def _slots(model: nn.Module) -> dict[str, TensorSlot]:
-    """All tensors of the model's state_dict, computed ones under the names they had as dense ones."""
+    """Return all slots of the model's state_dict; computed tensors have the names of their dense tensors."""
     inside = names_inside_tables(model)
     names = [name for name in model.state_dict(keep_vars=True) if name not in inside]
     compressed = [slot.name for slot in compressed_slots(model, every_path=True)]
@@ -292,7 +298,7 @@ def _slots(model: nn.Module) -> dict[str, TensorSlot]:
 
 
 def _renamed(sources: dict[str, str], slots: Mapping[str, TensorSlot], prefix: str | None) -> dict[str, str]:
-    """Take a prefix off the names."""
+    """Remove a prefix from the names; without one, the prefixes of wrappers if all names have them."""
     prefixes = _WRAPPERS if prefix is None else (prefix,)
     for each in prefixes:
         begin = [name for name in sources if name.startswith(each)]
@@ -302,13 +308,13 @@ def _renamed(sources: dict[str, str], slots: Mapping[str, TensorSlot], prefix: s
 
 
 def _advice(model: nn.Module, sources: Mapping[str, str], slots: Mapping[str, TensorSlot]) -> str:
-    """Say what would make the names fit, where something simple would."""
+    """Compose a hint that makes the names match: a prefix, or a list of the model's embedding layers."""
     for name in sources:
         for cut in (i + 1 for i, letter in enumerate(name) if letter == "."):
             if name[cut:] in slots and name not in slots:
                 return f"\nThe file's names begin with {name[:cut]!r}: pass prefix={name[:cut]!r}."
     layers = ", ".join(slot.name for slot in embedding_slots(model)) or "none"
-    return f"\nThe model's embedding layers: {layers}. strict=False loads what fits."
+    return f"\nThe model's embedding layers: {layers}. strict=False loads the tensors that match."
 
 
 def _list(what: str, names: Sequence[str]) -> list[str]:
@@ -321,11 +327,11 @@ def _list(what: str, names: Sequence[str]) -> list[str]:
 def _load_dense(
     model: nn.Module, opened: CompressedFile, dense: Mapping[str, str], device: torch.device | str | None
 ) -> None:
-    """Fill all other tensors; those on the meta device get memory, one by one, and stay tied where they were."""
+    """Load all dense tensors; those on the meta device are allocated one by one, and tied tensors stay tied."""
     on_meta = {name: slot for name, slot in slots_of(model) if slot.tensor.is_meta}
     held = {source: _read(opened, source) for name, source in dense.items() if name not in on_meta}
     in_place = {name: held[dense[name]] for name in dense if name not in on_meta}
-    nn.Module.load_state_dict(model, in_place, strict=False)  # whatever a subclass makes of it
+    nn.Module.load_state_dict(model, in_place, strict=False)  # a subclass may override load_state_dict
     filled: dict[int, Tensor] = {}
     for name, slot in on_meta.items():
         old, key = slot.tensor, slot.key
@@ -340,14 +346,14 @@ def _load_dense(
 
 
 def _read(opened: CompressedFile, source: str) -> Tensor:
-    """Read a tensor into memory, or decode a table that no layer of the model can hold."""
+    """Read a tensor into memory, or decode a table that is assigned to a dense tensor."""
     if source in opened.specs:
         return opened.table(source).decode()
     return opened.dense_entries[source].stored.read()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside a wrapper of torch.compile; wrappers that hold on to parameters are refused."""
+    """Return the module inside a wrapper of torch.compile; refuse wrappers that keep references to parameters."""
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         return cast(nn.Module, model._orig_mod)
     refuse_wrapper(model)

@@ -1,4 +1,4 @@
-"""Write a live model with compressed layers as a compressed file."""
+"""Save a live model with compressed layers as a compressed file."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def save_compressed(
     change_header: Callable[[Header], Header] = lambda header: header,
     progress: Progress | None = None,
 ) -> SizeReport:
-    """Write a model whose embedding layers are compressed, with a JSON report next to the file.
+    """Save a model whose embedding layers are compressed, with a JSON report next to the file.
 
     The output is written to a temporary file, read back, and only then renamed into place.
 
     Args:
-        model: with compressed layers, as `load_compressed`, `compress_` or `CQREmbedding` make them.
+        model: model with compressed layers, from `load_compressed`, `compress_` or `CQREmbedding`.
         output: the safetensors file to write.
-        template: the compressed file that was loaded into the model: names, dtypes, nesting and whatever the model
-            does not have are taken from it. Without one, names are the model's, dtypes those of its tensors.
-        prefix: as it was given to `load_compressed`.
+        template: the compressed file that was loaded into the model: it provides names, dtypes, nesting and the
+            tensors that the model does not have. If None, names and dtypes are those of the model's tensors.
+        prefix: prefix that was passed to `load_compressed`.
         shard_bytes: split the output into files of about this size.
         force: replace existing output.
-        change_header: gives the metadata to write, from that of the template or the model.
-        progress: told of the work; bars where stderr is a terminal, if None.
+        change_header: maps the header of the template or the model to the one to write.
+        progress: receives the progress of the work; if None, bars if stderr is a terminal.
 
     Returns:
         The size report.
@@ -57,8 +57,9 @@ def save_compressed(
     Raises:
         TableNotFoundError: the model has no compressed layer.
         SwapError: the model is not the one that `template` was loaded into.
-        NonFiniteError: a value that is not finite in the file's dtype.
-        OutputExistsError: the output is there and `force` is not given; other errors of writing.
+        NonFiniteError: a value is not finite in the file's dtype.
+        OutputExistsError: the output exists, and `force` is False.
+        OutputError: the output cannot be written.
     """
     destination = Destination(path=Path(output), shard_bytes=shard_bytes, force=force)
     refuse_wrapper(model)
@@ -74,14 +75,14 @@ def save_compressed(
 
 
 def _from_template(model: nn.Module, opened: CompressedFile, prefix: str | None) -> tuple[Header, list[Part]]:
-    """Take every tensor of the file from the model, and from the file what the model does not have."""
+    """Collect the tensors of the file from the model, and those that the model does not have from the file."""
     parts: list[Part] = []
     tables: dict[str, TableRecord] = {}
     slots = model_tensors(model, opened, prefix)
     for name, record in opened.header.tables.items():
         layer = _layer_in(slots.get(name))
         if layer is None:
-            raise SwapError(f"the model does not read {name!r} from codes: load {opened.name!r} into it first")
+            raise SwapError(f"the model does not decode {name!r} from codes: load {opened.name!r} into it first")
         spec = _with_dtypes_of(layer.spec, record.spec)
         parts.append(table_part(name, spec, layer.table_tensors()))
         changed = spec.layout != record.spec.layout
@@ -94,14 +95,14 @@ def _from_template(model: nn.Module, opened: CompressedFile, prefix: str | None)
 
 
 def _with_dtypes_of(spec: AnySpec, file: AnySpec) -> AnySpec:
-    """The layer's spec, with the dtypes of the file."""
+    """Return the layer's spec with the dtypes of the file."""
     if isinstance(spec, CodebookSpec) and isinstance(file, CodebookSpec):
         return replace(spec, dtype=file.dtype, codebook_dtype=file.codebook_dtype)
     return replace(spec, dtype=file.dtype)
 
 
 def _from_model(model: nn.Module) -> tuple[Header, list[Part]]:
-    """Take every tensor of the model under its own name."""
+    """Collect the tensors of the model, under their names in its state_dict."""
     parts: list[Part] = []
     named: dict[int, str] = {}
     tables: dict[str, TableRecord] = {}

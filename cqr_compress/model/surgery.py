@@ -1,6 +1,6 @@
-"""Give a live module another class, so that it computes what it held, and its old class back.
+"""Change the class of a live module, so that it computes tensors instead of holding them, and change it back.
 
-The object stays: a class is made that inherits from the module's own, and `module.__class__` is set to it.
+The object is preserved: `module.__class__` is set to a subclass of the module's own class.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ DENSE_LAYERS: tuple[tuple[type[nn.Module], type[TableLayer]], ...] = (
 
 
 def to_compressed_class(module: nn.Module) -> TableLayer:
-    """Give a dense embedding layer the class that computes its rows."""
+    """Set the class of a dense embedding layer to the compressed class, and remove its weight."""
     cls: Any = type(module)
     dense, compressed = next(pair for pair in DENSE_LAYERS if isinstance(module, pair[0]))
     if getattr(module, "sparse", False):
-        warnings.warn(f"{cls.__name__}: sparse=True has no effect any more, gradients are dense", stacklevel=5)
+        warnings.warn(f"{cls.__name__}: sparse=True has no effect, gradients are dense", stacklevel=5)
     drop_tensor(module, "weight")
     module.__class__ = compressed if cls is dense else _extended(cls, cast(Any, compressed))
     return cast(TableLayer, module)
 
 
 def to_dense_class(layer: TableLayer) -> None:
-    """Give a compressed layer its dense class back, without a weight."""
+    """Restore the dense class of a compressed layer, without a weight."""
     for short in (*layer.__dict__.get("_names", ()), "_like"):
         drop_tensor(layer, short)
     layer._non_persistent_buffers_set.discard("_like")
@@ -44,7 +44,7 @@ def to_dense_class(layer: TableLayer) -> None:
 
 
 def attach_table(module: nn.Module, attribute: str, owner: TableLayer) -> None:
-    """Let a module compute an attribute from a compressed layer instead of holding it."""
+    """Replace a tensor of a module by a property that decodes a compressed layer."""
     drop_tensor(module, attribute)
     sources = {**module.__dict__.get("_cqr_sources", {}), attribute: owner}
     module.__dict__["_cqr_sources"] = sources
@@ -52,7 +52,7 @@ def attach_table(module: nn.Module, attribute: str, owner: TableLayer) -> None:
 
 
 def detach_table(module: nn.Module, attribute: str) -> None:
-    """Undo `attach_table`, without giving the module a tensor."""
+    """Undo `attach_table`, without restoring the tensor."""
     sources = {name: layer for name, layer in module.__dict__["_cqr_sources"].items() if name != attribute}
     module._modules.pop(hidden_name(attribute), None)
     plain: Any = _plain_class(type(module))
@@ -65,18 +65,18 @@ def detach_table(module: nn.Module, attribute: str) -> None:
 
 
 def table_attributes(module: nn.Module) -> dict[str, TableLayer]:
-    """Attributes that a module computes, with the layers they come from."""
+    """Return the attributes that a module computes, with the layers that they are decoded from."""
     sources = cast("dict[str, TableLayer]", module.__dict__.get("_cqr_sources", {}))
     return {"weight": module, **sources} if isinstance(module, TableLayer) else sources
 
 
 def hidden_name(attribute: str) -> str:
-    """Name of the layer that stands beside an attribute which it computes."""
+    """Return the name of the submodule from which a computed attribute is decoded."""
     return f"{attribute}_compressed"
 
 
 def drop_tensor(module: nn.Module, attribute: str) -> None:
-    """Remove a parameter or buffer, where there is one."""
+    """Remove a parameter or buffer, if it exists."""
     module._parameters.pop(attribute, None)
     module._buffers.pop(attribute, None)
 
@@ -87,7 +87,7 @@ def _plain_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 @functools.cache
 def _extended(cls: Any, compressed: Any) -> type[TableLayer]:
-    """A subclass of the user's layer class in which `super()` of its methods leads to the compressed layer."""
+    """Create a subclass of the user's layer class, whose `super()` calls resolve to the compressed layer."""
     body = {"_dense_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce_ex__": _reduce}
     made = type(f"Compressed{cls.__name__}", (cls, compressed), body)
     made._made_by = (_extended, (cls, compressed))  # type: ignore[attr-defined]
@@ -96,14 +96,14 @@ def _extended(cls: Any, compressed: Any) -> type[TableLayer]:
 
 @functools.cache
 def _computing(cls: Any, attributes: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of a module's class in which some tensors are computed from compressed layers."""
+    """Create a subclass of a module's class in which some tensors are decoded from compressed layers."""
 
-    def reader(attribute: str) -> property:  # a function and no functools.partial, which torch 2.6 cannot compile
+    def reader(attribute: str) -> property:  # not a functools.partial, which torch 2.6 cannot compile
         return property(lambda module: cast(Tensor, table_attributes(module)[attribute].weight))
 
     def assign(module: nn.Module, name: str, value: Any) -> None:
         if name in attributes:
-            table_attributes(module)[name].weight = value  # refused unless it is that layer's weight
+            table_attributes(module)[name].weight = value  # raises unless it is that layer's weight
         else:
             cls.__setattr__(module, name, value)
 
@@ -116,7 +116,7 @@ def _computing(cls: Any, attributes: tuple[str, ...]) -> type[nn.Module]:
 
 
 def _reduce(module: nn.Module, protocol: Any) -> Any:
-    """Pickle a layer of a class that was made at run time."""
+    """Pickle a layer whose class was created at run time."""
     state = getattr(module, "__getstate__", lambda: module.__dict__)()
     return _remake, type(module)._made_by, state  # type: ignore[attr-defined]
 

@@ -1,8 +1,8 @@
-"""Put compressed tables into the layers of a live model, and dense ones back.
+"""Replace the weights of a live model's layers by compressed tables, and restore dense weights.
 
-A layer is changed in slot: the object stays, with its hooks, its attributes and every reference to it, and gets
-a class that computes rows from codes. So tied layers stay one object, and a subclass of nn.Embedding keeps its own
-`forward`, whose `super().forward(ids)` now reads the compressed table.
+A layer is modified in place: the object keeps its hooks, its attributes and all references to it, and gets a class
+that decodes rows from codes. Tied layers remain one object, and a subclass of nn.Embedding keeps its own
+`forward`, whose `super().forward(ids)` reads the compressed table.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from cqr_compress.table.table import CompressedTable
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """Where a tensor stands in a model.
+    """The location of a tensor in a model.
 
     Attributes:
         path: dotted path of the module, "" for the model itself.
         module: the module.
-        attribute: name of the tensor in it.
+        attribute: name of the tensor in the module.
     """
 
     path: str
@@ -56,44 +56,44 @@ class TensorSlot:
 
     @property
     def key(self) -> int:
-        """Equal for slots that read one tensor or one compressed table, and different for others."""
+        """Identity of the tensor or compressed table: equal for tied slots only."""
         layer = table_attributes(self.module).get(self.attribute)
         return id(self.tensor) if layer is None else id(layer.owner)
 
     @property
     def is_layer(self) -> bool:
-        """Whether the tensor is the weight of an embedding layer, and not a bare parameter."""
+        """Whether the tensor is the weight of an embedding layer, not a bare parameter."""
         return self.attribute == "weight" and isinstance(self.module, tuple(dense for dense, _ in DENSE_LAYERS))
 
 
 @dataclass(frozen=True)
 class Swap:
-    """One table and the slots that will read it: the first holds it, the others are tied to it."""
+    """A table and the slots that will read it: the first slot holds the table, the others are tied to it."""
 
     table: CompressedTable
     slots: tuple[TensorSlot, ...]
 
 
 def swap_embeddings_(model: nn.Module, tables: Mapping[str, CompressedTable]) -> list[str]:
-    """Replace the weights of embedding layers by compressed tables, in slot.
+    """Replace the weights of embedding layers by compressed tables, in place.
 
     nn.Embedding becomes `CompressedEmbedding`, nn.EmbeddingBag `CompressedEmbeddingBag`; a subclass of one of them
-    keeps its own methods. Any other module whose parameter a table names gets a compressed layer in the slot of
-    the parameter, and reading the attribute decodes it. Other slots of the same parameter (a tied output head)
-    read the same table. Layers keep the device, the dtype and requires_grad of their weight; an optimizer that
-    was made before still holds the old weights and has to be made again.
+    keeps its own methods. A bare parameter of any other module is replaced by a compressed layer, and reading the
+    attribute decodes it. Other slots of the same parameter (a tied output head) read the same table. Layers keep
+    the device, the dtype and requires_grad of their weight. An existing optimizer refers to the old weights:
+    create it after this call.
 
     Args:
-        model: changed in slot.
-        tables: by the name of the tensor in the model's state_dict, such as "item_emb.weight". Their tensors are
-            moved to the weight's device, and not copied where they are there.
+        model: modified in place.
+        tables: tables by the name of the tensor in the model's state_dict, such as "item_emb.weight". Their
+            tensors are moved to the weight's device, without a copy if they are already there.
 
     Returns:
-        Names of all tensors that are computed from now on, tied ones included.
+        Names of all tensors that are decoded from tables, tied ones included.
 
     Raises:
-        SwapError: layers that are missing, of another shape, or that cannot be swapped; all are listed, and the
-            model is as it was.
+        SwapError: layers that are missing, have another shape, or cannot be swapped; all are listed, and the model
+            is unchanged.
     """
     refuse_wrapper(model)
     swaps, problems = plan_swaps(model, tables)
@@ -101,7 +101,7 @@ def swap_embeddings_(model: nn.Module, tables: Mapping[str, CompressedTable]) ->
         layers = ", ".join(slot.name for slot in embedding_slots(model)) or "none"
         listed = "\n  ".join(problems)
         raise SwapError(
-            f"cannot put compressed tables into the model:\n  {listed}\nIts embedding layers: {layers}."
+            f"cannot swap compressed tables into the model:\n  {listed}\nIts embedding layers: {layers}."
         )
     for swap in swaps:
         apply_swap(swap)
@@ -109,27 +109,29 @@ def swap_embeddings_(model: nn.Module, tables: Mapping[str, CompressedTable]) ->
 
 
 def refuse_wrapper(model: nn.Module) -> None:
-    """Refuse a wrapper that holds on to parameters and would go on training the old ones.
+    """Refuse a wrapper that keeps references to parameters and would continue to train the old ones.
 
     Raises:
-        SwapError: names the wrapper.
+        SwapError: the model is such a wrapper.
     """
     if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
-        raise SwapError(f"load before wrapping the model: {type(model).__name__} holds on to its parameters")
+        raise SwapError(
+            f"{type(model).__name__} keeps references to its parameters: load or compress before wrapping a model"
+        )
 
 
 def plan_swaps(
     model: nn.Module, tables: Mapping[str, CompressedTable], apart: Collection[str] = ()
 ) -> tuple[list[Swap], list[str]]:
-    """Find the slots of every table and check them; nothing is changed.
+    """Find and check the slots of every table, without changing the model.
 
     Args:
-        model: where to look.
-        tables: by the name of the tensor in the state_dict.
+        model: model to search.
+        tables: tables by the name of the tensor in the state_dict.
         apart: names of slots that will not read a table although the model ties them to it.
 
     Returns:
-        The swaps, and what stands against them: a line for each problem.
+        The swaps, and a line for each problem.
     """
     problems: list[str] = []
     swaps: list[Swap] = []
@@ -140,7 +142,7 @@ def plan_swaps(
             problems.append(f"{name!r}: the model has no such tensor")
             continue
         if slot.key in taken:
-            problems.append(f"{name!r}: the model ties it to {taken[slot.key]!r}, another table")
+            problems.append(f"{name!r}: the model ties it to another table, {taken[slot.key]!r}")
             continue
         taken[slot.key] = name
         slots = tuple(each for each in _all_slots(model, slot) if each.name not in apart)
@@ -164,7 +166,7 @@ def find_slot(model: nn.Module, name: str) -> TensorSlot | None:
 
 
 def embedding_slots(model: nn.Module) -> Iterator[TensorSlot]:
-    """Weights of all embedding layers, dense and compressed; layers at several paths stand once."""
+    """Iterate over the weights of all embedding layers, dense and compressed; each layer once."""
     for path, module in model.named_modules():
         slot = TensorSlot(path, module, "weight")
         if slot.is_layer:
@@ -172,7 +174,7 @@ def embedding_slots(model: nn.Module) -> Iterator[TensorSlot]:
 
 
 def apply_swap(swap: Swap, device: torch.device | str | None = None) -> None:
-    """Change the layers of one checked swap; the table goes to `device`, or where the weight was."""
+    """Apply one checked swap; the table is moved to `device`, or to the device of the weight if None."""
     first, *others = swap.slots
     old = first.tensor
     device, dtype, requires_grad = device or old.device, old.dtype, old.requires_grad
@@ -191,10 +193,10 @@ def apply_swap(swap: Swap, device: torch.device | str | None = None) -> None:
 
 
 def decompress_(model: nn.Module) -> list[str]:
-    """Turn all compressed layers of a model back into dense ones, in slot.
+    """Replace all compressed layers of a model by dense ones, in place.
 
-    Layers get their old classes back, and weights decoded on their device in their dtype; tied layers share one
-    Parameter again.
+    Layers get back their original classes, and weights decoded on their device in their dtype; tied layers share
+    one Parameter.
 
     Returns:
         Names of the dense weights.
@@ -208,7 +210,7 @@ def decompress_(model: nn.Module) -> list[str]:
             with torch.no_grad():
                 weights[id(owner)] = nn.Parameter(owner.decode(), trains)
     new = [(slot, weights[id(layer.owner)]) for slot, layer in found]
-    for slot, weight in sorted(new, key=lambda pair: pair[0].attribute == "weight"):  # the class goes last
+    for slot, weight in sorted(new, key=lambda pair: pair[0].attribute == "weight"):  # the class is restored last
         if isinstance(slot.module, TableLayer) and slot.attribute == "weight":
             to_dense_class(slot.module)
         else:
@@ -220,7 +222,7 @@ def decompress_(model: nn.Module) -> list[str]:
 
 
 def slots_of(model: nn.Module) -> Iterator[tuple[str, TensorSlot]]:
-    """All parameters and buffers of a model that are held and not table_attributes, by all their names."""
+    """Iterate over the parameters and buffers of a model, without those of tables, by all their names."""
     for path, module in model.named_modules(remove_duplicate=False):
         computed_from = (
             {*module._names, "_like"} if isinstance(module, TableLayer) and module.owner is module else ()
@@ -232,7 +234,7 @@ def slots_of(model: nn.Module) -> Iterator[tuple[str, TensorSlot]]:
 
 
 def _all_slots(model: nn.Module, found: TensorSlot) -> tuple[TensorSlot, ...]:
-    """The slots of one tensor: an embedding layer first, as it can hold a table, and the others."""
+    """Find all slots of one tensor, embedding layers first, because they can hold a table."""
     if isinstance(found.module, TableLayer) or found.attribute in table_attributes(found.module):
         return (found,)
     target = found.tensor
@@ -247,23 +249,23 @@ def _problem(slot: TensorSlot, table: CompressedTable) -> str | None:
     spec, tensor = table.spec, slot.tensor
     if tuple(tensor.shape) != (spec.num_embeddings, spec.embedding_dim):
         have = " x ".join(str(n) for n in tensor.shape)
-        return f"{slot.name!r}: the table is {spec.num_embeddings} x {spec.embedding_dim}, the model's is {have}"
+        return f"{slot.name!r}: the table is {spec.num_embeddings} x {spec.embedding_dim}, the tensor is {have}"
     cls = type(slot.module)
     if slot.is_layer and not isinstance(slot.module, TableLayer):
         dense = next(dense for dense, _ in DENSE_LAYERS if isinstance(slot.module, dense))
         between = cls.__mro__[: cls.__mro__.index(dense)]
         if any("weight" in vars(c) for c in between):
-            return f"{slot.name!r}: {cls.__name__} defines its own `weight`, so it cannot read a compressed one"
+            return f"{slot.name!r}: {cls.__name__} defines its own `weight`, which cannot be replaced by a table"
         if type(cls) is not type:
-            return f"{slot.name!r}: {cls.__name__} has the metaclass {type(cls).__name__}, and cannot be extended"
+            return f"{slot.name!r}: {cls.__name__} has the metaclass {type(cls).__name__}, so it has no subclass"
     hidden = hidden_name(slot.attribute)
     if not slot.is_layer and slot.attribute not in table_attributes(slot.module) and hasattr(slot.module, hidden):
-        return f"{slot.name!r}: {cls.__name__} has an attribute {hidden!r} already"
+        return f"{slot.name!r}: {cls.__name__} already has an attribute {hidden!r}"
     return None
 
 
 def _holder(slot: TensorSlot) -> TableLayer | None:
-    """The layer at a slot, emptied for another table; None at a bare parameter."""
+    """Return the layer at a slot, with its tensors removed for another table; None for a bare parameter."""
     module, attribute = slot.module, slot.attribute
     layer = table_attributes(module).get(attribute)
     if layer is not None:
@@ -275,11 +277,11 @@ def _holder(slot: TensorSlot) -> TableLayer | None:
 
 
 def compressed_slots(model: nn.Module, every_path: bool = False) -> Iterator[TensorSlot]:
-    """All tensors of a model that are computed; the layer beside a bare parameter is not one itself.
+    """Iterate over all computed tensors of a model, without the layers that bare parameters are decoded from.
 
     Args:
-        model: where to look.
-        every_path: give a module that stands at several paths once for each.
+        model: model to search.
+        every_path: yield a module once for each of its paths.
     """
     hidden = {
         id(layer)
@@ -294,7 +296,7 @@ def compressed_slots(model: nn.Module, every_path: bool = False) -> Iterator[Ten
 
 
 def names_inside_tables(model: nn.Module) -> set[str]:
-    """Names in the state_dict of tensors that belong to compressed layers."""
+    """Return the names in the state_dict of the tensors of compressed layers."""
     return {
         f"{path}.{short}" if path else short
         for path, module in model.named_modules(remove_duplicate=False)

@@ -1,1 +1,1 @@
-"""Layers that read compressed tables, usable wherever nn.Embedding and nn.EmbeddingBag are."""
+"""Layers over compressed tables, drop-in replacements of nn.Embedding and nn.EmbeddingBag."""

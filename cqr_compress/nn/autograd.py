@@ -1,4 +1,4 @@
-"""Choose between the compiled lookup and torch's, and give the compiled one its gradient."""
+"""Dispatch between the compiled lookup and torch operations, with the gradient of the compiled lookup."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _FLOATS = (torch.float16, torch.float32)
 
 
 def lookup_cpu(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
-    """Compute rows in one pass over their codes, where that is possible.
+    """Compute rows with the compiled lookup, if it supports the tensors.
 
-    It is on the CPU in eager mode, for codebooks up to float32.
+    It supports eager mode on the CPU, with codebooks in float16 or float32.
 
     Args:
         spec: the table's spec.
-        tensors: `spec.body_shapes()` by name, whole.
-        ids: (B,) row numbers.
+        tensors: `spec.body_shapes()` by name, with all rows.
+        ids: (B,) ids.
 
     Returns:
-        (B, width) float32, before rotation and kept rows and differentiable; None where torch has to do it, also
-        for an id outside the table, so that torch says so.
+        (B, width) float32, before rotation and exact rows, differentiable; None if torch operations have to be
+        used, also for an id outside the table, for which they raise the error.
     """
     if not _is_plain(ids) or is_tracing() or is_intercepted():
         return None
@@ -61,11 +61,11 @@ def lookup_cpu(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Ten
 
 
 def _computed(spec: CodebookSpec, codes: Tensor | None, ids: Tensor) -> Tensor | None:
-    """All codes of some ids, computed ones included, as int32 in bytes; None where an id is outside the table.
+    """Return all codes of ids, including computed ones, as bytes of int32; None if an id is outside the table.
 
     Args:
         spec: the table's spec.
-        codes: (N, codes_width) uint8, the stored levels; None where there are none.
+        codes: (N, codes_width) uint8, the stored levels; None if no level is stored.
         ids: (B,) contiguous.
 
     Returns:
@@ -83,7 +83,7 @@ def _computed(spec: CodebookSpec, codes: Tensor | None, ids: Tensor) -> Tensor |
 
 
 class _CodebookRows(torch.autograd.Function):
-    """The codebook formula for stored codes; the codebooks' gradient is summed in float32."""
+    """The codebook formula for stored codes; gradients of the codebooks are accumulated in float32."""
 
     @staticmethod
     def forward(
@@ -96,14 +96,14 @@ class _CodebookRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """Give each codeword the sum of its rows' gradients."""
+        """Sum the gradients of the rows that use each codeword."""
         codes, ids = ctx.saved_tensors
         grad: Tensor = _CodewordSums.apply(grad_rows, codes, ids, ctx.shape, *ctx.sizes)  # type: ignore
         return grad.to(ctx.dtype), None, None, None, None
 
 
 class _CodewordSums(torch.autograd.Function):
-    """The transpose of the lookup: sum rows (B, D) into the codewords that they are made of."""
+    """The transpose of the lookup: add rows (B, D) to the codewords that they consist of."""
 
     @staticmethod
     def forward(
@@ -116,7 +116,7 @@ class _CodewordSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
-        """Look the gradients of the codewords up: the lookup is linear."""
+        """Look up the gradients of the codewords: the lookup is linear."""
         codes, ids = ctx.saved_tensors
         rows: Tensor = _CodebookRows.apply(grad.contiguous(), codes, ids, *ctx.sizes)  # type: ignore
         return rows.to(ctx.dtype), None, None, None, None, None
@@ -127,7 +127,7 @@ def _is_plain(ids: Tensor) -> bool:
 
 
 def _usable(codes: Tensor | None, values: Tensor) -> bool:
-    """Whether the compiled lookup takes these tensors, and is there."""
+    """Return whether the compiled lookup is available and supports these tensors."""
     return (
         ops.available()
         and type(values) in (Tensor, Parameter)

@@ -1,4 +1,4 @@
-"""Reduce bags of rows that are computed, with all that nn.EmbeddingBag can be asked for."""
+"""Reduction of bags of computed rows, with the arguments of nn.EmbeddingBag."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def reduce_bags(
         input: (B, n) ids, B bags of n; or (T,) ids of all bags, split at `offsets`.
         offsets: (B,) first position of each bag; (B + 1,) with `include_last_offset`.
         mode: "sum", "mean" or "max".
-        per_sample_weights: factors of the rows, of the shape of `input`.
+        per_sample_weights: weights of the rows, with the shape of `input`.
         include_last_offset: whether `offsets` ends with T.
-        padding_idx: id that bags skip, at least 0.
+        padding_idx: id that is excluded from bags, at least 0.
 
     Returns:
-        (B, D); an empty bag gives zeros.
+        (B, D); zeros for an empty bag.
     """
     ids, skipped = input.reshape(-1), None
     places = torch.arange(ids.shape[0], dtype=ids.dtype, device=ids.device)
-    if padding_idx is not None:  # one row at the end stands for the padding row
+    if padding_idx is not None:  # an additional row at the end represents the padding row
         skipped = ids.shape[0]
         places = torch.where(ids == padding_idx, skipped, places)
         ids = torch.cat([ids, ids.new_full((1,), padding_idx)])

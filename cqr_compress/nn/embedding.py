@@ -16,10 +16,10 @@ from cqr_compress.table.table import CompressedTable
 class CompressedEmbedding(TableLayer, nn.Embedding):
     """Look up rows of a compressed table, as nn.Embedding looks up rows of its weight.
 
-    Unlike nn.Embedding, `max_norm` shortens the rows that are returned and leaves the table as it is, and
-    `sparse=True` is refused: codebooks are small and every lookup touches much of them.
+    Unlike in nn.Embedding, `max_norm` renormalizes the returned rows and does not modify the table, and
+    `sparse=True` is refused, because a lookup uses a large part of the small codebooks.
 
-    Shapes: N rows, D columns; ids of any shape (...) give rows (..., D).
+    Shapes: N rows, D dimensions; ids (...) of any shape, rows (..., D).
     """
 
     sparse = False
@@ -35,17 +35,17 @@ class CompressedEmbedding(TableLayer, nn.Embedding):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Hold a table.
+        """Create a layer over a table.
 
         Args:
-            table: codes and codebooks; not copied where they are on `device` already.
-            padding_idx: row that receives no gradient; negative counts from the end.
-            max_norm: rows longer than this are returned with this length.
-            norm_type: p of that length.
-            scale_grad_by_freq: divide gradients by how often an id is in the batch.
-            sparse: only False.
-            device: where to put the tensors; where they are, if None.
-            dtype: of the rows; the source's if None.
+            table: the compressed table; its tensors are not copied if they are already on `device`.
+            padding_idx: row that receives no gradient; negative indices count from the end.
+            max_norm: rows with a larger norm are renormalized to this norm.
+            norm_type: p of the p-norm for max_norm.
+            scale_grad_by_freq: scale gradients by the inverse frequency of the ids in the batch.
+            sparse: has to be False.
+            device: device of the tensors; unchanged if None.
+            dtype: dtype of the rows; that of the source if None.
 
         Raises:
             SpecError: `sparse=True`, or a padding_idx outside the table.
@@ -56,18 +56,18 @@ class CompressedEmbedding(TableLayer, nn.Embedding):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: a compressed layer is made of a compressed table.
+        """Raise: a compressed layer is created from a compressed table.
 
         Raises:
             SpecError: always.
         """
         raise SpecError(
-            f"{cls.__name__} is not made of dense rows. Make the dense layer with from_pretrained and call "
-            "cqr_compress.compress_ on the model that holds it."
+            f"{cls.__name__} cannot be created from dense rows. Create the dense layer with from_pretrained and "
+            "call cqr_compress.compress_ on the model that contains it."
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        """Rows of `input`, ids (...) int32 or int64 in [0, N): (..., D).
+        """Look up rows (..., D) of `input`, ids (...) int32 or int64 in [0, N).
 
         Raises:
             RowIndexError: an id outside the table (an IndexError).
@@ -78,7 +78,7 @@ class CompressedEmbedding(TableLayer, nn.Embedding):
 class CompressedEmbeddingBag(TableLayer, nn.EmbeddingBag):
     """Reduce bags of rows of a compressed table, as nn.EmbeddingBag does with rows of its weight.
 
-    Unlike nn.EmbeddingBag, `max_norm` leaves the table as it is, and `sparse=True` is refused.
+    Unlike in nn.EmbeddingBag, `max_norm` does not modify the table, and `sparse=True` is refused.
     """
 
     sparse = False
@@ -96,7 +96,7 @@ class CompressedEmbeddingBag(TableLayer, nn.EmbeddingBag):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Hold a table; the arguments are those of `CompressedEmbedding` and of nn.EmbeddingBag.
+        """Create a layer over a table; the arguments are those of `CompressedEmbedding` and nn.EmbeddingBag.
 
         Raises:
             SpecError: `sparse=True`, an unknown mode, or a padding_idx outside the table.
@@ -118,13 +118,15 @@ class CompressedEmbeddingBag(TableLayer, nn.EmbeddingBag):
         Args:
             input: (B, n) ids, B bags of n; or (T,) ids of all bags, split at `offsets`.
             offsets: (B,) first position of each bag; (B + 1,) with `include_last_offset`.
-            per_sample_weights: factors of the rows, of the shape of `input`, in the layer's dtype; mode sum only.
+            per_sample_weights: weights of the rows, with the shape of `input`, in the layer's dtype; only for mode
+                sum.
 
         Returns:
-            (B, D); an empty bag gives zeros.
+            (B, D); zeros for an empty bag.
 
         Raises:
             RowIndexError: an id outside the table (an IndexError).
+            ValueError: mode max with `scale_grad_by_freq`.
         """
         if self.scale_grad_by_freq and self.mode == "max":
             raise ValueError("max mode does not support scaling the gradient by the frequency")
@@ -151,7 +153,7 @@ def _set_arguments(
     N = table.spec.num_embeddings
     if sparse:
         raise SpecError(
-            f"{type(layer).__name__} has no sparse gradients: its codebooks are small. Leave sparse out."
+            f"{type(layer).__name__} does not support sparse gradients: its codebooks are small. Omit sparse=True."
         )
     if padding_idx is not None and not -N <= padding_idx < N:
         raise SpecError(f"padding_idx {padding_idx} is outside the table of {N} rows")

@@ -1,10 +1,10 @@
-"""Inner products of queries with all rows of a compressed table, and the best of them, row block by row block.
+"""Inner products of queries with all rows of a compressed table, and top-k search, in blocks of rows.
 
-The product of a query with a row is the sum of its products with the row's codewords. So each query is on_matmul
-with the codebooks once, and a row costs one addition for each of its codes instead of D multiplications
-(asymmetric distances, Jegou et al. 2011, doi:10.1109/TPAMI.2010.57; for recommenders RecJPQ and PQTopK, Petrov &
-Macdonald 2024, arXiv:2312.06165 and arXiv:2408.09992). The products of several queries with one codeword lie side
-by side, so that the sum over a row's codes is one pass of embedding_bag.
+The product of a query with a row is the sum of its products with the row's codewords. Therefore each query is
+multiplied with the codebooks once, and a row needs one addition for each of its codes instead of D multiplications
+(asymmetric distance computation, Jegou et al. 2011, doi:10.1109/TPAMI.2010.57; for recommenders RecJPQ and PQTopK,
+Petrov & Macdonald 2024, arXiv:2312.06165 and arXiv:2408.09992). The products of several queries with one codeword
+are contiguous, so that the sum over a row's codes is one embedding_bag.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from cqr_compress.table.tracing import is_tracing
 
 BLOCK_ROWS = 16_384
 BLOCK_QUERIES = 64
-_ALIGNED = 8  # embedding_bag is vectorized over queries, and slow where they are fewer
+_ALIGNED = 8  # embedding_bag is vectorized over queries, and slow for fewer than a vector
 
 
 class TopK(NamedTuple):
-    """The best rows for each query, best first.
+    """The k rows with the largest inner products for each query, in descending order.
 
     Attributes:
         values: (..., k) inner products.
-        indices: (..., k) int64 row numbers.
+        indices: (..., k) int64 ids.
     """
 
     values: Tensor
@@ -40,10 +40,10 @@ class TopK(NamedTuple):
 
 
 def search_scores(spec: AnySpec, tensors: Mapping[str, Tensor], h: Tensor) -> Tensor:
-    """Compute h @ rows.T without the rows; see `TableLayer.scores`.
+    """Compute h @ rows.T without decoding the rows; see `TableLayer.scores`.
 
-    Beside the result it takes about 4 * BLOCK_ROWS * (BLOCK_QUERIES + C * L) bytes, and 4 * C * L * K bytes for
-    each of BLOCK_QUERIES queries.
+    In addition to the result it needs about 4 * BLOCK_ROWS * (BLOCK_QUERIES + C * L) bytes, and 4 * C * L * K
+    bytes for each of BLOCK_QUERIES queries.
     """
     queries, shape = _queries(spec, h), (*h.shape[:-1], spec.num_embeddings)
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in (h, *tensors.values()))
@@ -64,15 +64,14 @@ def search_scores(spec: AnySpec, tensors: Mapping[str, Tensor], h: Tensor) -> Te
 def search_topk(spec: AnySpec, tensors: Mapping[str, Tensor], h: Tensor, k: int) -> TopK:
     """Find the k largest of h @ rows.T for each query; see `TableLayer.topk`.
 
-    Of rows with equal products around the k-th place, those with the smaller ids are found, as far as they lie
-    in different row blocks.
+    Ties at the k-th place are resolved in favour of the smaller id for rows of different row blocks.
 
     Raises:
-        ShapeError: k is not in 1 to N, or the queries do not have D dimensions.
+        ShapeError: k is outside 1 to N, or the queries do not have D dimensions.
     """
     N = spec.num_embeddings
     if not 1 <= k <= N:
-        raise ShapeError(f"cannot find the {k} best of {N} rows")
+        raise ShapeError(f"k is {k}: give a number from 1 to the {N} rows of the table")
     queries, shape = _queries(spec, h), (*h.shape[:-1], k)
     if queries.shape[0] == 0:
         return TopK(h.new_empty(shape), torch.empty(shape, dtype=torch.int64, device=h.device))
@@ -84,13 +83,13 @@ def search_topk(spec: AnySpec, tensors: Mapping[str, Tensor], h: Tensor, k: int)
 
 
 def _best_of(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Keep the k best of the rows seen; a block adds only rows that beat some query's k-th."""
+    """Find the k best rows; from each block only rows that exceed some query's k-th product are merged."""
     values = queries.new_empty(len(queries), 0)
     indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start, scores in _blocks(spec, tensors, queries):
         rows = torch.arange(start, start + len(scores), device=queries.device)
         if values.shape[1] == k:
-            # `not <= 0` and not `> 0`: NaN counts as the largest, as in torch.topk
+            # `not <= 0` instead of `> 0`: NaN is the largest value, as in torch.topk
             beats = ((scores - values[:, -1]).amax(1) <= 0).logical_not_().nonzero().flatten()
             if len(beats) == 0:
                 continue
@@ -103,14 +102,14 @@ def _best_of(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor, k: i
 
 
 def _queries(spec: AnySpec, h: Tensor) -> Tensor:
-    """(Q, D) queries in the dtype of the work."""
+    """Return queries as (Q, D) in the dtype of the computation."""
     if h.ndim == 0 or h.shape[-1] != spec.embedding_dim:
-        raise ShapeError(f"queries of shape {tuple(h.shape)} do not fit rows of {spec.embedding_dim} dimensions")
+        raise ShapeError(f"queries of shape {tuple(h.shape)} do not match rows of {spec.embedding_dim} dimensions")
     return at_least_float32(h.reshape(-1, spec.embedding_dim))
 
 
 def _blocks(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Scores of all rows in blocks: (first row, (R, Q)) pairs, kept rows in their places."""
+    """Iterate over the scores of all rows, exact and zero rows included: pairs of the first id and (R, Q)."""
     N, Q = spec.num_embeddings, queries.shape[0]
     rows = N if is_tracing() else BLOCK_ROWS
     products = _codeword_products(spec, tensors, queries) if isinstance(spec, CodebookSpec) else None
@@ -128,7 +127,7 @@ def _blocks(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor) -> It
 
 
 def _codeword_products(spec: CodebookSpec, tensors: Mapping[str, Tensor], queries: Tensor) -> Tensor:
-    """Products of all codewords with all queries, (C * L * K, Q) with Q padded to a multiple of 8."""
+    """Compute the products of all codewords with all queries, (C * L * K, Q), Q padded to a multiple of 8."""
     C, S = spec.num_columns, spec.sub_dim
     codebooks = tensors["codebooks"].to(queries.dtype)
     if "rotation" in tensors:  # (x R) . h = x . (h R^T)
@@ -145,7 +144,7 @@ def _with_exact_rows(
     if "kept_ids" not in tensors:
         return scores
     kept, zero = tensors["kept_ids"].tensor_split([spec.num_kept_rows])
-    whole = is_tracing()  # then the one block holds all rows, and nothing may depend on values
+    whole = is_tracing()  # a traced graph has one block of all rows, and must not depend on values
     for sorted_ids, values in ((kept, tensors["kept_rows"]), (zero, None)):
         inside = slice(None) if whole else (sorted_ids >= start) & (sorted_ids < start + len(scores))
         at = sorted_ids[inside].to(torch.int64) - start

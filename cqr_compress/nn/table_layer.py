@@ -1,4 +1,4 @@
-"""What every layer over a compressed table has: its tensors, their decoded rows, and `weight`."""
+"""Base class of layers over a compressed table: its tensors, their decoded rows, and `weight`."""
 
 from __future__ import annotations
 
@@ -22,36 +22,37 @@ from cqr_compress.table.tracing import is_intercepted, is_tracing
 
 _LIKE = "_like"
 _SEED = "hash_seed"
-"""Buffer of a layer whose hashes were drawn anew since its table was made."""
+"""Buffer with the seed of a layer's hash functions, if `reseed` changed it."""
 
 
 class Observer(Protocol):
-    """Sees each use of a layer's rows, and gives the model what it goes on with."""
+    """Observer of each use of a layer's rows, which can replace the result that the model receives."""
 
     def on_lookup(self, ids: Tensor, rows: Tensor) -> Tensor:
-        """The rows (B, D) that are used for ids (B,), of what was looked up."""
+        """Return the rows (B, D) to use for ids (B,), given the rows that were looked up."""
 
     def on_matmul(self, h: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
-        """The products (..., V) of queries (..., D) with rows (V, D) of ids (V,)."""
+        """Return the products (..., V) of queries (..., D) with rows (V, D) of ids (V,)."""
 
 
 class TableLayer(nn.Module):
-    """A layer whose rows come from a compressed table; the base of the drop-in layers.
+    """Base class of the drop-in layers, whose rows are decoded from a compressed table.
 
-    Floating-point tensors of the table are Parameters, integers are buffers, under the names of
-    `spec.tensor_shapes()`: the layer's state_dict is the table as it stands in the file. Rows are computed in
-    float32 (float64 where the codebooks are) and returned in the layer's dtype, which `.half()`, `.bfloat16()`
-    and `.to()` change as they change that of a weight.
+    Floating-point tensors of the table are Parameters, integer tensors are buffers, under the names of
+    `spec.tensor_shapes()`: the layer's state_dict contains the same tensors as the file. Rows are computed in
+    float32 (float64 for float64 codebooks) and returned in the layer's dtype, which `.half()`, `.bfloat16()` and
+    `.to()` change like the dtype of a weight.
 
-    A layer that is tied to another one holds no tensors and reads those of its `owner`.
+    A layer that is tied to another one has no tensors and reads those of its `owner`.
 
     Attributes:
-        num_embeddings: N, the rows.
-        embedding_dim: D, the columns.
+        num_embeddings: N, number of rows.
+        embedding_dim: D, dimensions of a row.
         padding_idx: row that receives no gradient, or None.
-        max_norm: rows longer than this are returned with this length, or None.
-        norm_type: p of that length.
-        scale_grad_by_freq: whether gradients are divided by how often an id is in the batch.
+        max_norm: rows with a larger norm are renormalized to this norm, or None.
+        norm_type: p of the p-norm for max_norm.
+        scale_grad_by_freq: whether gradients are scaled by the inverse frequency of the ids in the batch.
+        observer: observer of the layer's lookups and products, or None.
     """
 
     num_embeddings: int
@@ -63,7 +64,7 @@ class TableLayer(nn.Module):
     _spec: AnySpec
     _owner: TableLayer | None
     observer: Observer | None = None
-    _names: tuple[str, ...]  # of the table's tensors, so that a lookup need not ask the spec
+    _names: tuple[str, ...]  # of the table's tensors, cached because a lookup needs them
 
     def hold_table(
         self,
@@ -72,13 +73,13 @@ class TableLayer(nn.Module):
         dtype: torch.dtype | None = None,
         requires_grad: bool = True,
     ) -> None:
-        """Register a table's tensors with the layer, without copying those that are on `device` already.
+        """Register the tensors of a table with the layer, without copying those that are already on `device`.
 
         Args:
             table: the compressed table.
-            device: where to put it; where it is, if None.
-            dtype: of the rows; the source's if None.
-            requires_grad: whether codebooks and other floating-point tensors are trained.
+            device: device of the tensors; unchanged if None.
+            dtype: dtype of the rows; that of the source if None.
+            requires_grad: whether floating-point tensors, such as codebooks, require gradients.
         """
         self._spec, self._owner, self._names = table.spec, None, tuple(table.spec.tensor_shapes())
         self._buffers.pop(_SEED, None)  # of a table that this one replaces
@@ -92,17 +93,17 @@ class TableLayer(nn.Module):
         self.register_buffer(_LIKE, like, persistent=False)
 
     def tie_to(self, owner: TableLayer) -> None:
-        """Read the tensors of `owner`, which is not registered as a submodule, from here on."""
+        """Tie the layer to `owner`, whose tensors it reads; `owner` is not registered as a submodule."""
         object.__setattr__(self, "_owner", owner)
 
     @property
     def owner(self) -> TableLayer:
-        """The layer that holds the tensors: this one, or the one it is tied to."""
+        """Layer that holds the tensors: this one, or the one that it is tied to."""
         return self._owner or self
 
     @property
     def spec(self) -> AnySpec:
-        """What the table's tensors mean."""
+        """Spec of the table."""
         return self.owner._spec
 
     @property
@@ -126,12 +127,12 @@ class TableLayer(nn.Module):
         return 0 if self.owner is not self else sum(p.numel() for p in self.parameters(recurse=False))
 
     def table_tensors(self) -> dict[str, Tensor]:
-        """The table's tensors by short name, as they are in memory."""
+        """Return the table's tensors in memory, by short name."""
         parameters, buffers = self.owner._parameters, self.owner._buffers
         return {n: cast(Tensor, parameters[n] if n in parameters else buffers[n]) for n in self.owner._names}
 
     def table(self) -> CompressedTable:
-        """The table as it is in memory; its tensors are shared, not copied."""
+        """Return the table with the dtypes in memory; its tensors are shared, except converted exact rows."""
         tensors = {short: tensor.detach() for short, tensor in self.table_tensors().items()}
         if isinstance(self.spec, CodebookSpec):
             dtypes = {"codebook_dtype": dtype_name(tensors["codebooks"].dtype)}
@@ -143,7 +144,7 @@ class TableLayer(nn.Module):
         return CompressedTable(spec, tensors)
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """Compute the rows of some ids; differentiable.
+        """Decode the rows of ids; differentiable.
 
         Args:
             ids: (B,) int32 or int64 in [0, N).
@@ -152,7 +153,7 @@ class TableLayer(nn.Module):
             (B, D) in the layer's dtype.
 
         Raises:
-            RowIndexError: an id outside [0, N) (an IndexError); on CUDA the device asserts, as for nn.Embedding.
+            RowIndexError: an id outside [0, N) (an IndexError); on CUDA a device-side assert, as in nn.Embedding.
         """
         rows = self._lookup_unobserved(ids)
         observer = self.owner.observer
@@ -168,7 +169,7 @@ class TableLayer(nn.Module):
             self._check_range(ids)
         if "codes" in tensors and tensors["codes"].dtype != torch.uint8:
             raise ShapeError(
-                f"codes of {tensors['codes'].dtype} do not make a table: they are packed in torch.uint8"
+                f"codes of {tensors['codes'].dtype} do not form a table: packed codes have to be torch.uint8"
             )
         here = {
             short: _gather(self, tensor, ids) if short in PER_ROW else tensor for short, tensor in tensors.items()
@@ -177,7 +178,7 @@ class TableLayer(nn.Module):
 
     @torch.no_grad()
     def lookup_unrotated(self, ids: Tensor) -> Tensor:
-        """Evaluate the codebook formula alone, before rotation and without rows that are kept apart.
+        """Evaluate the codebook formula, before rotation and without rows that are stored apart.
 
         Args:
             ids: (B,) int64 in [0, N).
@@ -193,10 +194,10 @@ class TableLayer(nn.Module):
         return rows.float()
 
     def reseed(self, seed: int) -> None:
-        """Draw the hashes of the table anew; where it has hashed codes, its state_dict then holds the seed.
+        """Replace the seed of the table's hash functions; with hashed codes, the seed is then in the state_dict.
 
         Args:
-            seed: at least 0; it replaces that of the spec.
+            seed: at least 0; it replaces the seed of the spec.
         """
         owner = self.owner
         spec = owner._spec = replace(cast(CodebookSpec, owner._spec), seed=seed)
@@ -205,9 +206,9 @@ class TableLayer(nn.Module):
             owner.register_buffer(_SEED, held)
 
     def decode(self) -> Tensor:
-        """Compute all rows, (N, D) in the layer's dtype; differentiable.
+        """Decode all rows, (N, D) in the layer's dtype; differentiable.
 
-        Without gradients the work is done in row blocks: memory beside the result is bounded.
+        Without gradients, rows are decoded in blocks, which bounds the memory in addition to the result.
         """
         if is_tracing():
             return self.lookup(torch.arange(self.num_embeddings, device=self.device))
@@ -221,11 +222,11 @@ class TableLayer(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The rows as a tensor (N, D), decoded when an operation needs their values; differentiable.
+        """Rows as a tensor (N, D), decoded when an operation needs their values; differentiable, read-only.
 
-        Without gradients `h @ layer.weight.T` and `F.linear(h, layer.weight)`, and always `layer.weight[ids]` and
-        `F.embedding(ids, layer.weight)`, work without decoding the whole table; anything else decodes it.
-        Writing to it is refused.
+        `layer.weight[ids]` and `F.embedding(ids, layer.weight)` decode the rows of the ids only. Without
+        gradients, `h @ layer.weight.T` and `F.linear(h, layer.weight)` do not decode the table. Other operations
+        decode all rows.
         """
         return self.decode() if is_tracing() else TableWeight.from_layer(self)
 
@@ -234,7 +235,7 @@ class TableLayer(nn.Module):
         self._set_weight(value)
 
     def _set_weight(self, value: Any) -> None:
-        """Accept the layer's own weight, which code that ties weights assigns again, and nothing else."""
+        """Accept only the layer's own weight, which code that ties weights assigns again."""
         if not (isinstance(value, TableWeight) and value.layer.owner is self.owner):
             raise WeightWriteError(
                 f"cannot set the weight of {type(self).__name__}: its rows are compressed. "
@@ -242,16 +243,16 @@ class TableLayer(nn.Module):
             )
 
     def scores(self, h: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Compute the inner products of queries with some rows, or all, without decoding the table as a whole.
+        """Compute the inner products of queries with all rows, or those of ids, without decoding the whole table.
 
-        See `search.search_scores` for how, and for what memory it takes.
+        See `search.search_scores` for the algorithm and its memory.
 
         Args:
             h: (..., D) floating-point queries.
-            ids: (V,) rows to multiply with, such as drawn negatives; all if None.
+            ids: (V,) ids of the rows, such as sampled negatives; all rows if None.
 
         Returns:
-            (..., N) or (..., V) in the dtype of `h`; equal to `h @ weight.T` to rounding. Differentiable.
+            (..., N) or (..., V) in the dtype of `h`; equal to `h @ weight.T` up to rounding. Differentiable.
         """
         observer = self.owner.observer if torch.is_grad_enabled() else None
         if ids is None and observer is None:
@@ -272,12 +273,13 @@ class TableLayer(nn.Module):
             k: 1 to N.
 
         Returns:
-            `values` (..., k) in the dtype of `h` and `indices` (..., k) int64, largest first. Not differentiable.
+            `values` (..., k) in the dtype of `h` and `indices` (..., k) int64, in descending order. Not
+            differentiable.
         """
         return search_topk(self.spec, self.table_tensors(), h, k)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Rows of ids of any shape, with what the arguments of nn.Embedding ask of them.
+        """Look up rows of ids of any shape, and apply padding_idx, max_norm and scale_grad_by_freq.
 
         Args:
             ids: (...) int32 or int64 in [0, N).
@@ -302,11 +304,11 @@ class TableLayer(nn.Module):
             constant = rows.detach()
             length = constant.norm(self.norm_type, dim=1, keepdim=True)
             short = constant * torch.where(length > self.max_norm, self.max_norm / (length + 1e-7), 1.0)
-            rows = short + (rows - constant) if trains else short  # gradients are not shortened
+            rows = short + (rows - constant) if trains else short  # gradients are not scaled
         return rows if ids.ndim == 1 else rows.view(*ids.shape, self.embedding_dim)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Take the seed of the hashes with the tensors that were trained under it."""
+        """Load the seed of the hash functions with the tensors that were trained with it."""
         seed = state_dict.get(prefix + _SEED)
         if seed is not None and self.owner is self:
             self.reseed(int(seed))
@@ -319,12 +321,12 @@ class TableLayer(nn.Module):
             super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        """The arguments of the dense layer, the method and the layout."""
+        """Describe the arguments of the dense layer, the method and the layout."""
         tied = "" if self.owner is self else ", tied"
         return f"{super().extra_repr()}, {self.spec.method} {self.spec.layout}{tied}"
 
     def _is_half(self) -> bool:
-        """Whether parameters have less precision than the rows, so that an optimizer would lose its steps."""
+        """Return whether parameters have less precision than the rows, so that optimizer steps may underflow."""
         half, parameters = (torch.float16, torch.bfloat16), self.owner.parameters(recurse=False)
         return self.dtype not in half and any(p.dtype in half for p in parameters)
 
@@ -335,11 +337,12 @@ class TableLayer(nn.Module):
         """Refuse ids outside the table.
 
         Raises:
-            RowIndexError: names the first such id.
+            RowIndexError: an id outside [0, N); the message has the first one.
+            RuntimeError: ids that are not int32 or int64.
         """
         if ids.dtype not in (torch.int32, torch.int64):
-            raise RuntimeError(f"indices have dtype {ids.dtype}: ids are int32 or int64")
-        if is_intercepted():  # values may not be looked at
+            raise RuntimeError(f"indices have dtype {ids.dtype}: give int32 or int64 ids")
+        if is_intercepted():  # values must not be read
             return
         if ids.device.type != "cpu":
             torch._assert_async(((ids >= 0) & (ids < self.num_embeddings)).all())
@@ -348,19 +351,19 @@ class TableLayer(nn.Module):
         if bad.any():
             raise RowIndexError(
                 f"id {int(ids[bad][0])} is outside the table of {self.num_embeddings} rows: "
-                f"ids go from 0 to {self.num_embeddings - 1}"
+                f"give ids from 0 to {self.num_embeddings - 1}"
             )
 
 
 def _warn_of_half(gradient: Tensor) -> None:
     warnings.warn(
-        "gradients of float16 codebooks: Adam's epsilon vanishes in float16. Call model.float() before training.",
+        "gradients of float16 codebooks: Adam's epsilon underflows in it. Call model.float() before training.",
         stacklevel=2,
     )
 
 
 def _gather(layer: TableLayer, tensor: Tensor, ids: Tensor) -> Tensor:
-    """Take the entries of `ids`; the bounds are checked by the gather itself."""
+    """Gather the entries of `ids`; out-of-range ids are detected by the gather itself."""
     if is_tracing():
         return _take(tensor, ids)
     try:

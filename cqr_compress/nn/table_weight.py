@@ -1,4 +1,4 @@
-"""A stand-in for the weight of a compressed layer: it has the weight's shape and decodes when it must."""
+"""A tensor subclass for the weight of a compressed layer, which decodes only if an operation needs values."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def _getter(name: str) -> Callable[..., Any]:
-    """What __torch_function__ is told when an attribute of a tensor is read."""
+    """Return the function that __torch_function__ receives when an attribute of a tensor is read."""
     return cast(Callable[..., Any], getattr(Tensor, name).__get__)
 
 
 def _setter(name: str) -> Callable[..., Any]:
-    """What __torch_function__ is told when an attribute of a tensor is assigned."""
+    """Return the function that __torch_function__ receives when an attribute of a tensor is assigned."""
     return cast(Callable[..., Any], getattr(Tensor, name).__set__)
 
 
@@ -33,11 +33,11 @@ _ABOUT = frozenset(
         *(Tensor.element_size, Tensor.__len__, Tensor.ndimension, Tensor.nelement),
     }
 )
-"""Questions about a tensor that need none of its values."""
+"""Functions of a tensor's metadata, which need none of its values."""
 
 
 _WHERE = frozenset({*map(_getter, ("device", "is_cpu", "is_cuda", "is_meta")), Tensor.get_device})
-"""Questions about the device, which the layer answers: the stand-in itself is on meta, where nothing reads it."""
+"""Functions of the device, which is that of the layer: the subclass itself is on the meta device."""
 _TRANSPOSES = frozenset({Tensor.t, torch.t, _getter("T"), _getter("mT")})
 _TRANSPOSED = frozenset({Tensor.transpose, torch.transpose})
 _PRODUCTS = frozenset({Tensor.matmul, Tensor.__matmul__, torch.matmul, torch.mm, Tensor.mm})
@@ -59,24 +59,24 @@ _SELECTED = frozenset({Tensor.index_select, torch.index_select})
 class TableWeight(torch.Tensor):
     """The (N, D) weight of a compressed layer, or its transpose, as a tensor without values.
 
-    Shape, dtype and device are answered at once. Looking up ids and multiplying queries with the transpose go
-    through the layer; every other operation decodes the whole table first. Writing in place is refused, because
-    the rows cannot be written: they are computed.
+    Shape, dtype and device are those of the weight. Lookups of ids and products of queries with the transpose are
+    computed by the layer; every other operation decodes the whole table first. In-place operations are refused,
+    because the rows are computed from codes.
 
     Attributes:
         layer: the compressed layer.
         transposed: whether this is the transpose.
-        detached: whether gradients stop here.
+        detached: whether it is detached from the autograd graph.
     """
 
     layer: TableLayer
     transposed: bool
     detached: bool
-    _is_param = True  # nn.Module.get_parameter and tie_weights of transformers ask for a Parameter
+    _is_param = True  # nn.Module.get_parameter and tie_weights of transformers require a Parameter
 
     @staticmethod
     def from_layer(layer: TableLayer, transposed: bool = False, detached: bool = False) -> Tensor:
-        """Make the stand-in for a layer's weight; inside a tensor mode that cannot hold one, decode it."""
+        """Create the weight of a layer; inside a tensor mode that does not support the subclass, decode it."""
         shape = (layer.num_embeddings, layer.embedding_dim)
         value = torch.empty(shape, dtype=layer.dtype, device="meta")
         if type(value) is not Tensor:
@@ -86,7 +86,7 @@ class TableWeight(torch.Tensor):
         return weight
 
     def decode(self) -> Tensor:
-        """The values: a plain tensor, with gradients unless detached."""
+        """Decode to a plain tensor, with gradients unless detached."""
         if self.detached:
             with torch.no_grad():
                 rows = self.layer.decode()
@@ -95,11 +95,11 @@ class TableWeight(torch.Tensor):
         return rows.t() if self.transposed else rows
 
     def has_row(self, row: int | None) -> bool:
-        """Whether a number is a row, negative ones counting from the end; None is."""
+        """Return whether a row index, which may be negative, is in range; True for None."""
         return row is None or -self.layer.num_embeddings <= row < self.layer.num_embeddings
 
     def lookup(self, ids: Tensor, padding_idx: int | None) -> Tensor:
-        """Look ids (...) up without decoding the table; the padding row gets no gradient."""
+        """Look up ids (...) without decoding the table; the padding row receives no gradient."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
             rows = self.layer.lookup(ids.reshape(-1)).view(*ids.shape, self.layer.embedding_dim)
         if padding_idx is None or not rows.requires_grad:
@@ -111,7 +111,7 @@ class TableWeight(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answer an operation on the stand-in."""
+        """Compute an operation on the weight."""
         kwargs = kwargs or {}
         first = next(iter((*args, *kwargs.values())), None)
         if isinstance(first, TableWeight):
@@ -121,14 +121,14 @@ class TableWeight(torch.Tensor):
             if func in _WHERE:
                 return func(torch.empty(0, dtype=first.layer.dtype, device=first.layer.device))
             if func in (Tensor.requires_grad_, _SET_REQUIRES_GRAD):
-                if first.detached:  # what is detached is a copy: the table keeps its setting
+                if first.detached:  # a detached weight is a copy: the table keeps its setting
                     return func(first.decode(), *args[1:], **kwargs)
                 for tensor in first.layer.owner.parameters(recurse=False):
                     tensor.requires_grad_(next(iter((*args[1:], *kwargs.values())), True))
                 return None if func == _SET_REQUIRES_GRAD else first
             if func == _SET_GRAD and args[1] is None:
                 return first.layer.owner.zero_grad()
-            if func == _GRAD_FN:  # not a leaf: nn.Module refuses to register it as a Parameter
+            if func == _GRAD_FN:  # as of a non-leaf tensor, which nn.Module does not register as a Parameter
                 return first.layer
             if func == _REQUIRES_GRAD:
                 return not first.detached and any(t.requires_grad for t in first.layer.table_tensors().values())
@@ -178,7 +178,7 @@ def _holds_one(value: Any) -> bool:
 
 
 def _through_layer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Do a lookup or a product with all rows through the layer, or return None."""
+    """Compute a lookup or a product with all rows with the layer; None for other operations."""
     if func in _PRODUCTS and len(args) == 2 and not kwargs:
         h, weight = args
         if isinstance(weight, TableWeight) and weight.transposed and not isinstance(h, TableWeight) and h.ndim:
@@ -200,7 +200,7 @@ def _through_layer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
 
 
 def _rows_at(weight: TableWeight, index: Any) -> Tensor | None:
-    """Rows by a number, a slice or a tensor of ids, negative ones counting from the end."""
+    """Look up rows by an index, a slice or a tensor of ids, which may be negative; None for other indices."""
     N, device = weight.layer.num_embeddings, weight.device
     if isinstance(index, slice):
         return weight.lookup(torch.arange(N, device=device)[index], None)
@@ -221,7 +221,7 @@ def _lookup(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor | None:
-    """F.embedding of a weight that is not decoded; gradients are dense."""
+    """Compute F.embedding without decoding the weight, with dense gradients; None if unsupported."""
     if not isinstance(weight, TableWeight) or weight.transposed or max_norm is not None or scale_grad_by_freq:
         return None
     return weight.lookup(input, padding_idx) if weight.has_row(padding_idx) else None
@@ -240,7 +240,7 @@ def _bags(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor | None:
-    """F.embedding_bag of a weight that is not decoded; gradients are dense."""
+    """Compute F.embedding_bag without decoding the weight, with dense gradients; None if unsupported."""
     if not isinstance(weight, TableWeight) or weight.transposed or max_norm is not None or scale_grad_by_freq:
         return None
     if not weight.has_row(padding_idx):
@@ -254,9 +254,9 @@ def _bags(
 
 
 def _scores(weight: TableWeight, h: Tensor) -> Tensor | None:
-    """Products through the codebooks where no gradient is asked for; training decodes once instead.
+    """Compute products with the codebooks if no gradient is required; training decodes the table once instead.
 
-    Where the layer is observed, its observer is told of a product.
+    An observer of the layer receives the products in training, too.
     """
     layer = weight.layer
     trains = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)

@@ -1,1 +1,1 @@
-"""From a checkpoint to plans: which tensors are tables, and how each is compressed."""
+"""Planning of a conversion: find the tables of a checkpoint, and choose a layout for each."""

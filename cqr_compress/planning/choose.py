@@ -1,4 +1,4 @@
-"""Choose a spec for each table: from what the user asked, and by measuring on a sample."""
+"""Choose a spec for each table from the options, by trial fits on a sample where several layouts fit."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _BRIEF = Effort(kmeans_iterations=4, refine_rounds=0, beam=1)
 
 @dataclass(frozen=True)
 class TablePlan:
-    """What will be done with one table.
+    """The plan of one table.
 
     Attributes:
-        name: of the source tensor.
-        spec: how it is compressed, or None if it stays dense.
-        reason: why this layout, or why it stays dense.
-        effort: work for the final fit.
+        name: name of the source tensor.
+        spec: spec to compress it with, or None if it stays dense.
+        reason: why this layout was chosen, or why the table stays dense.
+        effort: effort of the final fit.
     """
 
     name: str
@@ -44,17 +44,17 @@ class TablePlan:
 
 
 def plan_table(table: ScannedTable, options: ConvertOptions, step: Callable[[], None] = lambda: None) -> TablePlan:
-    """Choose the spec of one table, by trial fits on its sample where several layouts are possible.
+    """Choose the spec of one table, by trial fits on its sample if several layouts fit.
 
     Args:
         table: from `scan_table`.
-        options: what the user asked.
+        options: method and budget.
         step: called after each trial.
 
     Raises:
-        BudgetError: no layout of the method fits; the message says what does.
-        SpecError: an explicit layout that the table's shape cannot have.
-        TableRefusedError: values whose squares float32 cannot hold.
+        BudgetError: no layout of the method fits; the message contains the largest possible ratio.
+        SpecError: an explicit layout that is invalid for the table's shape.
+        TableRefusedError: values whose squares overflow or underflow float32.
     """
     name = table.entry.name
     _check_magnitude(table)
@@ -83,15 +83,15 @@ def _check_magnitude(table: ScannedTable) -> None:
     name = table.entry.name
     if table.largest and not _SMALLEST_VALUE < table.largest < _LARGEST_VALUE:
         raise TableRefusedError(
-            f"the largest magnitude in {name!r} is {table.largest:.3g}: squared distances leave the "
+            f"the largest magnitude in {name!r} is {table.largest:.3g}: squared distances are outside the "
             f"range of float32. Pass --exclude {name!r}."
         )
 
 
 def _largest_of_each(specs: list[AnySpec]) -> list[AnySpec]:
-    """Of layouts that differ in their levels alone, keep the one with most levels; drop small ones.
+    """Keep the largest layout of each group that differs in the number of levels only; drop small layouts.
 
-    A layout that uses less than 80% of the bytes of the largest is not worth a trial.
+    A layout that uses less than 80% of the bytes of the largest one is dropped.
     """
     best: dict[tuple[object, ...], AnySpec] = {}
     for spec in specs:
@@ -108,7 +108,7 @@ def _largest_of_each(specs: list[AnySpec]) -> list[AnySpec]:
 def _choose(
     table: ScannedTable, specs: list[AnySpec], options: ConvertOptions, step: Callable[[], None]
 ) -> tuple[AnySpec, str]:
-    """Try all layouts briefly, the best again with more rows and work (successive halving)."""
+    """Rank all layouts by brief trial fits, and the best again with more rows and effort (successive halving)."""
     errors: list[tuple[float, AnySpec]] = []
     lost = _lost_energy(table) if any(_left_out(spec) for spec in specs) else None
     for spec in sorted(specs, key=_left_out):
@@ -134,12 +134,12 @@ def _choose(
 
 
 def _left_out(spec: AnySpec) -> int:
-    """Dimensions that a rotation leaves out of a row; 0 where there are none."""
+    """Count the dimensions that a rotation of reduced rank drops; 0 without one."""
     return 0 if not isinstance(spec, CodebookSpec) else spec.embedding_dim - spec.width
 
 
 def _lost_energy(table: ScannedTable) -> Tensor:
-    """Relative squared error of the best projection that leaves out 0, 1, 2, ... dimensions."""
+    """Compute the relative squared error of the best projection that drops 0, 1, 2, ... dimensions."""
     rows = table.sample
     if table.weights is not None:
         rows = rows * table.weights[table.sample_ids].sqrt()[:, None]
@@ -150,14 +150,14 @@ def _lost_energy(table: ScannedTable) -> Tensor:
 def estimate_error(table: ScannedTable, spec: AnySpec, effort: Effort, num_rows: int) -> float:
     """Estimate the relative squared error of a layout fitted to the whole table.
 
-    With fewer rows than the table's the error on the fitted rows is too good and that on other rows too bad,
-    by about the same amount, which shrinks as 1 / rows: the estimate is interpolated to the table's N.
+    With fewer rows than the table has, the error on the fitted rows is biased downward and the held-out error
+    upward, by about the same amount, which decreases as 1 / rows: the estimate is interpolated to the table's N.
 
     Args:
         table: the scanned table.
         spec: the layout.
-        effort: of the trial fit.
-        num_rows: rows to fit on, at most.
+        effort: effort of the trial fit.
+        num_rows: maximum number of rows to fit on; up to half as many are held out.
     """
     N, _ = table.shape
     generator = torch.Generator().manual_seed(spec.num_embeddings)
@@ -185,10 +185,10 @@ def estimate_error(table: ScannedTable, spec: AnySpec, effort: Effort, num_rows:
 
 
 def estimate_ratio(table: ScannedTable, options: ConvertOptions) -> float:
-    """Estimate quickly what a options would cost: one brief fit of its likeliest layout.
+    """Estimate the error that options lead to, by one brief fit of the layout with the most code bytes.
 
     Returns:
-        Relative squared error.
+        The relative squared error.
 
     Raises:
         BudgetError: no layout fits.

@@ -1,4 +1,4 @@
-"""Fit a planned table and encode all its rows, block by block, into whatever takes the tensors."""
+"""Fit a planned table and encode all its rows, block by block, into a receiver of tensors."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from cqr_compress.table.quality import QualityMeter
 def encode_table(
     scan: ScannedTable, plan: TablePlan, seed: int, put: Callable[[str, Tensor], None], progress: Progress
 ) -> QualityMeter:
-    """Fit one table and hand over its tensors.
+    """Fit one table and pass its tensors to `put`.
 
     Args:
         scan: the table's rows, with their sample.
         plan: a plan with a spec.
-        seed: draws the rows on which recall is measured.
-        put: called with a short name (`codes`, `codebooks`, ...) and a tensor; those of PER_ROW come in row
-            blocks, in order.
-        progress: told of the work.
+        seed: seed of the sample of rows on which recall is measured.
+        put: called with a short name (`codes`, `codebooks`, ...) and a tensor; tensors of PER_ROW are passed in
+            blocks of rows, in order.
+        progress: receives the progress of the work.
 
     Returns:
-        What the decoded rows are like beside the source's.
+        The meter that compares the decoded rows with the source's.
 
     Raises:
         VerificationError: a decoded row is not finite.
@@ -57,7 +57,8 @@ def encode_table(
         lost = ids[~decoded.isfinite().all(1)]
         if not torch.isin(lost, scan.exact_ids).all():
             raise VerificationError(
-                f"row {int(lost[0])} of {name!r} leaves the range of its dtype. Pass --codebook-dtype float32."
+                f"decoded row {int(lost[0])} of {name!r} is outside the range of its dtype. "
+                "Pass --codebook-dtype float32."
             )
         meter.add(rows, decoded, start)
         progress.advance(len(rows))

@@ -17,21 +17,21 @@ from cqr_compress.table.blocks import BLOCK_BYTES
 from cqr_compress.table.spec import FLOAT_DTYPES, dtype_name
 
 THRESHOLD = 0.5
-"""Confidence from which a tensor is taken for an embedding table."""
+"""Smallest confidence at which a tensor is selected as an embedding table."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One 2-D floating-point tensor and the summary on it.
+    """One 2-D floating-point tensor, with the confidence that it is an embedding table.
 
     Attributes:
         name: its name in the checkpoint.
         shape: (rows, columns).
-        dtype: "float32" and so on.
+        dtype: name of the dtype, such as "float32".
         nbytes: bytes of the tensor.
-        confidence: that it is an embedding table, 0 to 1.
-        reason: why, in words.
-        selected: whether `convert` takes it.
+        confidence: confidence that it is an embedding table, 0 to 1.
+        reason: explanation of the confidence.
+        selected: whether `convert` compresses it.
         aliases: other names of the same tensor.
     """
 
@@ -48,19 +48,19 @@ class Candidate:
 def find_tables(
     checkpoint: Checkpoint, tables: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[Candidate]:
-    """Judge every 2-D floating-point tensor of a checkpoint.
+    """Classify every 2-D floating-point tensor of a checkpoint.
 
     Args:
-        checkpoint: what `with_table_names` gives.
-        tables: globs (or "re:" and a regular expression) of names to take instead of the found ones.
-        exclude: the same, for names to leave.
+        checkpoint: from `with_table_names`.
+        tables: globs (or "re:" and a regular expression) of names to select instead of the found ones.
+        exclude: the same, for names not to select.
 
     Returns:
         One candidate for each tensor, in file order.
 
     Raises:
         TableNotFoundError: a pattern matches no 2-D tensor.
-        TableRefusedError: an explicitly named table is already compressed by another trick.
+        TableRefusedError: an explicitly named table is already compressed by another technique.
     """
     candidates = [_judge(checkpoint, entry) for entry in _matrices(checkpoint)]
     names = {name: c for c in candidates for name in (c.name, *c.aliases)}
@@ -83,10 +83,10 @@ def find_tables(
 def refuse_foreign(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint whose tables another tool has quantized.
 
-    Linear layers quantized elsewhere are no obstacle: they are carried over bit for bit.
+    Quantized linear layers are accepted: their tensors are copied bit for bit.
 
     Raises:
-        TableRefusedError: names the tensors and the tool.
+        TableRefusedError: a table is quantized; the message lists the tensors and the tool.
     """
     found = []
     has_table = any(_judge(checkpoint, entry).selected for entry in _matrices(checkpoint))
@@ -103,19 +103,19 @@ def refuse_foreign(checkpoint: Checkpoint) -> None:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise TableRefusedError(
             f"{str(checkpoint.path)!r} is already quantized by another tool: {', '.join(found[:3])}{more}. "
-            "Start from the checkpoint it was made of."
+            "Convert the checkpoint that it was made of."
         )
 
 
 def with_table_names(checkpoint: Checkpoint, compare: bool = True) -> Checkpoint:
-    """Let a shared tensor stand under the name that says table, and find tables saved twice.
+    """List each shared tensor under its name with the highest confidence, and tie tables that are saved twice.
 
     Args:
         checkpoint: as opened.
-        compare: also read pairs such as `lm_head.weight` and `embed_tokens.weight` and tie them if equal.
+        compare: also read pairs such as `lm_head.weight` and `embed_tokens.weight`, and tie them if equal.
 
     Returns:
-        The checkpoint with other `entries` and `aliases`.
+        The checkpoint with updated `entries` and `aliases`.
     """
     entries, aliases = dict(checkpoint.entries), dict(checkpoint.aliases)
     for canonical in list(entries):
@@ -174,9 +174,9 @@ def _judge(checkpoint: Checkpoint, entry: TensorEntry) -> Candidate:
     elif entry.name.endswith("weight") and bias in checkpoint.entries:
         confidence, reason = min(confidence, 0.05), f"a linear layer or norm: it has {bias!r}"
     elif confidence < THRESHOLD and reason == "" and rows >= 10_000 and rows >= 50 * columns:
-        confidence, reason = 0.4, "tall as a table, but its name does not say so; pass --tables to take it"
+        confidence, reason = 0.4, "has the shape of a table, but not the name of one; pass --tables to select it"
     elif reason == "":
-        reason = "nothing about it says embedding table"
+        reason = "neither its name nor its shape is that of an embedding table"
     return Candidate(
         name=entry.name,
         shape=(rows, columns),
@@ -228,6 +228,6 @@ def _stem_match(name: str, pattern: str) -> bool:
 def _no_match(pattern: str, names: list[str], checkpoint: Checkpoint) -> str:
     where = str(checkpoint.path)
     if not names:
-        return f"{pattern!r} matches nothing: {where!r} has no 2-D floating-point tensor"
+        return f"{pattern!r} matches no tensor: {where!r} has no 2-D floating-point tensor"
     near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.2) or sorted(names)[:5]
     return f"{pattern!r} matches no 2-D floating-point tensor of {where!r}. Nearest: {', '.join(near)}"

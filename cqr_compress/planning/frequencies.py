@@ -1,4 +1,4 @@
-"""How often each id is used: read from a file, checked against the tables of a checkpoint."""
+"""Frequencies of ids: read from files and checked against the tables of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Frequencies = Mapping[str, Tensor] | str | Path | Sequence[str | Path]
 
 
 def read_frequencies(given: Frequencies, num_rows: Mapping[str, int]) -> dict[str, Tensor]:
-    """Read counts of ids for tables.
+    """Read the counts of ids for tables.
 
     Args:
         given: counts (N,) by table; or files, each a path, or a table's name, "=" and a path:
 
-            - `.npy`: (N,) numbers, for the one table of N rows where no name is given;
+            - `.npy`: (N,) numbers, for the only table of N rows if no name is given;
             - `.safetensors`: (N,) tensors under the names of tables;
             - `.csv`: columns `id,count`, or `table,id,count`; ids that are not listed have count 0.
-        num_rows: N of each table that counts may be for.
+        num_rows: N of each table that counts are allowed for.
 
     Returns:
         (N,) float32 counts, at least 0 and not all 0, by table.
 
     Raises:
-        TableNotFoundError: a table that is not there, or counts that could be of several tables.
-        ShapeError: counts that do not fit their table.
+        TableNotFoundError: an unknown table, or counts that match several tables.
+        ShapeError: counts that do not match the rows of their table.
         CheckpointError: a file that cannot be read.
-        SpecError: a table that gets counts twice, or a file of an unknown kind.
+        SpecError: a table with counts from two files, or an unknown file extension.
     """
     if isinstance(given, Mapping):
         return {
@@ -46,7 +46,9 @@ def read_frequencies(given: Frequencies, num_rows: Mapping[str, int]) -> dict[st
         name, path = _split(str(file))
         for table, counts in _read(path, name, num_rows).items():
             if table in found:
-                raise SpecError(f"table {table!r} gets frequencies twice, the second time from {str(path)!r}")
+                raise SpecError(
+                    f"table {table!r} has frequencies from two files, the second of which is {str(path)!r}"
+                )
             where = repr(str(path))
             found[table] = check_counts(table, counts, _rows_of(table, num_rows, where), where)
     return found
@@ -59,7 +61,7 @@ def _split(text: str) -> tuple[str | None, Path]:
 
 def _read(path: Path, name: str | None, num_rows: Mapping[str, int]) -> dict[str, Tensor]:
     if not path.is_file():
-        raise CheckpointError(f"there is no file {str(path)!r} with frequencies")
+        raise CheckpointError(f"no such file of frequencies: {str(path)!r}")
     if path.suffix == ".npy":
         try:
             counts = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float64))
@@ -72,11 +74,13 @@ def _read(path: Path, name: str | None, num_rows: Mapping[str, int]) -> dict[str
         if name is None:
             return read
         if len(read) != 1:
-            raise TableNotFoundError(f"{str(path)!r} has {len(read)} tensors: leave out {name}=, they have names")
+            raise TableNotFoundError(
+                f"{str(path)!r} has {len(read)} tensors, each named after its table: omit {name}= before the path"
+            )
         return {name: next(iter(read.values()))}
     if path.suffix == ".csv":
         return _read_csv(path, name, num_rows)
-    raise SpecError(f"frequencies come from .npy, .safetensors or .csv, and not from {str(path)!r}")
+    raise SpecError(f"frequencies are read from .npy, .safetensors or .csv files, not from {str(path)!r}")
 
 
 def _only_table(path: Path, num_rows: Mapping[str, int], count: int | None) -> str:
@@ -84,9 +88,9 @@ def _only_table(path: Path, num_rows: Mapping[str, int], count: int | None) -> s
     if len(names) == 1:
         return names[0]
     tables = ", ".join(f"{name} ({N} rows)" for name, N in num_rows.items())
-    what = "it fits none of the tables" if not names else f"it could be for {', '.join(names)}"
+    what = "it matches none of the tables" if not names else f"it matches {', '.join(names)}"
     number = "" if count is None else f" of {count} numbers"
-    raise TableNotFoundError(f"{str(path)!r}{number}: {what}. Say TABLE={path}. The tables are {tables}")
+    raise TableNotFoundError(f"{str(path)!r}{number}: {what}. Pass TABLE={path}. The tables are {tables}")
 
 
 def _read_csv(path: Path, name: str | None, num_rows: Mapping[str, int]) -> dict[str, Tensor]:
@@ -98,7 +102,7 @@ def _read_csv(path: Path, name: str | None, num_rows: Mapping[str, int]) -> dict
             heading = [cell.strip() for cell in next(reader, [])]
             if heading not in (["id", "count"], ["table", "id", "count"]):
                 raise CheckpointError(
-                    f"{str(path)!r} begins with {','.join(heading)!r}: its first line is id,count or "
+                    f"{str(path)!r} begins with {','.join(heading)!r}: its first line has to be id,count or "
                     "table,id,count"
                 )
             only = "" if len(heading) == 3 else name or _only_table(path, num_rows, None)
@@ -116,31 +120,37 @@ def _read_csv(path: Path, name: str | None, num_rows: Mapping[str, int]) -> dict
         at = torch.tensor(ids[table])
         if int(at.min()) < 0 or int(at.max()) >= N:
             raise ShapeError(
-                f"{str(path)!r} has ids from {int(at.min())} to {int(at.max())}, and {table!r} has {N} rows"
+                f"{str(path)!r} has ids from {int(at.min())} to {int(at.max())}, but {table!r} has {N} rows"
             )
         found[table] = torch.zeros(N, dtype=torch.float64).index_add_(
             0, at, torch.tensor(counts[table], dtype=torch.float64)
         )
     if not found:
-        raise CheckpointError(f"{str(path)!r} has no counts")
+        raise CheckpointError(f"{str(path)!r} contains no counts")
     return found
 
 
 def _rows_of(table: str, num_rows: Mapping[str, int], where: str) -> int:
     if table not in num_rows:
-        raise TableNotFoundError(f"{where} is for {table!r}, and the tables to compress are {', '.join(num_rows)}")
+        raise TableNotFoundError(
+            f"frequencies of {table!r} in {where}: no such table. The tables are {', '.join(num_rows)}"
+        )
     return num_rows[table]
 
 
 def check_counts(table: str, counts: Tensor, N: int, where: str = "the counts given") -> Tensor:
-    """Check how often each of N ids is used: (N,) float32.
+    """Check the counts of a table's N ids; return (N,) float32.
 
     Raises:
-        ShapeError: another shape, or numbers that are no counts.
+        ShapeError: another shape, or values that are not finite, negative, or all 0.
     """
     if counts.shape != (N,):
-        raise ShapeError(f"frequencies of {table!r} in {where} are {tuple(counts.shape)}: the table has {N} rows")
+        raise ShapeError(
+            f"frequencies of {table!r} in {where} have shape {tuple(counts.shape)}: the table has {N} rows"
+        )
     counts = counts.double()
     if not bool(counts.isfinite().all()) or bool((counts < 0).any()) or not bool((counts > 0).any()):
-        raise ShapeError(f"frequencies of {table!r} in {where} are not finite numbers of at least 0, some above")
+        raise ShapeError(
+            f"frequencies of {table!r} in {where} are invalid: give finite numbers of at least 0, not all 0"
+        )
     return counts.float()

@@ -1,6 +1,6 @@
-"""What embedding tables, and what only looks like one, are called in known model families.
+"""Name patterns of embedding tables, and of similarly named tensors, in known model families.
 
-Patterns are matched against a tensor's name without wrapper prefixes and without a final `.weight`.
+Patterns are matched against a tensor's name without wrapper prefixes and without a trailing `.weight`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_forward_module.", "_orig_mod.", "
 
 @dataclass(frozen=True)
 class Pattern:
-    """A name pattern with what it tells.
+    """A name pattern, with the reason and the confidence that it implies.
 
     Attributes:
         regex: searched in the stripped name.
-        reason: for the report.
-        confidence: that the tensor is an embedding table, 0 to 1.
+        reason: explanation for the report.
+        confidence: confidence that the tensor is an embedding table, 0 to 1.
     """
 
     regex: re.Pattern[str]
@@ -73,10 +73,10 @@ TABLES = (
     _pattern(
         _START + r"(?:[a-z0-9_]*_)?(?:emb|embs|embed|embeds|embedding|embeddings|lookup|lut)(?:_[a-z]+)?"
         r"(?:\.\d+)?$",
-        "named as an embedding",
+        "named like an embedding",
         0.9,
     ),
-    _pattern(r"(?i)embed", "its name says embedding", 0.75),
+    _pattern(r"(?i)embed", "its name contains embed", 0.75),
 )
 """First match wins."""
 
@@ -110,7 +110,7 @@ NOT_TABLES = (
     ),
     _pattern(_START + r"(?:out|output|logits)$", "a linear layer by its name"),
 )
-"""Checked before TABLES, except where a tensor is tied to a table."""
+"""Checked before TABLES: a match here takes precedence."""
 
 
 REFUSED = (
@@ -120,7 +120,7 @@ REFUSED = (
         "DLRM's mixed-dimension trick: the table has its own projection",
     ),
 )
-"""Tables that another trick has compressed already; they stay as they are."""
+"""Tables that another technique has already compressed; they are not compressed again."""
 
 
 FOREIGN = (
@@ -135,7 +135,7 @@ FOREIGN = (
     _pattern(r"^(?P<stem>.*?)\.?(?:qweight|qzeros)$", "quantized by GPTQ or AWQ"),
     _pattern(r"^(?P<stem>)mapping$", "a model2vec table with quantized vocabulary (`mapping`)"),
 )
-"""Tensors that only another tool's quantized file has."""
+"""Tensors that occur only in files quantized by another tool."""
 
 
 TIED_PAIRS = (
@@ -147,11 +147,11 @@ TIED_PAIRS = (
     (r"output_projection\.weight$", r"embed_tokens\.weight$"),
     (r"output\.weight$", r"tok_embeddings\.weight$"),
 )
-"""(head, table): names under which models save one table twice when the format cannot share memory."""
+"""(head, table): names under which models save a tied weight twice if the format cannot share memory."""
 
 
 def stripped(name: str) -> str:
-    """Remove wrapper prefixes, wherever they stand, and the final `.weight`."""
+    """Remove wrapper prefixes at any position, and the trailing `.weight`."""
     for prefix in WRAPPER_PREFIXES:
         name = name.replace(prefix, "")
     return name.removesuffix(".weight")

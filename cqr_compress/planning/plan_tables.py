@@ -31,10 +31,10 @@ class PlannedTable:
 
     Attributes:
         entry: where its rows are.
-        plan: how.
-        spec: of the plan.
-        scan: what one pass over it found; the sample is left out where many tables would take too much memory.
-        options: of the conversion.
+        plan: spec, reason and effort.
+        spec: spec of the plan, not None.
+        scan: result of one pass over the rows; the sample is empty if the samples of all tables exceed 1 GiB.
+        options: options of the conversion.
     """
 
     entry: TensorEntry
@@ -44,13 +44,13 @@ class PlannedTable:
     options: ConvertOptions
 
     def record(self, quality: Quality | None = None) -> TableRecord:
-        """Its entry in the header of a file; without a quality, with the widest one."""
+        """Return the table's entry in a file's header; without a quality, with `Quality.widest` in its place."""
         budget = int(budget_bytes(self.scan.facts, self.options) or self.spec.nbytes)
         quality = quality or Quality.widest(weighted=self.scan.weights is not None)
         return TableRecord(spec=self.spec, quality=quality, reason=self.plan.reason, budget=budget)
 
     def encode(self, put: Callable[[str, Tensor], None], progress: Progress) -> QualityMeter:
-        """Fit the table and hand over its tensors; see `encode_table`."""
+        """Fit the table and pass its tensors to `put`; see `encode_table`."""
         scan = self.scan
         if len(scan.sample) == 0:
             scan = replace(_scan(self.entry, self.options, progress), weights=scan.weights)
@@ -62,8 +62,8 @@ class Planned:
     """Plans of all tables.
 
     Attributes:
-        tables: those that will be compressed, by name.
-        left_dense: those that will not.
+        tables: tables to compress, by name.
+        left_dense: tables that stay dense.
     """
 
     tables: Mapping[str, PlannedTable]
@@ -77,17 +77,17 @@ def plan_tables(
     weights: Mapping[str, Tensor],
     progress: Progress,
 ) -> Planned:
-    """Scan and plan every table; what is impossible is collected and reported once.
+    """Scan and plan every table; infeasible budgets are collected into one error.
 
     Args:
         checkpoint: a file, or the tensors of a live model.
         selected: the tables to compress.
         options: method and budget.
         weights: (N,) weights of the rows' squared errors, by table.
-        progress: told of the work.
+        progress: receives the progress of the work.
 
     Raises:
-        BudgetError: tables for which no layout fits, all of them.
+        BudgetError: no layout fits; the message lists all tables concerned.
         TableNotFoundError: no table would gain from compression.
     """
     tables: dict[str, PlannedTable] = {}
@@ -135,7 +135,7 @@ def plan_tables(
 
 
 def left_dense(candidates: Sequence[Candidate]) -> list[LeftDense]:
-    """Tables that were found and not selected, for the report; tensors that hardly are tables are left out."""
+    """List tables that were found and not selected, for the report; a confidence below 0.3 is omitted."""
     return [_left(c, c.reason) for c in candidates if not c.selected and c.confidence >= 0.3]
 
 

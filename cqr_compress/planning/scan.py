@@ -1,4 +1,4 @@
-"""One table's rows on their way to a quantizer: scanned once, sampled, and read again in blocks."""
+"""The rows of one table as input of a quantizer: scanned once, sampled, and read again in blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cqr_compress.table.blocks import row_blocks
 from cqr_compress.table.table import CompressedTable
 
 MAX_SAMPLE_BYTES = 512 * 2**20
-"""A fit sees all rows of a table up to these bounds, else a uniform sample without replacement."""
+"""Largest sample in bytes: a larger table is sampled uniformly without replacement, a smaller one taken whole."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,15 @@ class ScannedTable:
 
     Attributes:
         entry: where the rows are.
-        sample: (n, D) float32, the rows that fits are made on.
-        sample_ids: (n,) int64, which rows they are, ascending.
-        exact_ids: (r,) int64 ascending, rows stored verbatim: asked for, not finite, or of zeros with signs.
+        sample: (n, D) float32, the rows that codebooks are fitted to.
+        sample_ids: (n,) int64, ids of the sampled rows, ascending.
+        exact_ids: (r,) int64 ascending, rows stored verbatim: selected by the user, non-finite, or all-zero with
+            a negative zero.
         zero_ids: (z,) int64 ascending, all-zero rows among the others.
         nonfinite_rows: number of rows with NaN or infinity.
-        largest: largest magnitude of the finite values.
-        mean_square: mean of the squared finite values.
-        weights: (N,) float32, what an error at each row costs, mean about 1; None where all are alike.
+        largest: largest magnitude in the finite rows.
+        mean_square: mean of the squared values, those of non-finite rows taken as 0.
+        weights: (N,) float32 weights of the rows' squared errors, mean about 1; None for equal weights.
     """
 
     entry: TensorEntry
@@ -49,7 +50,7 @@ class ScannedTable:
 
     @property
     def stored_apart_ids(self) -> Tensor:
-        """Rows that need not be fitted, because they are stored apart."""
+        """Ids of the exact and zero rows, which are stored apart and need no fit."""
         return torch.cat([self.exact_ids, self.zero_ids])
 
     @property
@@ -60,7 +61,7 @@ class ScannedTable:
 
     @property
     def facts(self) -> TableFacts:
-        """What choosing a layout needs."""
+        """Properties that determine the possible layouts."""
         return TableFacts(
             name=self.entry.name,
             shape=self.shape,
@@ -73,7 +74,7 @@ class ScannedTable:
         )
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Pass over all rows in float32; rows that are not finite come as zeros."""
+        """Iterate over all rows in float32; non-finite rows are replaced by zeros."""
         N, D = self.shape
         for start, stop in row_blocks(N, D):
             rows = self.entry.stored.read_rows(start, stop).float()
@@ -90,18 +91,18 @@ def scan_table(
     max_sample: int = MAX_SAMPLE_ROWS,
     step: Callable[[int], None] = lambda rows: None,
 ) -> ScannedTable:
-    """Read a table once in row blocks and learn what planning needs.
+    """Read a table once in row blocks, and collect its sample, exact rows, zero rows and statistics.
 
     Args:
         entry: a 2-D floating-point tensor.
         exact_rows: ids of rows to store verbatim; negative ids count from the end.
         nonfinite: "error", or "keep" to store rows with NaN or infinity verbatim.
-        seed: draws the sample.
-        max_sample: rows of the sample, at most.
+        seed: seed of the sample.
+        max_sample: maximum number of rows in the sample.
         step: called with the number of rows of each block.
 
     Raises:
-        NonFiniteError: NaN or infinity (also a float64 value beyond float32) and `nonfinite` is "error".
+        NonFiniteError: NaN or infinity (also a float64 value that overflows float32) and `nonfinite` is "error".
         SpecError: an id of `exact_rows` outside the table.
     """
     N, D = entry.shape
@@ -113,7 +114,7 @@ def scan_table(
     usable = torch.ones(len(ids), dtype=torch.bool)
     bad: list[Tensor] = []
     zero: list[Tensor] = []
-    signed: list[Tensor] = []  # rows of zeros with a minus sign somewhere, kept verbatim
+    signed: list[Tensor] = []  # all-zero rows with a negative zero, which are stored verbatim
     largest, total = 0.0, 0.0
     for start, stop in row_blocks(N, D):
         source = entry.stored.read_rows(start, stop)
@@ -136,7 +137,7 @@ def scan_table(
         first = ", ".join(str(int(i)) for i in bad_ids[:5])
         raise NonFiniteError(
             f"{entry.name!r} ({N} x {D}) has NaN or infinity in {len(bad_ids)} rows, first {first}. "
-            "Pass --nonfinite keep to store those rows as they are."
+            "Pass --nonfinite keep to store those rows verbatim."
         )
     kept = torch.unique(torch.cat([asked, bad_ids, *signed]))
     zero_ids = torch.cat(zero)
@@ -161,18 +162,18 @@ def scan_table(
 def _check_ids(exact_rows: Sequence[int], N: int, name: str) -> Tensor:
     outside = [row for row in exact_rows if not -N <= row < N]
     if outside:
-        raise SpecError(f"cannot keep row {outside[0]} of {name!r}: it has rows 0 to {N - 1}")
+        raise SpecError(f"exact row {outside[0]} is outside {name!r}: give ids from {-N} to {N - 1}")
     return torch.tensor([row % N for row in exact_rows], dtype=torch.int64)
 
 
 def source_rows(
     checkpoint: Checkpoint, name: str, table: CompressedTable, counts: Tensor | None, progress: Progress
 ) -> ScannedTable:
-    """Read the dense rows that a table stands for.
+    """Scan the dense rows that a compressed table was made of.
 
     Raises:
-        TableNotFoundError: they are not there.
-        ShapeError: they have another shape.
+        TableNotFoundError: the checkpoint has no tensor of that name.
+        ShapeError: the tensor has another shape.
     """
     spec, entry = table.spec, with_table_names(checkpoint).entries.get(name)
     if entry is None:
@@ -181,7 +182,10 @@ def source_rows(
         )
     if entry.shape != (spec.num_embeddings, spec.embedding_dim):
         here = spec.num_embeddings, spec.embedding_dim
-        raise ShapeError(f"{name!r} is {entry.shape} in {str(checkpoint.path)!r}, and {here} in compressed")
+        raise ShapeError(
+            f"{name!r} is {entry.shape} in {str(checkpoint.path)!r} and {here} in the compressed file: give the "
+            "dense checkpoint that was converted"
+        )
     kept = table.tensors.get("exact_ids")
     keep = [] if kept is None else kept[: spec.num_kept_rows].tolist()
     progress.start(f"reading {name}", spec.num_embeddings, "rows")

@@ -1,1 +1,1 @@
-"""Methods: each has layouts that fit a budget, and fits a layout to a table's rows."""
+"""Methods: each lists the layouts that a budget allows, and fits a layout to the rows of a table."""

@@ -1,9 +1,9 @@
-"""Stored codes: product, residual and product-residual quantization as one additive quantizer per column.
+"""Methods with stored codes: product, residual and product-residual quantization, additive in each column.
 
 PQ (Jegou, Douze & Schmid 2011, doi:10.1109/TPAMI.2010.57) is one level in many columns, RQ (Chen, Guan & Wang
-2010, doi:10.3390/s101211259) many levels in one column. Codebooks start from k-means on residuals. Where
-`Effort.refine_rounds` allows, all codebooks of a column are then re-solved jointly by least squares between
-re-encodings, as in additive quantization (Babenko & Lempitsky 2014) and LSQ (Martinez et al. 2016, 2018).
+2010, doi:10.3390/s101211259) is many levels in one column. Codebooks are initialized by k-means on residuals.
+Then, for `Effort.refine_rounds` rounds, all codebooks of a column are re-solved jointly by least squares and the
+rows re-encoded, as in additive quantization (Babenko & Lempitsky 2014) and LSQ (Martinez et al. 2016, 2018).
 
 Shapes: n or B rows, D columns, C columns of S = D // C, L levels, K codewords.
 """
@@ -41,8 +41,8 @@ class AdditiveQuantizer:
     Attributes:
         spec: the table's spec.
         codebooks: (C, L, K, S) in `spec.codebook_dtype`.
-        rotation: (width, D) in the same dtype, or None; decoded rows are on_matmul by it.
-        effort: how rows are encoded.
+        rotation: (width, D) in the same dtype, or None; decoded rows are multiplied by it.
+        effort: effort of encoding.
     """
 
     spec: CodebookSpec
@@ -51,7 +51,7 @@ class AdditiveQuantizer:
     effort: Effort
 
     def shared_tensors(self) -> dict[str, Tensor]:
-        """Tensors of the table that do not grow with its rows."""
+        """Return the codebooks, and the rotation if there is one."""
         tensors = {"codebooks": self.codebooks}
         return tensors if self.rotation is None else {**tensors, "rotation": self.rotation}
 
@@ -72,9 +72,9 @@ def fit_additive(
     Args:
         rows: (n, D) float32, finite.
         spec: layout to fit.
-        effort: work to put in.
-        step: called after each unit of work; there are `num_steps(spec, effort)`.
-        weights: (n,) float32, positive: what an error at a row costs; 1 for each if None.
+        effort: effort of the fit.
+        step: called after each unit of work, at most `num_steps(spec, effort)` times.
+        weights: (n,) float32, positive weights of the rows' squared errors; all 1 if None.
 
     Returns:
         The quantizer, its tensors rounded to `spec.codebook_dtype`.
@@ -111,7 +111,7 @@ def fit_additive(
 
 
 def num_steps(spec: CodebookSpec, effort: Effort) -> int:
-    """Calls of `step` that `fit_additive` makes at most."""
+    """Return the maximum number of calls of `step` in `fit_additive`."""
     return spec.num_columns + effort.refine_rounds
 
 
@@ -120,12 +120,12 @@ class AdditiveMethod:
     """A method whose codes are all stored.
 
     Attributes:
-        takes: options of the layout that it takes.
-        needs: those of them that fix the size of a table.
-        n_bits: bits of a code that are tried.
-        num_levels: levels that are tried.
-        single_column: rows are not split.
-        standard: effort where the user sets none.
+        takes: supported layout options.
+        needs: options that together determine the size of a table.
+        n_bits: bits of a code to try.
+        num_levels: numbers of levels to try.
+        single_column: whether rows are not split into columns.
+        standard: default effort.
     """
 
     takes: tuple[str, ...]
@@ -136,45 +136,48 @@ class AdditiveMethod:
     standard: Effort
 
     def check(self, options: ConvertOptions) -> None:
-        """Refuse a helper, more levels or columns than the method has, and a rotation that would do nothing."""
+        """Refuse a helper, more levels or columns than the method has, and a rotation without effect."""
         refuse_others(options, self.takes)
         if len(self.num_levels) == 1 and options.num_levels not in (None, *self.num_levels):
-            raise SpecError(f"pq has one level, not {options.num_levels}; prq has more")
+            raise SpecError(f"num_levels is {options.num_levels}: pq has one level, use prq for more")
         if self.single_column and options.num_columns not in (None, 1):
-            raise SpecError(f"rq has one column, not {options.num_columns}; prq has more")
+            raise SpecError(f"num_columns is {options.num_columns}: rq has one column, use prq for more")
         if options.rank is not None and not options.rotation:
-            raise SpecError("rank goes with a rotation: 'opq' or 'pca'")
+            raise SpecError(f"rank is {options.rank!r} without a rotation: give rotation 'opq' or 'pca'")
         if options.rotation and options.rank is None and self.single_column:
-            raise SpecError("rq takes a rotation only with a rank: its one codebook rotates by itself")
+            raise SpecError(
+                f"rotation is {options.rotation!r} without a rank: rq has one column, for which a rotation has an "
+                "effect only with a reduced rank; give a rank"
+            )
 
     def has_fixed_size(self, options: ConvertOptions) -> bool:
-        """Whether bits and counts of columns and levels are all given."""
+        """Return whether all options of `needs` are given."""
         return all(getattr(options, name) is not None for name in self.needs)
 
     def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
-        """Layouts of stored codes."""
+        """Iterate over layouts whose codes are all stored."""
         levels = (options.num_levels,) if options.num_levels else self.num_levels
         return codebook_layouts(
             options, facts, n_bits=self.n_bits, num_levels=levels, single_column=self.single_column
         )
 
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> Effort:
-        """The method's own; OPQ alternates between codes and rotation."""
+        """Return the effort of the final fit, with more rounds for OPQ; see `codebook_effort`."""
         return codebook_effort(self.standard, spec, refine_rounds)
 
     def num_steps(self, spec: AnySpec, effort: Effort) -> int:
-        """Columns, and rounds."""
+        """Return the maximum number of calls of `step` in `fit`."""
         assert isinstance(spec, CodebookSpec)
         return num_steps(spec, effort)
 
     def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> AdditiveQuantizer:
-        """Fit the sampled rows."""
+        """Fit codebooks and rotation to the sampled rows."""
         assert isinstance(spec, CodebookSpec)
         return fit_additive(rows.sample, spec, effort, step, sample_weights(rows))
 
 
 def codebook_effort(standard: Effort, spec: AnySpec, refine_rounds: int | None) -> Effort:
-    """Effort with the rounds that the user set; if None, the method's own, and at least 12 with OPQ."""
+    """Return an effort with the given rounds; if None, the method's default, at least 12 with OPQ."""
     if refine_rounds is None:
         rotates = isinstance(spec, CodebookSpec) and spec.rotation == "opq"
         refine_rounds = max(standard.refine_rounds, _OPQ_ROUNDS if rotates else 0)
@@ -182,7 +185,7 @@ def codebook_effort(standard: Effort, spec: AnySpec, refine_rounds: int | None) 
 
 
 def sample_weights(rows: TableRows) -> Tensor | None:
-    """Weights of the sampled rows, (n,), or None."""
+    """Return the weights (n,) of the sampled rows, or None for equal weights."""
     return None if rows.weights is None else rows.weights[rows.sample_ids]
 
 

@@ -1,4 +1,4 @@
-"""The method `auto`: layouts of pq, opq, rq and prq, of which planning keeps the best on a sample."""
+"""The method `auto`: layouts of pq, opq, rq and prq, of which planning selects the best on a sample."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _REFINE_ROUNDS = 8
 
 @dataclass(frozen=True)
 class Auto:
-    """Every layout whose codes are all stored; each spec bears the name of the method that fits it."""
+    """All layouts whose codes are all stored; each spec has the name of the method that fits it."""
 
     def check(self, options: ConvertOptions) -> None:
-        """It takes everything but a helper."""
+        """Refuse a helper; all other options are supported."""
         refuse_others(options, tuple(name for name in LAYOUT_OPTIONS if name != "helper"))
 
     def has_fixed_size(self, options: ConvertOptions) -> bool:
-        """Never: it searches within a budget."""
+        """Return False: layouts are searched within a budget."""
         return False
 
     def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
-        """Layouts of all methods, with and without rotations and smaller ranks."""
+        """Iterate over layouts of all methods, with and without rotations and reduced ranks."""
         levels = (options.num_levels,) if options.num_levels else tuple(range(1, _MAX_LEVELS_OF_ONE + 1))
         for spec in codebook_layouts(options, facts, n_bits=_N_BITS, num_levels=levels, search_rotations=True):
             C, L = spec.num_columns, spec.num_levels
@@ -39,19 +39,23 @@ class Auto:
             yield replace(spec, method="pq" if L == 1 else "rq" if C == 1 else "prq")
 
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> Effort:
-        """That of the spec's method, with more rounds."""
+        """Return the effort of the spec's method, with at least 8 rounds unless `refine_rounds` is given."""
         effort = method_of(spec.method).effort(spec, refine_rounds)
         if refine_rounds is not None:
             return effort
         return replace(effort, refine_rounds=max(effort.refine_rounds, _REFINE_ROUNDS))
 
     def num_steps(self, spec: AnySpec, effort: Effort) -> int:
-        """Not asked: specs bear the name of another method."""
+        """Return the number of steps of the spec's own method."""
         return method_of(spec.method).num_steps(spec, effort)
 
     def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> Quantizer:
-        """Not asked: specs bear the name of another method."""
-        raise SpecError(f"a table of method {spec.method!r} is not fitted by auto")
+        """Raise: each spec is fitted by the method that it names.
+
+        Raises:
+            SpecError: always.
+        """
+        raise SpecError(f"method auto cannot fit a spec: fit it with its own method, {spec.method!r}")
 
 
 AUTO = Auto()

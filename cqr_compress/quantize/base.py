@@ -1,4 +1,4 @@
-"""What every method works with: facts of a table, its rows, the effort of a fit, and a fitted quantizer."""
+"""Interfaces shared by all methods: facts of a table, its rows, the effort of a fit, and a fitted quantizer."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from cqr_compress.table.spec import AnySpec
 
 @dataclass(frozen=True)
 class TableFacts:
-    """What is known of a table before a layout is chosen.
+    """Properties of a table that determine its possible layouts.
 
     Attributes:
-        name: of the tensor.
+        name: name of the tensor.
         shape: (N, D).
-        dtype: of the tensor.
-        nbytes: of the tensor.
-        num_exact_rows: rows that are stored verbatim.
-        num_zero_rows: all-zero rows among the others.
-        largest: largest magnitude of the finite values.
-        mean_square: mean of the squared finite values.
+        dtype: dtype of the tensor.
+        nbytes: bytes of the tensor.
+        num_exact_rows: number of rows stored verbatim.
+        num_zero_rows: number of all-zero rows among the others.
+        largest: largest magnitude in the finite rows.
+        mean_square: mean of the squared values, those of non-finite rows taken as 0.
     """
 
     name: str
@@ -40,7 +40,7 @@ class TableFacts:
 
 
 class TableRows(Protocol):
-    """The rows of a table, as a fit needs them: finite, float32."""
+    """The rows of a table as input of a fit: finite, float32."""
 
     @property
     def sample(self) -> Tensor:
@@ -48,29 +48,29 @@ class TableRows(Protocol):
 
     @property
     def sample_ids(self) -> Tensor:
-        """(n,) int64, which rows the sample is."""
+        """(n,) int64, ids of the sampled rows."""
 
     @property
     def weights(self) -> Tensor | None:
-        """(N,) float32 weights of the rows' squared errors, mean about 1; None where all are equal."""
+        """(N,) float32 weights of the rows' squared errors, mean about 1; None for equal weights."""
 
     @property
     def stored_apart_ids(self) -> Tensor:
-        """Rows that need not be fitted, int64."""
+        """Int64 ids of the rows that are stored apart and need no fit."""
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Pass over all rows: (first row, (B, D) float32) pairs."""
+        """Iterate over all rows, as pairs of the first id and a (B, D) float32 block."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much work goes into a fit.
+    """Number of iterations of each step of a fit.
 
     Attributes:
         kmeans_iterations: Lloyd iterations for each codebook.
-        refine_rounds: joint refinements after k-means; 0 gives the textbook quantizer.
-        beam: partial codes kept while a row is encoded level by level.
-        restarts: random restarts of the local search for each row, where L > 1.
+        refine_rounds: rounds of joint refinement after k-means; 0 gives the textbook quantizer.
+        beam: beam width of the search that encodes a row level by level.
+        restarts: random restarts of the local search for each row, if L > 1.
     """
 
     kmeans_iterations: int = 25
@@ -80,66 +80,66 @@ class Effort:
 
 
 class Quantizer(Protocol):
-    """What is fitted: it holds the shared tensors and encodes rows block by block."""
+    """A fitted quantizer: it holds the shared tensors and encodes rows block by block."""
 
     @property
     def spec(self) -> AnySpec:
         """The table's spec."""
 
     def shared_tensors(self) -> dict[str, Tensor]:
-        """Tensors that do not grow with the rows, by short name."""
+        """Return the tensors whose size does not depend on the number of rows, by short name."""
 
     def encode(self, rows: Tensor, first_row: int) -> dict[str, Tensor]:
-        """Tensors with one entry for each of the rows (B, D) float32 that start at `first_row`."""
+        """Encode rows (B, D) float32 that start at `first_row`, to tensors with one entry for each row."""
 
 
 class Method(Protocol):
-    """A way to compress a table; its name, summary and paper are in `registry.METHODS`."""
+    """A compression method; its name, summary and papers are in `registry.METHODS`."""
 
     def check(self, options: ConvertOptions) -> None:
-        """Refuse options that the method does not take.
+        """Refuse options that the method does not support.
 
         Raises:
-            SpecError: names the option.
+            SpecError: an unsupported option, which the message names.
         """
 
     def has_fixed_size(self, options: ConvertOptions) -> bool:
-        """Whether the options fix the size of a table, so that no budget is needed."""
+        """Return whether the options determine the size of a table, so that no budget is needed."""
 
     def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
-        """Every layout that the table's shape and the user's fixed choices allow."""
+        """Iterate over the layouts that the table's shape and the options allow."""
 
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> Effort:
-        """Effort of the final fit, with the rounds that the user set, or None."""
+        """Return the effort of the final fit; `refine_rounds` replaces the method's default if not None."""
 
     def num_steps(self, spec: AnySpec, effort: Effort) -> int:
-        """Calls of `step` that `fit` makes at most."""
+        """Return the maximum number of calls of `step` in `fit`."""
 
     def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> Quantizer:
-        """Fit a layout to a table's rows; `step` is called after each unit of work."""
+        """Fit a layout to the rows of a table; `step` is called after each unit of work."""
 
 
 LAYOUT_OPTIONS = ("num_columns", "num_levels", "n_bits", "rotation", "rank", "helper")
-"""Options that not every method takes."""
+"""Options that not every method supports."""
 
 
 def refuse_others(options: ConvertOptions, takes: tuple[str, ...]) -> None:
-    """Refuse the options of LAYOUT_OPTIONS that a method does not take.
+    """Refuse the options of LAYOUT_OPTIONS that a method does not support.
 
     Raises:
-        SpecError: names them.
+        SpecError: unsupported options, which the message names.
     """
     given = [name for name in LAYOUT_OPTIONS if getattr(options, name) is not None]
     if others := [name for name in given if name not in takes]:
-        taken = ", ".join(takes) or "none of them"
+        taken = ", ".join(takes) or "none"
         raise SpecError(
-            f"method {options.method!r} takes no {', '.join(others)}: of {', '.join(LAYOUT_OPTIONS)} it takes "
-            f"{taken}"
+            f"method {options.method!r} does not support {', '.join(others)}: of {', '.join(LAYOUT_OPTIONS)} it "
+            f"supports {taken}"
         )
 
 
 def row_weights(counts: Tensor) -> Tensor:
-    """Weights of the rows' squared errors, from how often each row is used: mean about 1, and never 0.
+    """Compute weights of the rows' squared errors from the counts of the ids: mean about 1, all positive.
 
     Args:
         counts: (n,) at least 0, not all 0.

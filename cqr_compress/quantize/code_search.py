@@ -1,4 +1,4 @@
-"""Find codes of rows under given codebooks: beam search over the levels, then local search.
+"""Encode rows with given codebooks: beam search over the levels, then local search.
 
 Beam search: Chen, Guan & Wang 2010, doi:10.3390/s101211259. Local search: iterated conditional modes (ICM) with
 random restarts, as in LSQ (Martinez et al. 2016, 2018).
@@ -24,7 +24,7 @@ def encode_rows(rows: Tensor, codebooks: Tensor, effort: Effort, seed: int) -> T
         rows: (B, D) float32, already rotated.
         codebooks: (C, L, K, S) float32.
         effort: beam width and restarts.
-        seed: for the restarts.
+        seed: seed of the restarts.
 
     Returns:
         (B, C, L) int64.
@@ -44,12 +44,12 @@ def encode_rows(rows: Tensor, codebooks: Tensor, effort: Effort, seed: int) -> T
 
 
 def beam_search(rows: Tensor, codebooks: Tensor, beam: int) -> Tensor:
-    """Encode level by level, keeping the `beam` best partial sums of each row.
+    """Encode rows level by level with beam search.
 
     Args:
         rows: (B, S) float32.
         codebooks: (L, K, S) float32.
-        beam: partial codes kept; 1 is greedy residual encoding.
+        beam: beam width; 1 is greedy residual encoding.
 
     Returns:
         (B, L) int64.
@@ -77,14 +77,14 @@ def beam_search(rows: Tensor, codebooks: Tensor, beam: int) -> Tensor:
 
 
 def search_codes(rows: Tensor, codebooks: Tensor, codes: Tensor, restarts: int, seed: int) -> Tensor:
-    """Improve codes by ICM and random restarts; never raises a row's error.
+    """Improve codes by ICM with random restarts; the error of a row never increases.
 
     Args:
         rows: (B, S) float32.
         codebooks: (L, K, S) float32.
         codes: (B, L) int64 to start from.
-        restarts: perturbations tried.
-        seed: for the perturbations.
+        restarts: number of random perturbations, each followed by ICM.
+        seed: seed of the perturbations.
 
     Returns:
         (B, L) int64.
@@ -112,7 +112,7 @@ def search_codes(rows: Tensor, codebooks: Tensor, codes: Tensor, restarts: int, 
 
 
 def _icm(rows: Tensor, codebooks: Tensor, norms: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose each level's codeword anew, the others fixed, twice round; changes `codes`."""
+    """Update each level's codeword with the others fixed, in two sweeps; modifies `codes` in place."""
     L, K, S = codebooks.shape
     first = torch.arange(L) * K
     table = codebooks.reshape(L * K, S)

@@ -1,8 +1,8 @@
-"""CQR of a trained table: stored pointers and a hashed helper in each column, fitted without data.
+"""CQR of a trained table: stored pointers and a hashed helper in each column, fitted without training data.
 
-"Clustering the Sketch", arXiv:2210.05974, Algorithm 3, applied to a table that is there: k-means gives pointers
-and codewords. Unlike the paper, the helper's codewords are not zero: both codebooks of a column are solved jointly
-by least squares, and ids point anew to the codeword nearest to what the helper leaves, in turns.
+"Clustering the Sketch", arXiv:2210.05974, Algorithm 3, applied to an existing table: k-means gives pointers and
+codewords. Unlike in the paper, the helper's codewords are not zero: alternately, both codebooks of a column are
+solved jointly by least squares, and each pointer is reassigned to the codeword nearest to the helper's residual.
 
 Shapes: n or B rows, D columns, C columns of S = D // C, L levels, K codewords.
 """
@@ -32,7 +32,7 @@ _SOURCES = {"hashed": (STORED, HASHED), "stored": (STORED, STORED), "none": (STO
 
 @dataclass(frozen=True)
 class ClusteredQuantizer:
-    """Fitted codebooks that point rows to codewords, given what the helper adds.
+    """Fitted codebooks, whose pointers encode the residual of the computed levels.
 
     Attributes:
         spec: the table's spec, with one level of stored codes.
@@ -43,7 +43,7 @@ class ClusteredQuantizer:
     codebooks: Tensor
 
     def shared_tensors(self) -> dict[str, Tensor]:
-        """The codebooks."""
+        """Return the codebooks."""
         return {"codebooks": self.codebooks}
 
     def encode(self, rows: Tensor, first_row: int) -> dict[str, Tensor]:
@@ -67,11 +67,11 @@ def fit_clustered(
 
     Args:
         rows: (n, D) float32, finite.
-        ids: (n,) int64, which rows they are.
-        spec: a spec with one level of stored codes and others that are computed.
-        effort: k-means iterations, and refine_rounds of solving and pointing.
-        step: called after k-means and after each round of each column; `num_clustered_steps`.
-        weights: (n,) float32, positive: what an error at a row costs; 1 for each if None.
+        ids: (n,) int64, ids of the rows.
+        spec: a spec with one level of stored codes; the codes of the others are computed.
+        effort: k-means iterations, and rounds of reassigning pointers and solving.
+        step: called after k-means and after each round of each column; see `num_clustered_steps`.
+        weights: (n,) float32, positive weights of the rows' squared errors; all 1 if None.
 
     Returns:
         The quantizer, its codebooks rounded to `spec.codebook_dtype`.
@@ -92,21 +92,21 @@ def fit_clustered(
 
 
 def num_clustered_steps(spec: CodebookSpec, effort: Effort) -> int:
-    """Calls of `step` that `fit_clustered` makes."""
+    """Return the number of calls of `step` in `fit_clustered`."""
     return spec.num_columns * (1 + effort.refine_rounds)
 
 
 def point_rows(column: Tensor, codebooks: Tensor, codes: Tensor, spec: CodebookSpec) -> Tensor:
-    """Name the stored codeword nearest to what the other levels leave of a column.
+    """Find the stored codeword nearest to the residual that the other levels leave of a column.
 
     Args:
         column: (B, S) float32.
         codebooks: (L, K, S) float32.
-        codes: (B, L) int64; the stored level's are not read.
-        spec: which level is stored.
+        codes: (B, L) int64; those of the stored level are not read.
+        spec: spec of the table, with one stored level.
 
     Returns:
-        (B,) int64.
+        (B,) int64 pointers.
     """
     stored = spec.code_sources.index(STORED)
     rest = column
@@ -118,20 +118,24 @@ def point_rows(column: Tensor, codebooks: Tensor, codes: Tensor, spec: CodebookS
 
 @dataclass(frozen=True)
 class CqrMethod:
-    """Cluster pointers in each column, with or without a helper codebook."""
+    """Pointers to clusters in each column, with or without a helper codebook.
+
+    Attributes:
+        standard: default effort.
+    """
 
     standard: Effort
 
     def check(self, options: ConvertOptions) -> None:
-        """Levels follow from the helper, and no rotation would survive a clustering."""
+        """Refuse levels, which follow from the helper, and rotations, which clustering does not support."""
         refuse_others(options, ("num_columns", "n_bits", "helper"))
 
     def has_fixed_size(self, options: ConvertOptions) -> bool:
-        """Whether columns and bits are given."""
+        """Return whether columns and bits are given."""
         return options.num_columns is not None and options.n_bits is not None
 
     def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
-        """Layouts of the helper that was asked for; of all of them where they are compared at equal bytes."""
+        """Iterate over layouts of the given helper; without one, of all helpers, or hashed if without budget."""
         helpers = [options.helper] if options.helper else list(_SOURCES)
         if options.helper is None and budget_bytes(facts, options) is None:
             helpers = ["hashed"]
@@ -140,16 +144,16 @@ class CqrMethod:
                 yield replace(spec, code_sources=sources)
 
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> Effort:
-        """Rounds of least squares and re-encoding."""
+        """Return the effort of the final fit; see `codebook_effort`."""
         return codebook_effort(self.standard, spec, refine_rounds)
 
     def num_steps(self, spec: AnySpec, effort: Effort) -> int:
-        """Rounds of each column, with a hashed helper; else those of additive codes."""
+        """Return the maximum number of calls of `step` in `fit`."""
         assert isinstance(spec, CodebookSpec)
         return num_steps(spec, effort) if _is_additive(spec) else num_clustered_steps(spec, effort)
 
     def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> Quantizer:
-        """Fit pointers and helper to the sampled rows."""
+        """Fit pointers and helper to the sampled rows; as additive codes if no level is hashed."""
         assert isinstance(spec, CodebookSpec)
         if _is_additive(spec):
             return fit_additive(rows.sample, spec, effort, step, sample_weights(rows))

@@ -1,11 +1,11 @@
-"""Hashed codes: the hashing trick and quotient-remainder embeddings, fitted to a trained table.
+"""Methods with hashed codes: the hashing trick and quotient-remainder embeddings, fitted to a trained table.
 
-The codes are computed from the ids, so a table costs its codebooks alone. The codebooks are the least squares
-solution min ||H M - T||: H holds a one for each level's code of each id, T is the table.
+The codes are computed from the ids, so only the codebooks are stored. The codebooks M solve the least-squares
+problem min ||H M - T||: row i of H has a one at the code of id i in each level, T is the table.
 
 hash: Weinberger et al. 2009, doi:10.1145/1553374.1553516. qr: Shi et al. 2020, doi:10.1145/3394486.3403059.
-Unlike the paper, the quotient is i // ceil(N / K) instead of i // K, so that both codebooks have K rows in use
-at every K; the pair still names each id when N <= K * K.
+Unlike in the paper, the quotient is i // ceil(N / K) instead of i // K, so that K rows of both codebooks are used
+for every K; pairs of codes are still unique if N <= K * K.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _CG_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class SketchQuantizer:
-    """Fitted codebooks whose codes are computed, so that rows encode to nothing."""
+    """Fitted codebooks with computed codes, of which nothing is stored for a row."""
 
     spec: CodebookSpec
     codebooks: Tensor
 
     def shared_tensors(self) -> dict[str, Tensor]:
-        """The codebooks (C, L, K, S)."""
+        """Return the codebooks (C, L, K, S)."""
         return {"codebooks": self.codebooks}
 
     def encode(self, rows: Tensor, first_row: int) -> dict[str, Tensor]:
-        """Nothing is stored for a row."""
+        """Return no tensors: all codes are computed from the ids."""
         return {}
 
 
@@ -51,17 +51,17 @@ def fit_sketch(
     step: Callable[[], None],
     weights: Tensor | None = None,
 ) -> SketchQuantizer:
-    """Fit the codebooks to a whole table, read once in row blocks.
+    """Fit the codebooks to all rows of a table, read once in row blocks.
 
-    The right-hand side H^T T takes one pass over the rows; the normal equations are then solved by conjugate
-    gradients (Hestenes & Stiefel 1952), which needs only the ids.
+    The right-hand side H^T W T, W the weights, takes one pass over the rows; the normal equations are then solved
+    by preconditioned conjugate gradients (Hestenes & Stiefel 1952), which needs the ids only.
 
     Args:
-        blocks: starts a pass over the table: (first row, (B, D) float32) pairs.
-        stored_apart_ids: (r,) int64, rows that do not count.
+        blocks: begins a pass over the table, as pairs of the first id and a (B, D) float32 block.
+        stored_apart_ids: (r,) int64, ids of rows that are left out of the fit.
         spec: a spec whose codes are all computed.
         step: called after the pass and after each iteration.
-        weights: (N,) float32, positive: what an error at a row costs; 1 for each if None.
+        weights: (N,) float32, positive weights of the rows' squared errors; all 1 if None.
 
     Returns:
         The quantizer, its codebooks rounded to `spec.codebook_dtype`.
@@ -89,12 +89,12 @@ def fit_sketch(
 
 
 def num_sketch_steps(spec: CodebookSpec) -> int:
-    """Calls of `step` that `fit_sketch` makes at most."""
+    """Return the maximum number of calls of `step` in `fit_sketch`."""
     return 1 + (_CG_ITERATIONS if spec.num_levels > 1 else 0)
 
 
 def _add_rows(out: Tensor, codes: Tensor, rows: Tensor) -> None:
-    """Out += H^T rows: add each row's columns to the codewords it uses."""
+    """Add H^T rows to `out` in place: each row's columns to the codewords it uses."""
     C, L, _, S = out.shape
     for c in range(C):
         for level in range(L):
@@ -104,7 +104,7 @@ def _add_rows(out: Tensor, codes: Tensor, rows: Tensor) -> None:
 def _normal_product(
     spec: CodebookSpec, stored_apart_ids: Tensor, codebooks: Tensor, weights: Tensor | None
 ) -> Tensor:
-    """H^T W H codebooks, from the ids alone."""
+    """Compute H^T W H codebooks, from the ids only."""
     out = torch.zeros_like(codebooks)
     for start, stop in row_blocks(spec.num_embeddings, spec.embedding_dim * 2):
         ids = torch.arange(start, stop)
@@ -118,7 +118,7 @@ def _normal_product(
 def _conjugate_gradients(
     product: Callable[[Tensor], Tensor], target: Tensor, x: Tensor, inverse: Tensor, step: Callable[[], None]
 ) -> Tensor:
-    """Solve product(x) = target, symmetric and positive semidefinite, from the start x."""
+    """Solve product(x) = target for a symmetric positive semidefinite operator, starting from x."""
     residual = target - product(x)
     preconditioned = residual * inverse
     direction = preconditioned
@@ -140,24 +140,24 @@ def _conjugate_gradients(
 
 @dataclass(frozen=True)
 class HashedMethod:
-    """Codes that are computed from the ids.
+    """A method whose codes are computed from the ids.
 
     Attributes:
-        code_sources: of each level.
+        code_sources: code source of each level.
     """
 
     code_sources: tuple[str, ...]
 
     def check(self, options: ConvertOptions) -> None:
-        """The budget alone decides how many codewords there are."""
+        """Refuse all layout options except num_columns: the budget determines the codebook size."""
         refuse_others(options, ("num_columns",))
 
     def has_fixed_size(self, options: ConvertOptions) -> bool:
-        """Never."""
+        """Return False: the codebook size follows from the budget."""
         return False
 
     def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
-        """The one codebook size that uses up the budget; quotient and remainder have to name every row."""
+        """Iterate over the only layout: the largest codebooks within the budget; pairs of qr have to be unique."""
         N, D = facts.shape
         dtype = value_dtype(facts, options)
         smallest = 1 if self.code_sources == (HASHED,) else int((N - 1) ** 0.5) + 1
@@ -180,16 +180,16 @@ class HashedMethod:
         yield spec(max(smallest, min(size, N)))
 
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> Effort:
-        """There is one way."""
+        """Return the default effort, which has no effect."""
         return Effort()
 
     def num_steps(self, spec: AnySpec, effort: Effort) -> int:
-        """A pass over the rows, and iterations of the solver."""
+        """Return the maximum number of calls of `step` in `fit`: the pass and the solver's iterations."""
         assert isinstance(spec, CodebookSpec)
         return num_sketch_steps(spec)
 
     def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> SketchQuantizer:
-        """Solve for the codebooks over all rows."""
+        """Fit the codebooks to all rows."""
         assert isinstance(spec, CodebookSpec)
         return fit_sketch(rows.blocks, rows.stored_apart_ids, spec, step, rows.weights)
 

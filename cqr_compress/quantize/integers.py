@@ -1,4 +1,4 @@
-"""Integers with a scale and a zero point for each row, as FBGEMM stores embedding tables."""
+"""Row-wise integer quantization, with a scale and an offset for each row, as in FBGEMM."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from cqr_compress.table.bitpack import pack_codes
 from cqr_compress.table.spec import FLOAT_DTYPES, AnySpec, RowwiseSpec
 
 _CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
-"""Shares of a row's range that are tried; clipping the ends makes the steps smaller."""
+"""Fractions of a row's range that are tried; clipping the range makes the quantization step smaller."""
 
 
 @dataclass(frozen=True)
 class RowwiseQuantizer:
-    """Quantizes rows; nothing is fitted."""
+    """Quantizer of rows, without shared tensors."""
 
     spec: RowwiseSpec
 
     def shared_tensors(self) -> dict[str, Tensor]:
-        """None: every tensor grows with the rows."""
+        """Return no tensors: all of them have one entry for each row."""
         return {}
 
     def encode(self, rows: Tensor, first_row: int) -> dict[str, Tensor]:
-        """Encode rows with the range, of those tried, that gives each row the least squared error.
+        """Encode rows, each with the clipping range of _CLIPS that minimizes its squared error.
 
         Args:
             rows: (B, D) float32.
-            first_row: unused; a row's codes depend on the row alone.
+            first_row: unused; the codes of a row depend on its values only.
 
         Returns:
             `codes` (B, width) uint8, `row_scale` and `row_offset` (B,) in the spec's dtype.
@@ -52,7 +52,7 @@ class RowwiseQuantizer:
         return {"codes": pack_codes(codes, self.spec.n_bits), "row_scale": scale, "row_offset": offset}
 
     def _quantize(self, rows: Tensor, low: Tensor, half: Tensor) -> tuple[Tensor, ...]:
-        """Codes, scale, offset and squared error of each row for ranges [low, low + 2 * half]."""
+        """Return codes, scale, offset and squared error of each row for ranges [low, low + 2 * half]."""
         levels = 2**self.spec.n_bits - 1
         dtype = FLOAT_DTYPES[self.spec.scale_dtype]
         scale, offset = (2 * half / levels).to(dtype), low.to(dtype)
@@ -65,24 +65,24 @@ class RowwiseQuantizer:
 
 @dataclass(frozen=True)
 class IntegerMethod:
-    """Row-wise integers.
+    """Row-wise integer quantization.
 
     Attributes:
-        n_bits: of each value.
+        n_bits: bits of each value.
     """
 
     n_bits: int
 
     def check(self, options: ConvertOptions) -> None:
-        """There is nothing to choose."""
+        """Refuse all layout options."""
         refuse_others(options, ())
 
     def has_fixed_size(self, options: ConvertOptions) -> bool:
-        """Always."""
+        """Return True: the shape of a table determines its size."""
         return True
 
     def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
-        """The one layout."""
+        """Iterate over the only layout."""
         yield RowwiseSpec(
             method=options.method,
             n_bits=self.n_bits,
@@ -91,15 +91,15 @@ class IntegerMethod:
         )
 
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> Effort:
-        """There is one way."""
+        """Return the default effort, which has no effect."""
         return Effort()
 
     def num_steps(self, spec: AnySpec, effort: Effort) -> int:
-        """Nothing is fitted."""
+        """Return 1: `fit` calls `step` once."""
         return 1
 
     def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> RowwiseQuantizer:
-        """Nothing is fitted: rows are encoded one by one."""
+        """Return a quantizer; nothing is fitted, because each row is encoded by itself."""
         assert isinstance(spec, RowwiseSpec)
         step()
         return RowwiseQuantizer(spec)

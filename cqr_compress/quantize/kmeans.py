@@ -1,4 +1,4 @@
-"""k-means through faiss: seeded, on a bounded sample, defined for fewer points than centroids."""
+"""k-means with faiss: seeded, on a bounded sample, also defined for fewer points than centroids."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 
 POINTS_PER_CENTROID = 256
-"""Points that one centroid is fitted to; more are subsampled at random."""
+"""Maximum number of points per centroid; more points are subsampled at random."""
 _BLOCK_VALUES = 2**24
 _MIN_QUERIES = 32
-"""faiss rounds distances otherwise for fewer than 20 queries: with more, codes do not depend on the block size."""
+"""faiss rounds distances differently for fewer than 20 queries; padding makes codes independent of block size."""
 
 
 def fit_centroids(
     points: Tensor, num_centroids: int, seed: int, iterations: int = 25, weights: Tensor | None = None
 ) -> Tensor:
-    """Cluster points to centroids (Lloyd's algorithm, squared Euclidean distance).
+    """Cluster points with k-means (Lloyd's algorithm, squared Euclidean distance).
 
-    With no more points than centroids the points themselves are the centroids, followed by zeros, and the
-    error is 0. Otherwise at most POINTS_PER_CENTROID * num_centroids points, drawn by `seed`, take part.
+    With at most as many points as centroids, the points themselves are the centroids, followed by zeros, and the
+    error is 0. Otherwise a random sample of at most POINTS_PER_CENTROID * num_centroids points is clustered.
 
     Args:
         points: (n, S) float32.
         num_centroids: K.
-        seed: for the sample and the initial centroids.
-        iterations: of Lloyd's algorithm.
-        weights: (n,) float32, positive: what an error at a point costs; 1 for each if None.
+        seed: seed of the sample and the initial centroids.
+        iterations: iterations of Lloyd's algorithm.
+        weights: (n,) float32, positive weights of the points' squared errors; all 1 if None.
 
     Returns:
         (K, S) float32.
@@ -46,7 +46,7 @@ def fit_centroids(
 
 
 def nearest_centroids(points: Tensor, centroids: Tensor) -> Tensor:
-    """Name each point's nearest centroid, in bounded memory.
+    """Find the index of each point's nearest centroid, in bounded memory.
 
     Args:
         points: (n, S) float32.

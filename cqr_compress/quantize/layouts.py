@@ -1,4 +1,4 @@
-"""Which layouts of codebooks a table can have, and how many bytes it may take."""
+"""Possible codebook layouts of a table, and its budget in bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RANK_SIXTEENTHS = (2, 3, 4, 6, 8, 12)
 
 
 def budget_bytes(facts: TableFacts, options: ConvertOptions) -> float | None:
-    """Bytes the table may take, or None where the layout alone decides."""
+    """Compute the budget of a table in bytes; None if the options determine its size."""
     N, D = facts.shape
     if options.ratio is not None:
         return facts.nbytes / options.ratio
@@ -26,7 +26,7 @@ def budget_bytes(facts: TableFacts, options: ConvertOptions) -> float | None:
 
 
 def table_fields(facts: TableFacts) -> dict[str, Any]:
-    """The fields of a spec that the table itself determines."""
+    """Return the fields of a spec that the table itself determines."""
     N, D = facts.shape
     return {
         "num_embeddings": N,
@@ -38,8 +38,8 @@ def table_fields(facts: TableFacts) -> dict[str, Any]:
 
 
 def value_dtype(facts: TableFacts, options: ConvertOptions) -> str:
-    """The codebook dtype, or float32 where float16 cannot hold the table's magnitudes."""
-    # rotated values and jointly solved codewords reach the norm of a row
+    """Return the codebook dtype; float32 in place of float16 where the table's magnitudes exceed its range."""
+    # rotated values and jointly solved codewords can be as large as the norm of a row
     tiny = 0.0 < facts.mean_square**0.5 < 1e-3
     if options.codebook_dtype == "float16" and (facts.largest * facts.shape[1] ** 0.5 > 3e4 or tiny):
         return "float32"
@@ -55,15 +55,15 @@ def codebook_layouts(
     single_column: bool = False,
     search_rotations: bool = False,
 ) -> Iterator[CodebookSpec]:
-    """Layouts whose codes are all stored.
+    """Iterate over layouts whose codes are all stored.
 
     Args:
-        options: choices that the user fixed.
-        facts: of the table.
-        n_bits: bits of a code to try where the user did not fix them.
-        num_levels: levels to try.
-        single_column: rows are not split into columns; a rotation is of use only where it keeps fewer dimensions.
-        search_rotations: try rotations, and several ranks, where the user did not fix one.
+        options: options of the conversion; those that are set restrict the layouts.
+        facts: facts of the table.
+        n_bits: bits of a code to try, if `options.n_bits` is None.
+        num_levels: numbers of levels to try.
+        single_column: do not split rows into columns; a rotation is then useful only with a reduced rank.
+        search_rotations: try rotations and several ranks, if the options do not set them.
     """
     N, D = facts.shape
     for bits in (options.n_bits,) if options.n_bits else n_bits:
@@ -72,7 +72,7 @@ def codebook_layouts(
         for rotation, rank in _rotations(options, D, single_column, search_rotations):
             width = rank or D
             for C in _columns(options, width, single_column):
-                idle = width == C or (C == 1 and rank is None)  # the codebooks can rotate by themselves
+                idle = width == C or (C == 1 and rank is None)  # the codebooks can absorb the rotation
                 if rotation and idle and (rotation != options.rotation or single_column or search_rotations):
                     continue
                 for L in num_levels:
@@ -93,7 +93,7 @@ def codebook_layouts(
 def _rotations(
     options: ConvertOptions, D: int, single_column: bool, search: bool
 ) -> Iterator[tuple[str | None, int | None]]:
-    """Rotations and their ranks; of those that are tried, only ranks that the user's columns divide."""
+    """Iterate over rotations and ranks; ranks that are tried are multiples of `options.num_columns`."""
     rotation = options.rotation
     if rotation is None and options.rank is None:
         yield None, None
@@ -114,14 +114,14 @@ def _rotations(
 
 
 def _columns(options: ConvertOptions, width: int, single_column: bool) -> list[int]:
-    """Into how many columns rows can be split."""
+    """List the possible numbers of columns."""
     if options.num_columns:
-        return [options.num_columns]  # CodebookSpec says what is wrong with a bad one
+        return [options.num_columns]  # CodebookSpec validates it
     return [1] if single_column else [c for c in range(1, width + 1) if width % c == 0]
 
 
 def over_budget(facts: TableFacts, options: ConvertOptions, budget: float, smallest: AnySpec | None) -> str:
-    """Say why no layout fits `budget` bytes, and what is possible."""
+    """Compose the message that no layout fits `budget` bytes, with the largest possible ratio."""
     N, D = facts.shape
     asked = (
         f"ratio {options.ratio:g}"
@@ -133,7 +133,7 @@ def over_budget(facts: TableFacts, options: ConvertOptions, budget: float, small
     return (
         f"cannot compress {facts.name!r} ({N} x {D} {dtype_name(facts.dtype)}, {facts.nbytes} bytes) to {asked}, "
         f"which is {int(budget)} bytes: the smallest layout of {options.method} ({smallest.layout}) takes "
-        f"{smallest.nbytes} bytes. Ask for at most --ratio {_floor(facts.nbytes / smallest.nbytes)}, exclude the "
+        f"{smallest.nbytes} bytes. Pass at most --ratio {_floor(facts.nbytes / smallest.nbytes)}, exclude the "
         "table, or choose another method."
     )
 

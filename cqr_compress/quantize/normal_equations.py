@@ -12,16 +12,16 @@ _MAX_UNKNOWNS = 8192
 
 
 def solve_codebooks(rows: Tensor, codes: Tensor, codebooks: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Re-solve the codebooks of one column jointly: least squares, damped toward the current ones.
+    """Re-solve the codebooks of one column jointly by least squares, damped toward the current codebooks.
 
     Args:
         rows: (n, S) float32.
         codes: (n, L) int64.
         codebooks: (L, K, S) float32.
-        weights: (n,) float32 of the rows' squared errors, mean about 1; 1 for each if None.
+        weights: (n,) float32 weights of the rows' squared errors, mean about 1; all 1 if None.
 
     Returns:
-        (L, K, S) float32; the current codebooks where the system is larger than 8,192 unknowns.
+        (L, K, S) float32; the current codebooks if the system has more than 8,192 unknowns or is singular.
     """
     equations = NormalEquations.from_codebooks(codebooks)
     equations.add(rows, codes, weights)
@@ -30,12 +30,13 @@ def solve_codebooks(rows: Tensor, codes: Tensor, codebooks: Tensor, weights: Ten
 
 @dataclass
 class NormalEquations:
-    """Least squares for the codebooks of one column, added up over blocks of rows.
+    """Normal equations of the codebooks of one column, accumulated over blocks of rows.
 
     Attributes:
-        target: (L * K, S) sums of the rows that each codeword takes part in.
-        normal: how often two codewords meet: (L * K)**2 flat, or (K,) of one level.
-        num_rows: rows so far.
+        target: (L * K, S) right-hand side: weighted sum of the rows that use each codeword.
+        normal: normal matrix: weighted number of rows that use two codewords, upper triangle, flat
+            ((L * K)**2,); only its diagonal (K,) for one level; empty for more than 8,192 unknowns.
+        num_rows: number of rows added.
     """
 
     target: Tensor
@@ -44,7 +45,7 @@ class NormalEquations:
 
     @classmethod
     def from_codebooks(cls, codebooks: Tensor) -> NormalEquations:
-        """Begin with no rows, for codebooks (L, K, S)."""
+        """Create equations without rows, for codebooks (L, K, S)."""
         L, K, S = codebooks.shape
         unknowns = 0 if L > 1 and L * K > _MAX_UNKNOWNS else L * K
         return cls(torch.zeros(L * K, S), torch.zeros(K if L == 1 else unknowns * unknowns))
@@ -67,10 +68,10 @@ class NormalEquations:
                     self.normal.index_add_(0, flat[:, a] * (L * K) + flat[:, b], cost)
 
     def solve(self, codebooks: Tensor) -> Tensor:
-        """Solve for the codebooks (L, K, S), damped toward the current ones.
+        """Solve for the codebooks, damped toward the current codebooks (L, K, S).
 
         Returns:
-            The current ones where the system is larger than 8,192 unknowns.
+            (L, K, S); the current codebooks if the system has more than 8,192 unknowns or is singular.
         """
         L, K, S = codebooks.shape
         ridge = _RIDGE * max(1.0, self.num_rows / K)

@@ -1,4 +1,4 @@
-"""What a user asks of a conversion."""
+"""Options of a conversion."""
 
 from __future__ import annotations
 
@@ -17,63 +17,65 @@ CODEBOOK_DTYPES = ("float16", "bfloat16", "float32", "float64")
 @documented
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """How tables are compressed: method and budget."""
+    """Options of a conversion: method, budget, and handling of rows."""
 
     method: str = option(
-        "auto", "How to compress; methods are described below.", panel="Method", choices=tuple(METHODS)
+        "auto", "Compression method; methods are described below.", panel="Method", choices=tuple(METHODS)
     )
     ratio: float | None = option(
-        None, "Bytes of each table before / after, everything counted.", panel="Budget", above=1
+        None, "Bytes of each table before / after, all of its tensors counted.", panel="Budget", above=1
     )
     bits_per_dim: float | None = option(
         None,
         "Bits stored for each value of a table, instead of a ratio.",
         panel="Budget",
         above=0,
-        shown_default="2, which is 16x of float32",
+        shown_default="2, a ratio of 16 for float32",
     )
     rotation: str | None = option(
-        None, "Rotate rows before quantizing them.", panel="Method", choices=("opq", "pca")
+        None, "Rotation of the rows before quantization.", panel="Method", choices=("opq", "pca")
     )
     rank: int | str | None = option(
         None,
-        "Dimensions that the rotation keeps, or auto to try several.",
+        "Dimensions after the rotation, or auto to try several.",
         panel="Method",
         metavar="N|auto",
         shown_default="all; several are tried by method auto",
     )
     helper: str | None = option(
         None,
-        "Second codebook of cqr: hashed takes no bytes for codes, stored has codes of its own.",
+        "Helper codebook of cqr: the codes of hashed take no bytes, those of stored are part of the file.",
         panel="Method",
         choices=HELPERS,
-        shown_default="least error at equal bytes",
+        shown_default="the one with the least error at equal bytes",
     )
-    num_columns: int | None = option(None, "Columns that rows are split into.", panel="Method", low=1)
-    num_levels: int | None = option(None, "Codewords summed in each column.", panel="Method", low=1)
+    num_columns: int | None = option(None, "Columns (subspaces) that rows are split into.", panel="Method", low=1)
+    num_levels: int | None = option(None, "Levels: codewords summed in each column.", panel="Method", low=1)
     n_bits: int | None = option(None, "Bits of a code, 1 to 16.", panel="Method", low=1, high=16)
     codebook_dtype: str = option(
         "float16", "Dtype of codebooks and row scales.", panel="Method", choices=CODEBOOK_DTYPES
     )
     refine_rounds: int | None = option(
         None,
-        "Rounds of joint least squares and re-encoding; more is slower and closer.",
+        "Rounds of joint least squares and re-encoding; more rounds are slower and reduce the error.",
         panel="Method",
         low=0,
         shown_default="0 for pq, 4 to 12 otherwise",
     )
-    max_sample: int = option(MAX_SAMPLE_ROWS, "Rows that codebooks are fitted on, at most.", panel="Method", low=1)
-    seed: int = option(0, "Seed of every random choice.", panel="Method", low=0, high=2**31 - 1)
+    max_sample: int = option(
+        MAX_SAMPLE_ROWS, "Maximum number of rows that codebooks are fitted to.", panel="Method", low=1
+    )
+    seed: int = option(0, "Random seed.", panel="Method", low=0, high=2**31 - 1)
     min_rows: int = option(1024, "Leave tables with fewer rows dense.", panel="Selection", low=0)
     exact_rows: tuple[int, ...] = option(
         (),
-        "Rows stored bit for bit in every table, such as 0,1 or -1; all-zero rows always are.",
+        "Rows of every table to store verbatim, such as 0,1 or -1; all-zero rows are always exact.",
         panel="Selection",
         metavar="IDS",
     )
     nonfinite: str = option(
         "error",
-        "Rows with NaN or infinity: stop with an error, or keep them bit for bit.",
+        "Rows with NaN or infinity: stop with an error, or keep them verbatim.",
         panel="Selection",
         choices=("error", "keep"),
     )
@@ -81,12 +83,14 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.has_budget and self.ratio is not None and self.bits_per_dim is not None:
-            raise SpecError("ratio and bits_per_dim say the same thing twice: give one of them")
+            raise SpecError(
+                f"ratio is {self.ratio!r} and bits_per_dim is {self.bits_per_dim!r}: both set the budget, give one"
+            )
         if self.rank not in (None, "auto") and (not isinstance(self.rank, int) or self.rank < 1):
             raise SpecError(f"rank is {self.rank!r}: give a number of dimensions, or 'auto'")
         method_of(self.method).check(self)
 
     @property
     def has_budget(self) -> bool:
-        """Whether the user named a size."""
+        """Whether a size is given, as `ratio` or `bits_per_dim`."""
         return self.ratio is not None or self.bits_per_dim is not None

@@ -1,8 +1,8 @@
-"""Fit a table's codes and codebooks anew to the rows that they stand for.
+"""Refine a table's codes and codebooks on its dense rows.
 
-`refine` goes on from what a table has, over all of its rows in blocks: codebooks jointly by least squares, codes
-by local search (Babenko & Lempitsky 2014; Martinez et al. 2018), and the rotation by Procrustes, in turns.
-`fit_transformed` begins afresh, with the error of a row measured in another basis.
+`refine` starts from the codes and codebooks of a table and reads all of its rows in blocks. It alternates between
+re-solving the codebooks jointly by least squares, re-encoding the rows by local search (Babenko & Lempitsky 2014;
+Martinez et al. 2018), and solving for the rotation (orthogonal Procrustes problem).
 
 Shapes: N rows, D columns, C columns of S = D // C, L levels, K codewords.
 """
@@ -34,10 +34,10 @@ _ORTHOGONAL = 0.05
 
 @dataclass(frozen=True)
 class Refinement:
-    """What refine_rounds of `refine` did.
+    """Result of `refine`.
 
     Attributes:
-        tensors: `codes`, `codebooks` and `rotation` where the spec has them, in its dtypes.
+        tensors: `codes`, `codebooks` and `rotation` where the spec has them, in the spec's dtypes.
         errors: weighted relative squared error before the first round, and after each.
     """
 
@@ -52,14 +52,17 @@ def refine(
     refine_rounds: int,
     step: Callable[[], None] = lambda: None,
 ) -> Refinement:
-    """Re-solve codebooks and re-encode rows in turns, from the codes that a table has.
+    """Re-solve codebooks and re-encode rows alternately, starting from a table's codes.
 
     Args:
-        rows: the table's source; all rows are read twice in each round.
-        spec: of the table.
+        rows: the dense rows of the table; all rows are read twice in each round.
+        spec: spec of the table.
         tensors: `codes`, `codebooks` and `rotation` where the spec has them.
-        refine_rounds: of both.
+        refine_rounds: number of rounds.
         step: called after each round.
+
+    Raises:
+        NonFiniteError: a refined value is outside the range of its dtype.
     """
     C, S = spec.num_columns, spec.sub_dim
     weights = torch.ones(spec.num_embeddings) if rows.weights is None else rows.weights.clone()
@@ -70,7 +73,7 @@ def refine(
     shapes = spec.tensor_shapes()
 
     def columns() -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Blocks of rows: where, the rows, their columns (C, B, S), their codes (B, C, L)."""
+        """Iterate over blocks: slice of ids, rows (B, D), rotated rows by column (C, B, S), codes (B, C, L)."""
         for start, block in rows.blocks():
             at = slice(start, start + len(block))
             ids = torch.arange(at.start, at.stop)
@@ -79,7 +82,7 @@ def refine(
             yield at, block, transposed.view(-1, C, S).transpose(0, 1).contiguous(), codes
 
     def measure(round_: int | None) -> float:
-        """The error; with a round, after encoding all rows anew. Learns the rotation on the way."""
+        """Compute the relative error; with a round, re-encode all rows first and re-solve the rotation last."""
         nonlocal rotation
         error = norm = 0.0
         cross = torch.zeros(spec.embedding_dim, spec.width)
@@ -122,7 +125,7 @@ def refine(
 
 
 def can_refine(spec: CodebookSpec, tensors: dict[str, Tensor]) -> bool:
-    """Whether `refine` can begin from these tensors: a rotation has orthonormal rows, to rounding."""
+    """Return whether `refine` supports these tensors: the rows of a rotation are orthonormal up to rounding."""
     if "rotation" not in tensors:
         return True
     rotation = tensors["rotation"].float()
@@ -133,7 +136,7 @@ def _encode(part: Tensor, codebooks: Tensor, codes: Tensor, spec: CodebookSpec, 
     """Improve the codes (B, L) of one column's rows (B, S)."""
     if spec.num_stored_levels == spec.num_levels:
         found = search_codes(part, codebooks, codes, _RESTARTS, seed)
-        if spec.num_levels > 1:  # local search stays near the codes it began with
+        if spec.num_levels > 1:  # local search depends on its start: beam search gives a second one
             other = search_codes(part, codebooks, beam_search(part, codebooks, _BEAM), _RESTARTS, seed + 1)
             better = _errors(part, codebooks, other) < _errors(part, codebooks, found)
             found[better] = other[better]
@@ -145,7 +148,7 @@ def _encode(part: Tensor, codebooks: Tensor, codes: Tensor, spec: CodebookSpec, 
 
 
 def _errors(rows: Tensor, codebooks: Tensor, codes: Tensor) -> Tensor:
-    """Squared errors (B,) of rows (B, S) that codes (B, L) stand for."""
+    """Compute the squared errors (B,) of codes (B, L) of rows (B, S)."""
     decoded = torch.stack([book[codes[:, level]] for level, book in enumerate(codebooks)]).sum(0)
     return (rows - decoded).square().sum(1)
 
@@ -154,10 +157,10 @@ def in_dtypes(made: dict[str, Tensor], shapes: dict[str, TensorShape]) -> dict[s
     """Round the tensors of a table to the dtypes of its spec.
 
     Raises:
-        NonFiniteError: a value outside of the range of its dtype.
+        NonFiniteError: a value outside the range of its dtype.
     """
     cast = {short: tensor.to(shapes[short].dtype) for short, tensor in made.items()}
     for short, tensor in cast.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise NonFiniteError(f"{short} leave the range of {tensor.dtype}")
+            raise NonFiniteError(f"values of {short} are outside the range of {tensor.dtype}")
     return cast

@@ -1,7 +1,7 @@
-"""The methods: a line for each, with its summary, its paper, and the module that holds its object.
+"""Registry of the methods: an entry for each, with its summary, its papers and the module that implements it.
 
-Adding a method takes a module with an object of the protocol `base.Method`, and a line here. The modules are
-imported when a method is first used, so that reading the names, summaries and papers imports nothing heavy.
+A new method needs a module with an object of the protocol `base.Method`, and an entry here. Modules are imported
+when a method is first used, so that reading names, summaries and papers stays fast.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """A line of METHODS.
+    """An entry of METHODS.
 
     Attributes:
-        name: as users write it.
-        module: of this folder.
-        attribute: the method's object in that module.
-        summary: one line; help texts and the README's table are made of it.
-        papers: where it is from: links by what they are called.
+        name: name of the method.
+        module: its module in this package.
+        attribute: name of the method's object in that module.
+        summary: one line, used in help texts and in the README's table.
+        papers: references, as pairs of a citation and a link.
     """
 
     name: str
@@ -74,10 +74,10 @@ METHODS: dict[str, MethodEntry] = {
 
 
 def method_of(name: str) -> Method:
-    """The object of a method, by its name.
+    """Return the object of a method, by its name.
 
     Raises:
-        SpecError: no such method.
+        SpecError: an unknown method.
     """
     entry = METHODS.get(name)
     if entry is None:

@@ -1,4 +1,4 @@
-"""Rotations that spread a table's variance evenly over the columns (Ge, He, Ke & Sun 2013, OPQ)."""
+"""Rotations that balance a table's variance over the columns (Ge, He, Ke & Sun 2013, OPQ)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def balanced_pca(rows: Tensor, num_columns: int, rank: int | None = None) -> Tensor:
-    """Rotate to principal directions, dealt to the columns so that the products of variances are equal.
+    """Compute the PCA rotation with directions allocated to columns so that products of variances are balanced.
 
     "Optimized Product Quantization", section 3.3 (eigenvalue allocation), doi:10.1109/TPAMI.2013.240.
 
     Args:
         rows: (n, D) float32.
         num_columns: C, a divisor of the rank.
-        rank: the directions of largest variance that are kept; all D if None.
+        rank: number of principal directions to keep, those of largest variance; all D if None.
 
     Returns:
         (D, rank) float32 with orthonormal columns; `rows @ result` are the rotated rows.
@@ -39,12 +39,12 @@ def balanced_pca(rows: Tensor, num_columns: int, rank: int | None = None) -> Ten
 def procrustes(rows: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Find R with orthonormal columns that minimizes ||rows - target @ R.T|| (Schonemann 1966).
 
-    Where R is square that is ||rows @ R - target|| as well.
+    If R is square, this equals ||rows @ R - target||.
 
     Args:
         rows: (n, D) float32.
         target: (n, rank) float32.
-        weights: (n,) of the rows' squared errors; 1 for each if None.
+        weights: (n,) weights of the rows' squared errors; all 1 if None.
 
     Returns:
         (D, rank) float32.

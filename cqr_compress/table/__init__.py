@@ -1,1 +1,1 @@
-"""The compressed table: its spec, its tensors, and how rows are decoded."""
+"""The compressed table: its spec, its tensors, and the decoding of rows."""

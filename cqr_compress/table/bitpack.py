@@ -1,4 +1,4 @@
-"""Codes of 1 to 16 bits, packed without gaps within a row; every row starts on a byte boundary."""
+"""Packing of codes of 1 to 16 bits, without gaps within a row; every row starts on a byte boundary."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from cqr_compress.errors import ShapeError
 
 
 def packed_width(num_codes: int, n_bits: int) -> int:
-    """Count the bytes of one packed row: ceil(num_codes * n_bits / 8)."""
+    """Return the bytes of one packed row: ceil(num_codes * n_bits / 8)."""
     return (num_codes * n_bits + 7) // 8
 
 
 def pack_codes(codes: Tensor, n_bits: int) -> Tensor:
-    """Pack integer codes to `n_bits` each, least significant bit first.
+    """Pack integer codes with `n_bits` each, least significant bit first.
 
     Args:
         codes: (N, M) integers in [0, 2**n_bits), any device.
@@ -39,7 +39,7 @@ def pack_codes(codes: Tensor, n_bits: int) -> Tensor:
     shifted = codes.to(torch.int32) << shift  # (N, M), at most 23 bits
     width = packed_width(num_codes, n_bits)
     packed = torch.zeros(num_rows, width + 2, dtype=torch.int32, device=codes.device)
-    for byte in range(3):  # codes never overlap, so adding is or-ing
+    for byte in range(3):  # codes never overlap, so addition is bitwise or
         packed.index_add_(1, first_byte + byte, (shifted >> (8 * byte)) & 0xFF)
     return packed[:, :width].to(torch.uint8)
 
@@ -49,15 +49,14 @@ def unpack_codes(packed: Tensor, num_codes: int, n_bits: int) -> Tensor:
 
     Args:
         packed: (N, packed_width(num_codes, n_bits)) uint8, any device.
-        num_codes: M, the codes of a row.
+        num_codes: M, number of codes in a row.
         n_bits: 1 to 16.
 
     Returns:
-        (N, M) on the same device, uint8 for 4 and 8 bits and int32 for others; every value lies in
-        [0, 2**n_bits).
+        (N, M) on the same device, uint8 for 4 and 8 bits, otherwise int32; all values are in [0, 2**n_bits).
 
     Raises:
-        ShapeError: the width of `packed` does not fit M codes of `n_bits`.
+        ShapeError: the width of `packed` does not match M codes of `n_bits`, or n_bits is outside 1 to 16.
     """
     _check_n_bits(n_bits)
     if not torch.jit.is_tracing() and packed.shape[1] != packed_width(num_codes, n_bits):  # type: ignore
@@ -73,7 +72,7 @@ def unpack_codes(packed: Tensor, num_codes: int, n_bits: int) -> Tensor:
     wide = torch.nn.functional.pad(packed, (0, 2)).to(torch.int32)
     codes = wide[:, first_byte] >> shift
     codes |= wide[:, first_byte + 1] << (8 - shift)
-    if n_bits > 9:  # only then can a code touch three bytes
+    if n_bits > 9:  # only then a code can span three bytes
         codes |= wide[:, first_byte + 2] << (16 - shift)
     return codes.bitwise_and_(2**n_bits - 1)
 
@@ -85,4 +84,4 @@ def _positions(num_codes: int, n_bits: int, device: torch.device) -> tuple[Tenso
 
 def _check_n_bits(n_bits: int) -> None:
     if not 1 <= n_bits <= 16:
-        raise ShapeError(f"n_bits is {n_bits}: codes take 1 to 16 bits")
+        raise ShapeError(f"n_bits is {n_bits}: give 1 to 16 bits")

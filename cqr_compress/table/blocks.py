@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 BLOCK_BYTES = 16 * 2**20
-"""Working memory that one block of rows may take, in float32."""
+"""Working memory of one block of rows in float32."""
 
 
 def row_blocks(num_rows: int, row_width: int, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:

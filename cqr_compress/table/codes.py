@@ -1,4 +1,4 @@
-"""Codes of rows: stored ones unpacked, others computed from the ids."""
+"""Codes of rows: stored codes are unpacked, others are computed from the ids."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cqr_compress.table.spec import DIGIT, HASHED, QUOTIENT, REMAINDER, STORED, 
 
 
 def flat_codes(codes: Tensor, spec: CodebookSpec) -> Tensor:
-    """Turn codes into rows of the codebooks flattened to (C * L * K, S): (B, C, L) integers to (B, C, L) int32."""
+    """Convert codes (B, C, L) to row indices of the codebooks flattened to (C * L * K, S): (B, C, L) integers."""
     C, L, K = spec.num_columns, spec.num_levels, spec.codebook_size
     return codes + torch.arange(0, C * L * K, K, device=codes.device, dtype=torch.int32).view(C, L)
 
 
 def computed_codes(spec: CodebookSpec, ids: Tensor) -> Tensor:
-    """Codes of the levels that are not stored; zeros where they are.
+    """Compute the codes of the levels that are not stored; zeros for stored levels.
 
     Args:
         spec: the table's spec.
@@ -43,7 +43,7 @@ def computed_codes(spec: CodebookSpec, ids: Tensor) -> Tensor:
 
 
 def _digits(ids: Tensor, N: int, K: int, num_columns: int) -> Tensor:
-    """The remainder id % K, then the digits of id / N in base K: (B, C), different for all ids if N <= K**C."""
+    """Compute the remainder id % K, then digits of id / N in base K: (B, C), unique for each id if N <= K**C."""
     digits = [ids % K]
     rest = ids
     for _ in range(1, num_columns):  # long division
@@ -53,12 +53,12 @@ def _digits(ids: Tensor, N: int, K: int, num_columns: int) -> Tensor:
 
 
 def row_codes(spec: CodebookSpec, packed: Tensor | None, ids: Tensor) -> Tensor:
-    """All codes of some rows: stored ones unpacked, the others computed from the ids.
+    """Return all codes of rows: stored codes unpacked, the others computed from the ids.
 
     Args:
         spec: the table's spec.
-        packed: (B, codes_width) uint8, the stored codes of the rows; None where none are stored.
-        ids: (B,) row numbers.
+        packed: (B, codes_width) uint8, the stored codes of the rows; None if no level is stored.
+        ids: (B,) ids.
 
     Returns:
         (B, C, L) integers in [0, K).

@@ -1,4 +1,4 @@
-"""Decode codes to rows: the one codebook formula, and row-wise integers."""
+"""Decode codes to rows: the codebook formula, and row-wise integers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PER_ROW = frozenset({"codes", "row_scale", "row_offset"})
 
 
 def decode(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Decode some rows of a table and put its kept rows in their places; differentiable.
+    """Decode rows of a table, including its exact and zero rows; differentiable.
 
     Args:
         spec: the table's spec.
-        tensors: all of `spec.tensor_shapes()`; those in PER_ROW hold only the B rows of `ids`.
-        ids: (B,) int32 or int64 row numbers.
-        dtype: of the result; the source's if None.
+        tensors: all of `spec.tensor_shapes()`; those in PER_ROW with the B rows of `ids` only.
+        ids: (B,) int32 or int64 ids.
+        dtype: dtype of the result; that of the source if None.
 
     Returns:
         (B, D) in `dtype`.
@@ -34,20 +34,20 @@ def decode(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, dtype: tor
 
 
 def with_exact_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, rows: Tensor) -> Tensor:
-    """Put the rows that are stored verbatim in the places of those that codes give.
+    """Replace decoded rows by the exact and zero rows of the table.
 
     Args:
         spec: the table's spec.
-        tensors: with `kept_ids` and `kept_rows`, where the spec has them.
-        ids: (B,) row numbers.
-        rows: (B, D), what their codes give, in any dtype; overwritten where no gradient is asked for.
+        tensors: tensors of the table, with `kept_ids` and `kept_rows` if the spec has them.
+        ids: (B,) ids.
+        rows: (B, D) rows decoded from codes, any dtype; modified in place if no gradient is required.
 
     Returns:
         (B, D) in the dtype of `rows`.
     """
     if "kept_ids" not in tensors:
         return rows
-    # two sorted lists: the ids of `kept_rows`, then those of all-zero rows
+    # two sorted lists: the ids of `kept_rows`, then those of the zero rows
     kept, zero = tensors["kept_ids"].tensor_split([spec.num_kept_rows])
     if spec.num_kept_rows:
         at, hit = _find(kept, spec.num_kept_rows, ids)
@@ -60,7 +60,7 @@ def with_exact_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, r
 
 
 def _find(sorted_ids: Tensor, length: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each id would stand in a sorted list, and whether it does."""
+    """Find the position of each id in a sorted list, and whether the list contains it."""
     if length == 1:
         return torch.zeros_like(ids), sorted_ids == ids
     at = torch.searchsorted(sorted_ids, ids.to(sorted_ids.dtype)).clamp_max(length - 1)
@@ -68,15 +68,15 @@ def _find(sorted_ids: Tensor, length: int, ids: Tensor) -> tuple[Tensor, Tensor]
 
 
 def decode_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    """Compute rows from their codes; differentiable.
+    """Decode rows from their codes; differentiable.
 
     Args:
         spec: the table's spec.
-        tensors: `spec.body_shapes()` by name; those in PER_ROW hold only the B rows of `ids`.
-        ids: (B,) the row numbers, from which hashed codes are computed.
+        tensors: `spec.body_shapes()` by name; those in PER_ROW with the B rows of `ids` only.
+        ids: (B,) ids, from which hashed codes are computed.
 
     Returns:
-        (B, D) float32, or float64 where the codebooks are.
+        (B, D) float32; float64 for float64 codebooks.
     """
     if isinstance(spec, CodebookSpec):
         flat = flat_codes(row_codes(spec, tensors.get("codes"), ids), spec)
@@ -88,20 +88,20 @@ def decode_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Te
 
 
 def rotated(tensors: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-    """Multiply rows (B, width) by the table's rotation, where it has one: (B, D)."""
+    """Multiply rows (B, width) by the table's rotation, if it has one: (B, D)."""
     if "rotation" not in tensors:
         return rows
-    with torch.autocast(rows.device.type, enabled=False):  # a table has the precision of its dtype
+    with torch.autocast(rows.device.type, enabled=False):  # autocast must not reduce the precision of a table
         return rows @ tensors["rotation"].to(rows.dtype)
 
 
 def decode_codes(codes: Tensor, codebooks: Tensor, rotation: Tensor | None = None) -> Tensor:
-    """Evaluate the codebook formula for codes and codebooks that belong to no table yet.
+    """Evaluate the codebook formula for codes and codebooks without a table.
 
     Args:
         codes: (B, C, L) integers in [0, K).
         codebooks: (C, L, K, S) float32 or float64.
-        rotation: (C * S, D) or None; the concatenated row is on_matmul by it from the right.
+        rotation: (C * S, D) or None; the concatenated row is multiplied by it from the right.
 
     Returns:
         (B, D) in the dtype of the codebooks.
@@ -113,12 +113,12 @@ def decode_codes(codes: Tensor, codebooks: Tensor, rotation: Tensor | None = Non
 
 
 def sum_codewords(flat: Tensor, table: Tensor, num_levels: int) -> Tensor:
-    """Look up codewords and sum those of a column: (B, C, L) rows of `table` (R, S) to (B * C, S)."""
+    """Look up codewords and sum those of each column: indices (B, C, L) into `table` (R, S) to (B * C, S)."""
     if num_levels == 1:
         return F.embedding(flat.view(-1), table)
     return F.embedding_bag(flat.view(-1, num_levels), table, mode="sum")
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Widen half precision, in which sums of codewords would lose digits."""
+    """Convert half precision, in which sums of codewords would lose digits, to float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

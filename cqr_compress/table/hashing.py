@@ -1,6 +1,6 @@
-"""A seeded universal hash of ids, the same on every machine and device.
+"""A seeded universal hash of ids, identical on every machine and device.
 
-Codes that are hashed cost no bytes: the seed stands in the spec, and the code is computed from the id.
+Hashed codes take no bytes: they are computed from the id and the seed, which is part of the spec.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 PRIME = 2**31 - 1
-"""Mersenne: products of two residues fit in int64."""
+"""A Mersenne prime, of which products of two residues fit in int64."""
 
 
 def hash_ids(ids: Tensor, num_buckets: int, seed: int, streams: Sequence[int] = (0,)) -> Tensor:
@@ -24,8 +24,8 @@ def hash_ids(ids: Tensor, num_buckets: int, seed: int, streams: Sequence[int] = 
     Args:
         ids: (B,) integers in [0, 2**60).
         num_buckets: K, at most 2**31 - 1.
-        seed: names the member of the family.
-        streams: n second names, for independent hashes under one seed (a column, a level).
+        seed: selects the hash functions of the family.
+        streams: n stream numbers, which give independent hash functions with one seed (for columns and levels).
 
     Returns:
         (B, n) int64 on the device of `ids`, in [0, num_buckets).
@@ -37,14 +37,14 @@ def hash_ids(ids: Tensor, num_buckets: int, seed: int, streams: Sequence[int] = 
 
 
 def hash_coefficients(seed: int, streams: Iterable[int]) -> list[list[int]]:
-    """The (a, b, c) of each stream, all in [1, p)."""
+    """Return the coefficients (a, b, c) of each stream, all in [1, p)."""
     return [[_coefficient(seed, stream, index) for index in range(3)] for stream in streams]
 
 
 def _constant(values: list[list[int]], device: torch.device) -> Tensor:
     if torch._C._get_tracing_state() is None:
         return torch.tensor(values, device=device)
-    with warnings.catch_warnings():  # torch.jit.trace warns of constants, which these are
+    with warnings.catch_warnings():  # torch.jit.trace warns of constants, which are intended here
         warnings.simplefilter("ignore")
         return torch.tensor(values, device=device)
 

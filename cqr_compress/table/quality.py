@@ -1,4 +1,4 @@
-"""How close decoded rows are to their source."""
+"""Quality of decoded rows, compared with the source."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ RECALL_K = 10
 
 @dataclass(frozen=True)
 class Quality:
-    """Agreement of a compressed table with its source.
+    """Metrics of a compressed table, compared with its source.
 
     Attributes:
         relative_mse: sum of squared differences / sum of squares, over all finite rows.
-        mean_cosine: mean cosine of each row with its source, rows of norm 0 left out.
-        recall_at_10: of each query's 10 nearest rows (Euclidean, itself left out), the share that is still
-            among the 10 nearest after compression; 512 queries among 8,192 rows, drawn by the seed.
-        weighted_relative_mse: `relative_mse` with each row weighted by how often it is used; None where that is
-            not known.
+        mean_cosine: mean cosine similarity of each row with its source, without rows of norm 0.
+        recall_at_10: share of each query's 10 nearest rows (Euclidean, without itself) that are among its 10
+            nearest after compression; for at most 512 queries among at most 8,192 rows, sampled with the seed.
+        weighted_relative_mse: `relative_mse` with rows weighted by frequency; None if frequencies are unknown.
     """
 
     relative_mse: float
@@ -33,15 +32,15 @@ class Quality:
     weighted_relative_mse: float | None = None
 
     def to_json(self) -> dict[str, float]:
-        """The metrics that there are, rounded to 6 significant digits."""
+        """Return the metrics that are not None, rounded to 6 significant digits."""
         return {name: float(f"{value:.6g}") for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Quality:
-        """Back from `to_json`.
+        """Restore from `to_json`.
 
         Raises:
-            TypeError: a metric that is missing, unknown or no number.
+            TypeError: a metric that is missing, unknown or not a number.
         """
         for name, value in values.items():
             if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -50,20 +49,20 @@ class Quality:
 
     @classmethod
     def widest(cls, weighted: bool) -> Quality:
-        """Stands in a header for metrics that are measured later: no number of 6 digits is printed wider."""
+        """Return placeholder metrics for sizing a header: no number of 6 digits has a longer representation."""
         value = -0.000123456
         return cls(value, value, value, value if weighted else None)
 
 
 @dataclass
 class QualityMeter:
-    """Adds up `Quality` block by block.
+    """Accumulates `Quality` block by block.
 
     Attributes:
-        sample_ids: (m,) int64 ascending, the rows that recall and verification use.
-        source: (m, D) their source rows; filled by `add`.
-        decoded: (m, D) their decoded rows; filled by `add`.
-        weights: (N,) what an error at each row costs, or None.
+        sample_ids: (m,) int64 ascending, ids of the rows for recall and verification.
+        weights: (N,) weights of the rows' squared errors, or None.
+        source: blocks of the sampled source rows, (m, D) together; filled by `add`.
+        decoded: blocks of the sampled decoded rows, (m, D) together; filled by `add`.
     """
 
     sample_ids: Tensor
@@ -79,7 +78,7 @@ class QualityMeter:
 
     @classmethod
     def for_table(cls, num_rows: int, seed: int, weights: Tensor | None = None) -> QualityMeter:
-        """Draw the sample of a table of `num_rows` rows."""
+        """Create a meter with a sample of at most 8,192 of `num_rows` rows."""
         generator = torch.Generator().manual_seed(seed)
         order = torch.arange(num_rows)
         if num_rows > RECALL_BASE:
@@ -87,7 +86,7 @@ class QualityMeter:
         return cls(order, weights)
 
     def add(self, source: Tensor, decoded: Tensor, first_row: int) -> None:
-        """Take the rows from `first_row` on: (B, D) each, any floating dtype."""
+        """Add the rows that start at `first_row`: (B, D) each, any floating dtype."""
         a, b = torch.searchsorted(self.sample_ids, torch.tensor([first_row, first_row + len(source)])).tolist()
         picked = self.sample_ids[a:b] - first_row
         self.source.append(source[picked])
@@ -109,7 +108,7 @@ class QualityMeter:
         self._rows += len(cosines)
 
     def result(self) -> Quality:
-        """The metrics over all rows that were added."""
+        """Compute the metrics of all added rows."""
         weighted = None
         if self.weights is not None:
             weighted = self._weighted_error / (self._weighted_energy or 1.0)
@@ -128,14 +127,14 @@ def table_quality(
     weights: Tensor | None = None,
     seed: int = 0,
 ) -> Quality:
-    """Compare a whole table with its source, block by block.
+    """Measure the quality of a table, block by block.
 
     Args:
-        blocks: of the source: first row and rows (B, D).
-        decode: gives rows of the table from one number to another.
+        blocks: blocks of the source, as pairs of the first id and rows (B, D).
+        decode: decodes the rows start..stop of the table.
         num_rows: N.
-        weights: (N,) what an error at each row costs, or None.
-        seed: draws the rows on which recall is measured.
+        weights: (N,) weights of the rows' squared errors, or None.
+        seed: seed of the sample of rows on which recall is measured.
     """
     meter = QualityMeter.for_table(num_rows, seed, weights)
     for start, rows in blocks:
@@ -150,17 +149,17 @@ def recall(
     k: int = RECALL_K,
     queries: Tensor | None = None,
 ) -> float:
-    """Share of each query's k nearest rows that stay among its k nearest.
+    """Compute the share of each query's k nearest rows that are among its k nearest after compression.
 
     Args:
-        source: (m, D) float32; rows that are not finite are left out.
+        source: (m, D) float32; non-finite rows are ignored.
         decoded: (m, D) float32, the same rows after compression.
-        num_queries: rows asked, evenly spread.
-        k: neighbours, fewer where there are fewer rows.
-        queries: rows that may be asked, int64; any if None. All rows are finite then.
+        num_queries: maximum number of queries, evenly spaced.
+        k: number of neighbours; reduced if there are fewer rows.
+        queries: indices of rows to choose queries from, int64; all rows if None. It requires finite rows.
 
     Returns:
-        The mean over queries, 1.0 where there is nothing to compare.
+        The mean over queries; 1.0 for fewer than two rows.
     """
     finite = source.isfinite().all(1) & decoded.isfinite().all(1)
     source, decoded = source[finite], decoded[finite]
@@ -176,7 +175,7 @@ def recall(
 
 
 def _nearest(rows: Tensor, queries: Tensor, k: int) -> Tensor:
-    """Ids of the k nearest other rows of each query: (q, k)."""
+    """Find the indices of the k nearest other rows of each query: (q, k)."""
     distances = rows.square().sum(1) - 2 * rows[queries] @ rows.T
     distances[torch.arange(len(queries)), queries] = float("inf")
     return distances.topk(k, dim=1, largest=False).indices

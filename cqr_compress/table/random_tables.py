@@ -1,7 +1,7 @@
-"""Tables whose codes come from hashes of the ids: the sketches that are trained from scratch.
+"""Sketches: tables with random codebooks and hashed codes, to be trained from scratch.
 
-No row is known yet, so that a sketch begins with random codebooks. Each is the one codebook formula, with other
-columns, levels and sources of codes; a layer over the table is trained like any other.
+All sketches use the codebook formula, with different columns, levels and code sources. A layer over a sketch is
+trained like any other.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from cqr_compress.table.table import CompressedTable
 
 @dataclass(frozen=True)
 class Sketch:
-    """How a sketch names the rows.
+    """A kind of sketch.
 
     Attributes:
-        code_sources: of each level, as in `CodebookSpec`.
-        num_columns: C by default.
-        paper: where it is from.
-        summary: one line.
+        code_sources: code source of each level, as in `CodebookSpec`.
+        num_columns: default of C.
+        paper: reference.
+        summary: description in one line.
     """
 
     code_sources: tuple[str, ...]
@@ -42,7 +42,7 @@ SKETCHES: dict[str, Sketch] = {
     "hash_embeddings": Sketch((HASHED, HASHED), 1, "arXiv:1709.03933", "two hashed rows, added"),
     "ce": Sketch((HASHED,), 4, "arXiv:2210.05974", "compositional embeddings: one hash in each column"),
     "qr_hybrid": Sketch((HASHED, HASHED), 4, "arXiv:2210.05974", "hash embeddings in each column"),
-    "cqr": Sketch((STORED,), 8, "arXiv:2210.05974", "pointers that clustering re-makes"),
+    "cqr": Sketch((STORED,), 8, "arXiv:2210.05974", "pointers that clustering reassigns"),
     "cqr_helper": Sketch((STORED, HASHED), 4, "arXiv:2210.05974", "pointers and a hashed helper in each column"),
 }
 
@@ -59,27 +59,27 @@ def sketch_table(
     seed: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> CompressedTable:
-    """Make a table with random codebooks, to be trained.
+    """Create a table with random codebooks, to be trained.
 
-    Unlike Svenstrup et al. (arXiv:1709.03933), hash embeddings add their rows without trained weights, as in
-    "Clustering the Sketch" (arXiv:2210.05974). Stored pointers begin as hashes of the ids.
+    Unlike in Svenstrup et al. (arXiv:1709.03933), hash embeddings sum their rows without trained weights, as in
+    "Clustering the Sketch" (arXiv:2210.05974). Stored pointers are initialized with hashes of the ids.
 
     Args:
         method: a name of SKETCHES.
         num_embeddings: N.
         embedding_dim: D.
-        codebook_size: K codewords of each codebook; a power of two where pointers are stored.
-        num_columns: C; that of SKETCHES if None.
-        init_scale: codewords are uniform in +-init_scale / sqrt(D).
-        zero_row: id of a row that is zeros and stays so (a padding row), or None.
-        seed: of the hashes and the codebooks; drawn from torch's generator if None.
-        dtype: of the rows and the codebooks.
+        codebook_size: K codewords in each codebook; a power of two if pointers are stored.
+        num_columns: C; the default of SKETCHES if None.
+        init_scale: codewords are initialized uniformly in +-init_scale / sqrt(D).
+        zero_row: id of a constant zero row (a padding row), or None.
+        seed: seed of the hash functions and the codebooks; drawn from torch's generator if None.
+        dtype: dtype of the rows and the codebooks.
 
     Returns:
         The table, on the CPU.
 
     Raises:
-        SpecError: an unknown method, or a shape that it cannot have.
+        SpecError: an unknown method, or an invalid shape.
     """
     sketch = SKETCHES.get(method)
     if sketch is None:

@@ -1,6 +1,6 @@
-"""What a compressed table is made of: frozen, sized in advance, and readable from the file's JSON.
+"""Specs of compressed tables: immutable, serialized as JSON in the file's header.
 
-A spec fixes every tensor of a table by name, shape and dtype, so the bytes are known before a row is read.
+A spec determines the name, shape and dtype of every tensor of a table, so its size is known before a row is read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FLOAT_DTYPES = {
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Name a dtype as the spec does: `float32`, not `torch.float32`."""
+    """Return the name of a dtype in a spec: `float32`, not `torch.float32`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -50,15 +50,15 @@ class TensorShape:
 
 @dataclass(frozen=True, kw_only=True)
 class TableSpec:
-    """What every kind of compressed table has: its source's shape and dtype, and rows kept verbatim.
+    """Base class of specs: the source's shape and dtype, and the rows stored apart.
 
     Attributes:
-        method: name of the method that made the table.
-        num_embeddings: N, the rows of the source.
-        embedding_dim: D, the columns of the source.
+        method: name of the method that fitted the table.
+        num_embeddings: N, number of rows of the source.
+        embedding_dim: D, dimensions of a row of the source.
         dtype: dtype of the source, restored on export.
-        num_kept_rows: rows stored verbatim, in the source's dtype.
-        num_zero_rows: all-zero rows, stored as their ids alone.
+        num_kept_rows: number of exact rows, stored verbatim in the source's dtype.
+        num_zero_rows: number of all-zero rows, of which only the ids are stored.
     """
 
     kind: ClassVar[str]
@@ -71,12 +71,15 @@ class TableSpec:
 
     def __post_init__(self) -> None:
         if self.num_embeddings < 1 or self.embedding_dim < 1:
-            raise SpecError(f"a table of {self.num_embeddings} x {self.embedding_dim} has no values")
+            raise SpecError(f"a table of {self.num_embeddings} x {self.embedding_dim} is empty")
         if self.dtype not in FLOAT_DTYPES:
             raise SpecError(f"dtype {self.dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
         special = self.num_kept_rows + self.num_zero_rows
         if min(self.num_kept_rows, self.num_zero_rows) < 0 or special > self.num_embeddings:
-            raise SpecError(f"{special} kept rows in a table of {self.num_embeddings}")
+            raise SpecError(
+                f"{self.num_kept_rows} exact and {self.num_zero_rows} zero rows do not fit a table of "
+                f"{self.num_embeddings} rows"
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -89,11 +92,11 @@ class TableSpec:
         return self.num_embeddings * self.embedding_dim * self.torch_dtype.itemsize
 
     def body_shapes(self) -> dict[str, TensorShape]:
-        """Tensors of the method itself, without the kept rows."""
+        """Return the tensors of the method, without the rows stored apart."""
         raise NotImplementedError
 
     def tensor_shapes(self) -> dict[str, TensorShape]:
-        """Every stored tensor of the table by its short name (`codes`, `codebooks`, ...)."""
+        """Return all stored tensors of the table, by short name (`codes`, `codebooks`, ...)."""
         shapes = self.body_shapes()
         special = self.num_kept_rows + self.num_zero_rows
         if special:
@@ -104,17 +107,17 @@ class TableSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all stored tensors: codes, codebooks and everything else needed to read the table."""
+        """Bytes of all stored tensors: codes, codebooks and everything else needed to decode the table."""
         return sum(shape.nbytes for shape in self.tensor_shapes().values())
 
     @property
     def num_parameters(self) -> int:
-        """Trainable scalars: floating-point values in the stored tensors."""
+        """Number of parameters: floating-point values in the stored tensors."""
         shapes = self.tensor_shapes().values()
         return sum(math.prod(s.shape) for s in shapes if s.dtype.is_floating_point)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object that `spec_from_json` turns back into an equal spec."""
+        """Convert to a JSON object, from which `spec_from_json` restores an equal spec."""
         return {"kind": self.kind, **asdict(self)}
 
 
@@ -123,14 +126,14 @@ class CodebookSpec(TableSpec):
     """row(i) = concat over columns of the sum over levels of codebooks[c, l][code(c, l, i)].
 
     Attributes:
-        num_columns: C; each has sub_dim S = width // C dimensions.
-        num_levels: L codewords are summed in each column.
-        codebook_size: K codewords of each codebook; a power of two where codes are stored.
-        code_sources: where the code of each level comes from, one of CODE_SOURCES per level.
+        num_columns: C columns, each of sub_dim S = width // C dimensions.
+        num_levels: L codewords, which are summed in each column.
+        codebook_size: K codewords in each codebook; a power of two if codes are stored.
+        code_sources: source of the codes of each level, one of CODE_SOURCES per level.
         codebook_dtype: dtype of the codebooks and the rotation.
-        rotation: "opq" or "pca" when a (width, D) matrix is on_matmul onto the decoded rows, else None.
-        rank: dimensions that the columns make together, fewer than D, before the rotation; None for D.
-        seed: seeds the hashes and the fit.
+        rotation: "opq" or "pca" if decoded rows are multiplied by a (width, D) matrix, else None.
+        rank: dimensions of all columns together before the rotation, fewer than D; None for D.
+        seed: seed of the hash functions and the fit.
     """
 
     kind: ClassVar[str] = "codebook"
@@ -146,10 +149,13 @@ class CodebookSpec(TableSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.num_columns, self.num_levels, self.codebook_size) < 1:
-            raise SpecError("num_columns, num_levels and codebook_size are at least 1")
+            raise SpecError(
+                f"num_columns is {self.num_columns}, num_levels {self.num_levels} and codebook_size "
+                f"{self.codebook_size}: give at least 1"
+            )
         if self.rank is not None and not (self.rotation and 1 <= self.rank < self.embedding_dim):
             raise SpecError(
-                f"rank {self.rank} goes with a rotation, and is less than the {self.embedding_dim} dimensions"
+                f"rank is {self.rank}: it requires a rotation, and has to be from 1 to {self.embedding_dim - 1}"
             )
         if self.width % self.num_columns:
             divisors = [str(c) for c in range(1, self.width + 1) if self.width % c == 0]
@@ -159,7 +165,10 @@ class CodebookSpec(TableSpec):
                 f"Choose num_columns from {', '.join(divisors)}."
             )
         if len(self.code_sources) != self.num_levels or not set(self.code_sources) <= set(CODE_SOURCES):
-            raise SpecError(f"code_sources {self.code_sources!r} do not name {self.num_levels} levels")
+            raise SpecError(
+                f"code_sources is {self.code_sources!r}: give one of {', '.join(CODE_SOURCES)} for each of "
+                f"{self.num_levels} levels"
+            )
         if self.codebook_dtype not in FLOAT_DTYPES:
             raise SpecError(f"codebook_dtype {self.codebook_dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
         if self.rotation not in (None, "opq", "pca"):
@@ -169,12 +178,12 @@ class CodebookSpec(TableSpec):
             raise SpecError(f"codebook_size {K} is not a power of two from 2 to 65536")
         if QUOTIENT in self.code_sources and self.num_embeddings > self.codebook_size**2:
             raise SpecError(
-                f"quotient and remainder of {self.codebook_size} name {self.codebook_size**2} rows, "
-                f"fewer than the table's {self.num_embeddings}"
+                f"quotient and remainder with codebook_size {self.codebook_size} distinguish "
+                f"{self.codebook_size**2} rows, fewer than the table's {self.num_embeddings}"
             )
         if DIGIT in self.code_sources and self.num_embeddings > self.codebook_size**self.num_columns:
             raise SpecError(
-                f"{self.num_columns} digits of {self.codebook_size} name "
+                f"{self.num_columns} digits with codebook_size {self.codebook_size} distinguish "
                 f"{self.codebook_size**self.num_columns} rows, fewer than the table's {self.num_embeddings}"
             )
 
@@ -190,13 +199,13 @@ class CodebookSpec(TableSpec):
 
     @property
     def sub_dim(self) -> int:
-        """S = width // C."""
+        """Dimensions of a column: S = width // C."""
         return self.width // self.num_columns
 
     @property
     def num_stored_levels(self) -> int:
-        """Levels whose codes take bytes."""
-        return sum(source == STORED for source in self.code_sources)  # torch 2.6 compiles this, and not count()
+        """Number of levels whose codes are stored."""
+        return sum(source == STORED for source in self.code_sources)  # torch 2.6 cannot compile count()
 
     @property
     def codes_width(self) -> int:
@@ -204,7 +213,7 @@ class CodebookSpec(TableSpec):
         return packed_width(self.num_columns * self.num_stored_levels, self.n_bits)
 
     def body_shapes(self) -> dict[str, TensorShape]:
-        """`codes` (N, codes_width), `codebooks` (C, L, K, S) and `rotation` (width, D)."""
+        """Return `codes` (N, codes_width), `codebooks` (C, L, K, S) and `rotation` (width, D), where present."""
         shapes = {}
         if self.num_stored_levels:
             shapes["codes"] = TensorShape((self.num_embeddings, self.codes_width), torch.uint8)
@@ -218,12 +227,12 @@ class CodebookSpec(TableSpec):
 
     @property
     def work_width(self) -> int:
-        """Float32 values that decoding one row takes, codes included."""
+        """Memory for decoding one row, codes included, in float32 values."""
         return self.embedding_dim + 4 * self.num_columns * self.num_levels
 
     @property
     def layout(self) -> str:
-        """The layout in short: columns x levels x bits, or the codewords where codes are hashed."""
+        """Short form of the layout: columns x levels x bits; columns x levels and codewords for hashed codes."""
         if not self.num_stored_levels:
             return f"{self.num_columns}x{self.num_levels}, {self.codebook_size} codewords"
         rotated = f" {self.rotation}" if self.rotation else ""
@@ -237,10 +246,10 @@ class CodebookSpec(TableSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class RowwiseSpec(TableSpec):
-    """row(i) = row_offset[i] + row_scale[i] * codes[i]: integers with a scale and a zero point per row.
+    """row(i) = row_offset[i] + row_scale[i] * codes[i]: integers with a scale and an offset per row.
 
     Attributes:
-        n_bits: 8 or 4 bits for each value.
+        n_bits: bits of each value, 8 or 4.
         scale_dtype: dtype of `row_scale` and `row_offset`.
     """
 
@@ -251,12 +260,12 @@ class RowwiseSpec(TableSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.n_bits not in (4, 8):
-            raise SpecError(f"row-wise integers take 4 or 8 bits, not {self.n_bits}")
+            raise SpecError(f"n_bits is {self.n_bits}: give 4 or 8 for row-wise integers")
         if self.scale_dtype not in FLOAT_DTYPES:
             raise SpecError(f"scale_dtype {self.scale_dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
 
     def body_shapes(self) -> dict[str, TensorShape]:
-        """`codes` (N, ceil(D * n_bits / 8)), `row_scale` (N,) and `row_offset` (N,)."""
+        """Return `codes` (N, ceil(D * n_bits / 8)), `row_scale` (N,) and `row_offset` (N,)."""
         N, dtype = self.num_embeddings, FLOAT_DTYPES[self.scale_dtype]
         return {
             "codes": TensorShape((N, packed_width(self.embedding_dim, self.n_bits)), torch.uint8),
@@ -266,12 +275,12 @@ class RowwiseSpec(TableSpec):
 
     @property
     def work_width(self) -> int:
-        """Float32 values that decoding one row takes, codes included."""
+        """Memory for decoding one row, codes included, in float32 values."""
         return 3 * self.embedding_dim
 
     @property
     def layout(self) -> str:
-        """The layout in short."""
+        """Short form of the layout: bits per value."""
         return f"{self.n_bits}b per value"
 
 
@@ -284,11 +293,10 @@ AnySpec = CodebookSpec | RowwiseSpec
 
 
 def spec_from_json(values: Mapping[str, Any]) -> AnySpec:
-    """Read a spec back from `TableSpec.to_json`.
+    """Restore a spec from `TableSpec.to_json`.
 
     Raises:
-        SpecError: an unknown kind, a field that is missing, unknown or of the wrong type, or values that
-            contradict each other.
+        SpecError: an unknown kind, a missing or unknown field, a field of the wrong type, or inconsistent values.
     """
     if not isinstance(values, Mapping):
         raise SpecError(f"a spec is a JSON object, not {values!r}")

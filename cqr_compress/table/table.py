@@ -1,4 +1,4 @@
-"""The one compressed table: a spec and its tensors, decoded by the one codebook formula."""
+"""The compressed table: a spec and its tensors, decoded by the codebook formula."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cqr_compress.table.spec import AnySpec
 
 @dataclass(frozen=True)
 class CompressedTable:
-    """A table of N rows and D columns, kept as codes and codebooks (or row-wise integers).
+    """A table of N rows of D dimensions, stored as codes and codebooks (or row-wise integers).
 
     Attributes:
-        spec: what the tensors mean.
-        tensors: by short name (`codes`, `codebooks`, ...), with the shapes of `spec.tensor_shapes()`.
+        spec: spec of the table.
+        tensors: tensors by short name (`codes`, `codebooks`, ...), with the shapes of `spec.tensor_shapes()`.
     """
 
     spec: AnySpec
@@ -34,11 +34,11 @@ class CompressedTable:
             if tuple(found.shape) != expected.shape or found.dtype != expected.dtype:
                 raise FormatError(
                     f"tensor {name!r} is {tuple(found.shape)} {found.dtype}, "
-                    f"and the spec says {expected.shape} {expected.dtype}"
+                    f"but the spec requires {expected.shape} {expected.dtype}"
                 )
 
     def decode(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Decode rows start..stop, as `lookup` does; the whole table by default."""
+        """Decode rows start..stop in blocks; the whole table by default."""
         stop = self.spec.num_embeddings if stop is None else stop
         out = torch.empty(stop - start, self.spec.embedding_dim, dtype=self.spec.torch_dtype)
         for a, b in row_blocks(stop - start, self.spec.work_width):
@@ -46,7 +46,7 @@ class CompressedTable:
         return out
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """Decode the rows of `ids`; work is done in float32 and not in blocks.
+        """Decode the rows of `ids`, computed in float32 and in one block.
 
         Args:
             ids: (B,) integers in [0, N).
@@ -59,6 +59,6 @@ class CompressedTable:
         """
         N = self.spec.num_embeddings
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= N):
-            raise ShapeError(f"ids from {int(ids.min())} to {int(ids.max())} in a table of {N} rows")
+            raise ShapeError(f"ids from {int(ids.min())} to {int(ids.max())} are outside a table of {N} rows")
         here = {name: t[ids] if name in PER_ROW else t for name, t in self.tensors.items()}
         return decode(self.spec, here, ids)

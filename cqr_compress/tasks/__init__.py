@@ -1,1 +1,1 @@
-"""Built-in tasks: common models on common data, for which nobody has to write code."""
+"""Built-in tasks: common models on common data formats, without a task file."""

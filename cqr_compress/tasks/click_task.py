@@ -1,4 +1,4 @@
-"""What built-in tasks of labelled examples share."""
+"""Shared parts of the built-in tasks with binary labels."""
 
 from __future__ import annotations
 
@@ -29,18 +29,22 @@ class _Build:
 
 
 def _labels(block: Block, raw: Tensor, kept: Tensor, threshold: float | None) -> Tensor:
-    """Labels of 0 and 1; -1 counts as 0."""
+    """Return labels of 0 and 1, with -1 as 0; with a threshold, ratings from it are 1.
+
+    Raises:
+        TaskError: a missing or invalid label.
+    """
     unknown = (raw.isnan() & kept).nonzero()
     if len(unknown):
-        raise TaskError(f"{block.where(int(unknown[0]))}: there is no label")
+        raise TaskError(f"{block.where(int(unknown[0]))}: the label is missing")
     if threshold is not None:
         return (raw >= threshold).float()
     other = (kept & (raw != 0) & (raw != 1) & (raw != -1)).nonzero()
     if len(other):
         row = int(other[0])
         raise TaskError(
-            f"{block.where(row)}: the label is {raw[row]:g}. Labels are 0 and 1 (or -1 and 1); for ratings set "
-            "threshold, such as threshold=4"
+            f"{block.where(row)}: the label is {raw[row]:g}. Labels have to be 0 and 1 (or -1 and 1); for ratings "
+            "set threshold, such as threshold=4"
         )
     return (raw > 0).float()
 
@@ -48,7 +52,7 @@ def _labels(block: Block, raw: Tensor, kept: Tensor, threshold: float | None) ->
 def _click_task(
     name: str, options: DataOptions, hold_out: float, metric: str, build: Any, read: Any, logits: Any
 ) -> Task:
-    """A task whose examples end in a label, and whose model gives a logit for each."""
+    """Create a task whose examples end with a label, and whose model returns a logit for each example."""
     if not 0 < hold_out <= 0.5:
         raise TaskError(f"setting hold_out of task {name} is {hold_out}: give a share of at most 0.5")
     if metric not in ("auc", "bce"):
@@ -67,7 +71,7 @@ def _click_task(
             labels.append(batch[-1])
         scores = gathered(found)
         if not len(scores):
-            raise TaskError("there is no example to evaluate on")
+            raise TaskError("there is no held-out example to evaluate on: give more data, or an --eval-file")
         return click_metrics(scores, gathered(labels))
 
     return Task(

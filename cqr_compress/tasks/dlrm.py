@@ -1,4 +1,4 @@
-"""The built-in task of click logs: dlrm."""
+"""The built-in task for click logs: dlrm."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ from cqr_compress.tasks.shapes import Shapes, add_linears, add_module, at, refus
 class DLRM(nn.Module):
     """The deep learning recommendation model (Naumov et al., arXiv:1906.00091), with the names of its code.
 
-    Dense features go through the bottom perceptron, `bot_l`; its output and the rows of the tables `emb_l` are
-    on_matmul in pairs, and the top perceptron, `top_l`, takes that output and the products. Which pairs there are
-    is read from the width of the first top layer. Without a bottom perceptron there are rows and their products
-    alone, and one table may serve several fields.
+    The bottom MLP `bot_l` maps dense features to a vector. The top MLP `top_l` receives this vector and the
+    pairwise inner products of it and the rows of the tables `emb_l`. The width of the first top layer determines
+    whether products of vectors with themselves are included, or the vectors are concatenated instead. Without a
+    bottom MLP it receives the rows and their products. One table may be shared by several fields.
     """
 
     def __init__(self, shapes: Shapes, num_fields: int | None = None) -> None:
-        """Build what a state_dict's shapes describe.
+        """Build the model from the shapes of a state_dict.
 
         Args:
-            shapes: `emb_l.*.weight`, `top_l.*`, and perhaps `bot_l.*`.
-            num_fields: fields of a single table; the number of tables if None.
+            shapes: `emb_l.*.weight`, `top_l.*`, and optionally `bot_l.*`.
+            num_fields: number of fields that share a single table; the number of tables if None.
+
+        Raises:
+            TaskError: shapes that are not those of a DLRM.
         """
         super().__init__()
         tables = sorted(
@@ -43,7 +46,7 @@ class DLRM(nn.Module):
         top = _in_order(shapes, "top_l.")
         if not tables or not top:
             raise TaskError(
-                f"task dlrm wants emb_l.0.weight and top_l.0.weight, and the file has {', '.join(shapes)}"
+                f"task dlrm requires emb_l.0.weight and top_l.0.weight, but the file has {', '.join(shapes)}"
             )
         for name in tables:
             num_rows, dim = shapes[name]
@@ -59,14 +62,14 @@ class DLRM(nn.Module):
         pairs = {kept + n * (n - 1) // 2: -1, kept + n * (n + 1) // 2: 0, n * D: None}
         if width not in pairs:
             raise TaskError(
-                f"top_l takes {width} values: with {n} vectors of {D} dimensions that is neither their pairs nor "
-                "their concatenation"
+                f"top_l has {width} inputs: with {n} vectors of {D} dimensions that matches neither their "
+                "pairwise products nor their concatenation"
             )
         self._diagonal = pairs[width]
         refuse_rest(self, shapes, "dlrm")
 
     def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
-        """Logits of dense features (B, num_dense) and ids (B, num_fields): (B,)."""
+        """Compute logits (B,) from dense features (B, num_dense) and ids (B, num_fields)."""
         if len(self._tables) == 1 and self.num_fields > 1:
             rows = at(self, self._tables[0])(ids.reshape(-1, 1)).view(*ids.shape, -1)
         else:
@@ -104,9 +107,9 @@ class DlrmSettings:
     """Settings of dlrm.
 
     Attributes:
-        ids: "hex" for Criteo's hexadecimal categories, taken modulo each table's rows (as `--max-ind-range` of the
-            DLRM code does); "int" for row numbers.
-        hold_out: share of the training files to evaluate on, where there is no other file.
+        ids: "hex" for Criteo's hexadecimal categories, modulo the number of rows of each table (as with
+            `--max-ind-range` of the DLRM code); "int" for ids.
+        hold_out: share of the training files to evaluate on, if there is no other file.
         metric: "bce" or "auc".
     """
 
@@ -116,7 +119,7 @@ class DlrmSettings:
 
 
 def dlrm_task(shapes: Shapes, options: DataOptions) -> Task:
-    """DLRM on click logs: the TSV of Criteo Kaggle and Terabyte (label, dense features, categories), or libfm."""
+    """Create the task of DLRM on click logs: TSV of Criteo (label, dense features, categories), or libfm."""
     settings = parse_settings(DlrmSettings, options.settings, "dlrm")
     if settings.ids not in ("hex", "int"):
         raise TaskError(f"setting ids of task dlrm is {settings.ids!r}: give hex or int")
@@ -128,8 +131,8 @@ def dlrm_task(shapes: Shapes, options: DataOptions) -> Task:
     num_fields = len(next(read_libfm(options.train[0], 1)).columns) - 1 if libfm else len(tables)
     if libfm and (num_dense or len(tables) not in (1, num_fields)):
         raise TaskError(
-            f"{str(options.train[0])!r} has {num_fields} ids in a line and no numbers, and the model has "
-            f"{len(tables)} tables and takes {num_dense} numbers"
+            f"{str(options.train[0])!r} has {num_fields} ids per line and no dense features, but the model has "
+            f"{len(tables)} tables and {num_dense} dense features"
         )
     if libfm and len(tables) == 1:
         sizes, tables = sizes * num_fields, tables * num_fields
@@ -145,7 +148,7 @@ def dlrm_task(shapes: Shapes, options: DataOptions) -> Task:
                 ids = [_hexadecimal(block, first + i) % size for i, size in enumerate(sizes)]
             else:
                 ids = [block.ids(first + i, sizes[i], tables[i]) for i in range(num_fields)]
-            # as in the DLRM code: missing and negative values count as 0
+            # as in the DLRM code: missing and negative values are 0
             dense = torch.stack(values, 1).nan_to_num(0.0).clamp_min(0).log1p()
             yield dense, torch.stack(ids, 1), label
 
@@ -158,7 +161,7 @@ def dlrm_task(shapes: Shapes, options: DataOptions) -> Task:
 
 
 def _hexadecimal(block: Block, column: int) -> Tensor:
-    """A column of hexadecimal numbers of up to 15 digits; empty cells are 0."""
+    """Parse a column of hexadecimal numbers of up to 15 digits; empty cells are 0."""
     values = block.columns[column].astype("S")
     width = max(1, values.dtype.itemsize)
     digits = np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8).reshape(len(values), width)
@@ -166,8 +169,8 @@ def _hexadecimal(block: Block, column: int) -> Tensor:
     bad = ((found == 255) | (width > 15)).any(1).nonzero()[0]
     if len(bad):
         raise TaskError(
-            f"{block.where(int(bad[0]))}: {block.columns[column][bad[0]]!s} is not a hexadecimal number. For row "
-            "numbers set ids=int"
+            f"{block.where(int(bad[0]))}: {block.columns[column][bad[0]]!s} is not a hexadecimal number. For ids "
+            "set ids=int"
         )
     total = np.zeros(len(values), np.int64)
     for digit in found.T:

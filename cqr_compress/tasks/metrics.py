@@ -1,4 +1,4 @@
-"""Figures of held-out data, over all processes."""
+"""Metrics on held-out data, over all processes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from cqr_compress import distributed
 
 
 def gathered(values: list[Tensor]) -> Tensor:
-    """Join the parts of all processes, on the CPU: (n,)."""
+    """Concatenate the values of all processes, on the CPU: (n,)."""
     mine = torch.cat([value.detach().float().cpu() for value in values]) if values else torch.empty(0)
     return torch.cat(distributed.all_gather_object(mine))
 
 
 def auc(scores: Tensor, labels: Tensor) -> float:
-    """Area under the ROC curve: the chance that a positive scores above a negative, equal scores counting half.
+    """Compute the area under the ROC curve: P(positive scores above negative), with ties counted half.
 
     Args:
         scores: (n,).
-        labels: (n,), positive where above 0.
+        labels: (n,), positive if above 0.
 
     Returns:
-        NaN where all labels are alike.
+        The AUC; NaN if all labels are equal.
     """
     _, place, count = torch.unique(scores, return_inverse=True, return_counts=True)
     rank = (count.cumsum(0).double() - (count.double() - 1) / 2)[place]
@@ -35,13 +35,13 @@ def auc(scores: Tensor, labels: Tensor) -> float:
 
 
 def click_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """AUC, and BCE in nats, of logits (n,) and labels (n,) of 0 and 1."""
+    """Compute AUC, and BCE in nats, of logits (n,) and labels (n,) of 0 and 1."""
     bce = torch.nn.functional.binary_cross_entropy_with_logits(logits.double(), labels.double())
     return {"auc": auc(logits, labels), "bce": float(bce)}
 
 
 def ranking_metrics(ranks: Tensor, k: int = 10) -> dict[str, float]:
-    """HR@k and NDCG@k of one wanted item for each user, whose ranks (n,) count from 0."""
+    """Compute HR@k and NDCG@k with one target item per user, given its ranks (n,) from 0."""
     ranks = ranks.double()
     hit = ranks < k
     gain = torch.where(hit, 1 / (ranks + 2).log2(), 0.0)

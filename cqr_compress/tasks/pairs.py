@@ -1,4 +1,4 @@
-"""The built-in tasks of users and items: gmf and two-tower."""
+"""The built-in tasks for pairs of users and items: gmf and two-tower."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class PairSettings:
     """Settings of gmf and two-tower.
 
     Attributes:
-        user, item, label: columns, by name or by number from 0; where None, those with these words in the heading,
+        user, item, label: columns, by name or by index from 0; if None, those with these words in the heading,
             else the first three.
-        threshold: labels from here on are positive; if None, labels are 0 and 1.
-        skip: examples with this label are left out.
-        first_id: number in the files of the tables' first row.
-        user_table, item_table: names of the tables; found by these words if None.
-        hold_out: share of the training files to evaluate on, where there is no other file.
+        threshold: labels of at least this value are positive; if None, labels are 0 and 1.
+        skip: examples with this label are skipped.
+        first_id: id of the tables' first row in the files.
+        user_table, item_table: names of the tables; if None, found by the words "user" and "item".
+        hold_out: share of the training files to evaluate on, if there is no other file.
         metric: "auc" or "bce".
-        normalize: two-tower: whether the towers' outputs have length 1.
-        scale: two-tower: what the product is on_matmul by.
+        normalize: two-tower: whether the towers' outputs are normalized to length 1.
+        scale: two-tower: factor of the inner product.
     """
 
     user: str | None = None
@@ -52,14 +52,14 @@ class PairSettings:
 
 
 def gmf_task(shapes: Shapes, options: DataOptions) -> Task:
-    """Generalized matrix factorization of users and items, on clicks or thresholded ratings."""
+    """Create the task of generalized matrix factorization, on clicks or thresholded ratings."""
     settings = parse_settings(PairSettings, options.settings, "gmf")
     build = _Build(Factorization, (shapes, settings.user_table, settings.item_table))
     return _pair_task("gmf", shapes, options, settings, build)
 
 
 def two_tower_task(shapes: Shapes, options: DataOptions) -> Task:
-    """Two towers over users and items, on clicks or thresholded ratings."""
+    """Create the task of two towers over users and items, on clicks or thresholded ratings."""
     settings = parse_settings(PairSettings, options.settings, "two-tower")
     arguments = (shapes, settings.user_table, settings.item_table, settings.normalize, settings.scale)
     return _pair_task("two-tower", shapes, options, settings, _Build(TwoTower, arguments))
@@ -107,11 +107,11 @@ def _pair_columns(path: Path, settings: PairSettings) -> list[Column]:
 class Factorization(nn.Module):
     """Generalized matrix factorization (He et al. 2017, doi:10.1145/3038912.3052569).
 
-    The product of a user's and an item's row, summed or weighted by a linear layer where the file has one.
+    The elementwise product of a user's and an item's row, summed, or weighted by a linear layer of the file.
     """
 
     def __init__(self, shapes: Shapes, user_table: str | None, item_table: str | None) -> None:
-        """Find the tables by "user" and "item" in their names, or as they are named."""
+        """Build the model; tables that are not named are found by "user" and "item" in their names."""
         super().__init__()
         self._user, self._item = (
             find_table(shapes, word, named).removesuffix(".weight")
@@ -122,7 +122,10 @@ class Factorization(nn.Module):
             add_module(self, path, nn.Embedding(num_rows, dim))
         width = shapes[f"{self._user}.weight"][1]
         if width != shapes[f"{self._item}.weight"][1]:
-            raise TaskError(f"users have {width} dimensions and items {shapes[f'{self._item}.weight'][1]}")
+            raise TaskError(
+                f"users have {width} dimensions, but items {shapes[f'{self._item}.weight'][1]}: gmf requires the "
+                "same number"
+            )
         self._out = add_linears(self, shapes, [n for n, s in shapes.items() if s == (1, width)])
         refuse_rest(self, shapes, "gmf")
 
@@ -133,12 +136,12 @@ class Factorization(nn.Module):
 
 
 class TwoTower(nn.Module):
-    """A perceptron over a user's row and one over an item's; the logit is the product of what they give."""
+    """An MLP over a user's row and one over an item's; the logit is the inner product of their outputs."""
 
     def __init__(
         self, shapes: Shapes, user_table: str | None, item_table: str | None, normalize: bool, scale: float
     ) -> None:
-        """Find tables and towers by "user" and "item" in their names; ReLU stands between a tower's layers."""
+        """Build the model; towers, with ReLU activations, are found by "user" and "item" in their names."""
         super().__init__()
         self._sides = []
         for word, named in (("user", user_table), ("item", item_table)):
@@ -163,21 +166,21 @@ class TwoTower(nn.Module):
 
 
 def _in_sequence(names: list[str], dim: int, shapes: Shapes) -> list[str]:
-    """Linear layers in the order of the numbers in their names, from `dim` values on.
+    """Sort linear layers by the numbers in their names, starting with `dim` inputs.
 
     Raises:
-        TaskError: names that differ by more than numbers, or widths that do not follow one another.
+        TaskError: names that differ by more than numbers, or consecutive layers whose widths do not match.
     """
     parts = {name: re.split(r"(\d+)", name) for name in names}
     if len({tuple(split[::2]) for split in parts.values()}) > 1:
         raise TaskError(
-            f"task two-tower cannot tell the order of {', '.join(names)}, as they differ by more than numbers. "
+            f"task two-tower cannot order {', '.join(names)}, because they differ by more than numbers. "
             "Write a task file: `cqr-compress finetune --init-task my_task.py`."
         )
     ordered = sorted(names, key=lambda name: [int(number) for number in parts[name][1::2]])
     for name in ordered:
         out, width = shapes[name]
         if width != dim:
-            raise TaskError(f"{name!r} takes {width} values, and what comes before it gives {dim}")
+            raise TaskError(f"{name!r} has {width} inputs, but the layer before it has {dim} outputs")
         dim = out
     return ordered

@@ -1,4 +1,4 @@
-"""The built-in tasks: a line for each, with the module that makes it."""
+"""Registry of the built-in tasks, with the module that implements each."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "sasrec": ("sasrec", "sasrec_task"),
     "two-tower": ("pairs", "two_tower_task"),
 }
-"""By the task's name: a module of this folder, and its function of a model's shapes and data options."""
+"""By the task's name: its module in this package, and its function of shapes and data options."""
 
 
 def builtin_task(name: str, source: str | Path, options: DataOptions) -> Task:
-    """Make a built-in task for a compressed file.
+    """Create a built-in task for a compressed file.
 
     Args:
-        name: of BUILTIN.
-        source: the file, whose shapes say what the model is like.
-        options: where the data are.
+        name: a name of BUILTIN.
+        source: the file, whose shapes determine the model.
+        options: data files and settings.
 
     Raises:
-        TaskError: the file or the data do not fit the task.
+        TaskError: the file or the data do not match the task.
     """
     from cqr_compress.tasks.shapes import model_shapes
 

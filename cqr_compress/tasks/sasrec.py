@@ -1,4 +1,4 @@
-"""The built-in task of next items: sasrec."""
+"""The built-in task for next-item prediction: sasrec."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class SasrecSettings:
     """Settings of sasrec.
 
     Attributes:
-        num_heads: of attention; the state_dict does not tell.
-        dropout: in training.
-        norm_first: whether blocks normalize before attention, or after it; the state_dict does not tell.
-        loss: "ce", the cross entropy of a softmax over all items, or over those of the batch and 16,384 drawn ones
-            where there are more; or "bce" with one random negative for each item, as in the paper.
-        metric: "ndcg@10" or "hr@10" on the last item but one of each user; "test_..." is on the last.
+        num_heads: number of attention heads, which the state_dict does not determine.
+        dropout: dropout probability in training.
+        norm_first: whether blocks normalize before attention, which the state_dict does not determine.
+        loss: "ce", cross-entropy of a softmax over all items, or over those of the batch and 16,384 sampled items
+            if there are more; or "bce" with one random negative for each item, as in the paper.
+        metric: "ndcg@10" or "hr@10" on the second-to-last item of each user; "test_..." on the last one.
     """
 
     num_heads: int = 1
@@ -48,11 +48,11 @@ class SasrecSettings:
 
 
 def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
-    """Next items of users: lines of `user item item ...` in the order of time, ids from 1.
+    """Create the task of next-item prediction: lines of `user item item ...` in order of time, ids from 1.
 
-    A user's items may also be in several lines that stand together, such as one `user item` for each.
-    Of each user the last item is for the test, the one before for choosing, the others for training. Ranks are
-    among all items that the user has not had.
+    The items of a user may also be in several consecutive lines, such as one `user item` for each item.
+    The last item of each user is for testing, the second-to-last for validation, the others for training. Ranks
+    are among all items that are not in the user's history.
     """
     settings = parse_settings(SasrecSettings, options.settings, "sasrec")
     if settings.loss not in ("bce", "ce"):
@@ -60,7 +60,7 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
     if settings.metric.removeprefix("test_") not in ("ndcg@10", "hr@10"):
         raise TaskError(f"setting metric of task sasrec is {settings.metric!r}: give ndcg@10 or hr@10")
     if options.held_out:
-        raise TaskError("task sasrec evaluates on the last items of the training file: it takes no other file")
+        raise TaskError("task sasrec evaluates on the last items of the training file: omit --eval-file")
 
     def build() -> SASRec:
         return SASRec(shapes, settings.num_heads, settings.dropout, settings.norm_first)
@@ -81,7 +81,7 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
     files = ExampleFiles(DataOptions(options.train, options.train, options.batch_size), read, 0.5)
 
     def choices(model: SASRec, batch: Examples) -> tuple[Tensor, Tensor]:
-        """Scores of candidates at positions of a batch, (n, V), and which one is wanted, (n,)."""
+        """Compute scores of candidates at positions of a batch, (n, V), and the indices of targets, (n,)."""
         items, wanted = batch
         at = wanted.flatten().nonzero().flatten()
         limit = _LOGITS // min(num_items, _CANDIDATES)
@@ -132,8 +132,8 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
             joined = gathered(found)
             if not len(joined):
                 raise TaskError(
-                    "no user has three items: there is nothing to evaluate on. Lines are `user item item ...`, or "
-                    "`user item` with all lines of a user together"
+                    "no user has three items to evaluate on. Lines have to be `user item item ...`, or `user "
+                    "item` with consecutive lines for each user"
                 )
             metrics |= {f"{name}{figure}": value for figure, value in ranking_metrics(joined).items()}
         return metrics
@@ -145,7 +145,7 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
 
 
 def _ranks(model: SASRec, histories: list[list[int]], wanted: Tensor, length: int) -> Tensor:
-    """How many items score above the wanted one, those of the history left out: (B,)."""
+    """Compute the ranks of the target items, (B,): items with a higher score, without those of the history."""
     hidden = model(_padded(histories, length).to(wanted.device))[:, -1]
     scores = hidden @ model.item_emb.weight.T
     scores[:, 0] = -torch.inf
@@ -158,10 +158,10 @@ def _ranks(model: SASRec, histories: list[list[int]], wanted: Tensor, length: in
 
 
 def _users(path: Path, num_items: int) -> Iterator[list[list[int]]]:
-    """Stream the items of users, in blocks of users; lines of one user that stand together are joined.
+    """Stream the items of users, in blocks of users; consecutive lines of one user are joined.
 
     Raises:
-        TaskError: names the line of an id that is none, or outside of the table.
+        TaskError: a line with an id that is invalid, or outside the table.
     """
     block: list[list[int]] = []
     user = None
@@ -179,8 +179,8 @@ def _users(path: Path, num_items: int) -> Iterator[list[list[int]]]:
             outside = [item for item in items if not 1 <= item < num_items]
             if outside:
                 raise TaskError(
-                    f"{str(path)!r}, line {number}: item {outside[0]} is outside of 'item_emb.weight', whose ids "
-                    f"go from 1 to {num_items - 1}"
+                    f"{str(path)!r}, line {number}: item {outside[0]} is outside 'item_emb.weight', whose ids "
+                    f"are 1 to {num_items - 1}"
                 )
             if words[0] == user:
                 block[-1] += items
@@ -195,7 +195,7 @@ def _users(path: Path, num_items: int) -> Iterator[list[list[int]]]:
 
 
 def _padded(sequences: list[list[int]], length: int) -> Tensor:
-    """The last items of each sequence, zeros before them: (B, length) int64."""
+    """Return the last items of each sequence, left-padded with zeros: (B, length) int64."""
     out = np.zeros((len(sequences), length), np.int64)
     for row, items in enumerate(sequences):
         last = items[-length:]
@@ -208,11 +208,15 @@ class SASRec(nn.Module):
     """Self-attention over a user's last items (Kang & McAuley, arXiv:1808.09781); item 0 is padding.
 
     Parameters have the names of the widely used PyTorch implementation, https://github.com/pmixer/SASRec.pytorch,
-    whose blocks normalize first or last.
+    whose blocks have pre- or post-normalization.
     """
 
     def __init__(self, shapes: Shapes, num_heads: int, dropout: float, norm_first: bool) -> None:
-        """Build what a state_dict's shapes describe."""
+        """Build the model from the shapes of a state_dict.
+
+        Raises:
+            TaskError: shapes that are not those of a SASRec model, or an invalid number of heads.
+        """
         super().__init__()
         try:
             D = shapes["item_emb.weight"][1]
@@ -220,9 +224,9 @@ class SASRec(nn.Module):
             self.item_emb = nn.Embedding(items, D, padding_idx=0)
             self.pos_emb = nn.Embedding(positions, D, padding_idx=0)
         except KeyError as e:
-            raise TaskError(f"task sasrec wants {e}, and the file has {', '.join(shapes)}") from e
+            raise TaskError(f"task sasrec requires {e}, but the file has {', '.join(shapes)}") from e
         if D % num_heads:
-            raise TaskError(f"{D} dimensions cannot be split among num_heads = {num_heads}")
+            raise TaskError(f"num_heads is {num_heads}: give a divisor of {D} dimensions")
         blocks = len(
             [name for name in shapes if name.startswith("attention_layers.") and "in_proj_weight" in name]
         )
@@ -239,11 +243,11 @@ class SASRec(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """Items that are looked at."""
+        """Maximum length of a sequence."""
         return self.pos_emb.num_embeddings - 1
 
     def forward(self, items: Tensor) -> Tensor:
-        """Hidden states (B, T, D) of sequences (B, T), padded with 0 on the left."""
+        """Compute hidden states (B, T, D) of sequences (B, T), left-padded with 0."""
         T = items.shape[1]
         positions = torch.arange(1, T + 1, device=items.device) * (items != 0)
         x = self.emb_dropout(self.item_emb(items) * self.item_emb.embedding_dim**0.5 + self.pos_emb(positions))
@@ -258,7 +262,7 @@ class SASRec(nn.Module):
 
 
 class _Pointwise(nn.Module):
-    """The feed-forward part, as convolutions of width 1."""
+    """The pointwise feed-forward network, as convolutions of width 1."""
 
     def __init__(self, D: int, dropout: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models of a file's own shapes: built-in tasks find out from a compressed file what its model is like."""
+"""Build the models of built-in tasks from the shapes in a compressed file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def model_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the dense model that a compressed file stands for, by name."""
+    """Return the shapes of a compressed file's dense model, by name."""
     with open_checkpoint(path) as checkpoint:
         opened = CompressedFile.from_checkpoint(checkpoint)
         outside_model = opened.header.outside_model
@@ -25,10 +25,10 @@ def model_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def find_table(shapes: Shapes, word: str, named: str | None) -> str:
-    """Find a table by a word in its name, or as it was named.
+    """Find a table by its name if given, else by a word in its name.
 
     Raises:
-        TaskError: none, or several.
+        TaskError: no table or several tables match.
     """
     if named is not None:
         if len(shapes.get(named, ())) != 2:
@@ -43,12 +43,12 @@ def find_table(shapes: Shapes, word: str, named: str | None) -> str:
             if tables
             else f"no table with {word!r} in its name"
         )
-        raise TaskError(f"the file has {many} ({', '.join(tables or shapes)}): say which with {word}_table")
+        raise TaskError(f"the file has {many} ({', '.join(tables or shapes)}): set {word}_table")
     return tables[0]
 
 
 def add_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a dotted path below a root, making what is between."""
+    """Add a module at a dotted path below a root, creating the modules in between."""
     *above, last = path.split(".")
     for part in above:
         if not hasattr(root, part):
@@ -58,12 +58,12 @@ def add_module(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def at(root: nn.Module, path: str) -> nn.Module:
-    """The module at a dotted path."""
+    """Return the module at a dotted path."""
     return root.get_submodule(path)
 
 
 def add_linears(root: nn.Module, shapes: Shapes, names: Iterable[str]) -> list[str]:
-    """Add a linear layer for each 2-D weight, with a bias where the file has one.
+    """Add a linear layer for each 2-D weight, with a bias if the file has one.
 
     Returns:
         Paths of the layers, in the order of the names.
@@ -78,14 +78,14 @@ def add_linears(root: nn.Module, shapes: Shapes, names: Iterable[str]) -> list[s
 
 
 def refuse_rest(root: nn.Module, shapes: Shapes, task: str) -> None:
-    """Complain about tensors of the file that the built model does not have.
+    """Refuse tensors of the file that the built model does not have.
 
     Raises:
-        TaskError: lists them.
+        TaskError: there are such tensors, which the message lists.
     """
     state = root.state_dict()
     if unknown := [name for name in shapes if name not in state]:
         raise TaskError(
-            f"task {task} does not know what to do with {', '.join(unknown[:10])} of the file. "
+            f"task {task} does not support {', '.join(unknown[:10])} of the file. "
             "Write a task file: `cqr-compress finetune --init-task my_task.py`."
         )

@@ -1,1 +1,1 @@
-"""Formats of dense checkpoints; none of them runs code from a file."""
+"""Formats of dense checkpoints, read without executing code from a file."""

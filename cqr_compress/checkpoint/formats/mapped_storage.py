@@ -1,4 +1,4 @@
-"""Tensors of torch files as views into a memory-mapped file."""
+"""Tensors of torch files, copied from a memory-mapped file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cqr_compress.errors import CheckpointError
 
 
 class MappedFile:
-    """A read-only mapping of a file, which gives pages back after each copy."""
+    """A read-only memory map of a file, whose pages are released after each copy."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -22,14 +22,14 @@ class MappedFile:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def copy(self, offset: int, nbytes: int) -> Tensor:
-        """Copy bytes into a new uint8 tensor; the mapped pages do not stay in memory.
+        """Copy bytes to a new uint8 tensor, and release the mapped pages.
 
         Raises:
-            CheckpointError: the range lies outside the file.
+            CheckpointError: the range is outside the file.
         """
         if offset < 0 or nbytes < 0 or offset + nbytes > len(self._map):
             raise CheckpointError(
-                f"{str(self.path)!r} is truncated: bytes {offset} to {offset + nbytes} are wanted and the "
+                f"{str(self.path)!r} is truncated: bytes {offset} to {offset + nbytes} are required, but the "
                 f"file has {len(self._map)}"
             )
         out = torch.empty(nbytes, dtype=torch.uint8)
@@ -48,14 +48,14 @@ class MappedFile:
 
 @dataclass(eq=False)
 class LazyStorage:
-    """The bytes of one torch storage: a range of a file, or bytes already in memory.
+    """The bytes of one torch storage: a range of a file.
 
     Attributes:
-        key: names the storage within its file; equal keys share memory.
-        num_elements: elements that the pickle says it has.
-        file: where the bytes are.
-        offset: first byte in the file; a legacy file tells it after its tensors.
-        nbytes: bytes that are there.
+        key: key of the storage within its file; tensors with equal keys share memory.
+        num_elements: number of elements according to the pickle.
+        file: the file.
+        offset: first byte in the file; for a legacy file it is set after the pickles are read.
+        nbytes: number of bytes.
     """
 
     key: str
@@ -69,7 +69,7 @@ class LazyStorage:
         if start + nbytes > self.nbytes:
             raise CheckpointError(
                 f"storage {self.key!r} of {str(self.file.path)!r} has {self.nbytes} bytes, "
-                f"and a tensor reads up to byte {start + nbytes}"
+                f"but a tensor reads up to byte {start + nbytes}: the file is damaged"
             )
         return self.file.copy(self.offset + start, nbytes)
 
@@ -85,19 +85,19 @@ class StridedTensor:
     stride: tuple[int, ...]
 
     def __setstate__(self, state: object) -> None:
-        raise CheckpointError("the pickle tries to change a tensor after describing it")
+        raise CheckpointError("the pickle attempts to modify a tensor after describing it")
 
     def check(self) -> None:
         """Refuse a description that reads outside the storage.
 
         Raises:
-            CheckpointError: sizes that are no sizes, or that do not fit in the storage.
+            CheckpointError: invalid sizes, or sizes that exceed the storage.
         """
         numbers = (self.storage_offset, *self.shape, *self.stride)
         plain = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
         if not plain or len(self.shape) != len(self.stride):
             raise CheckpointError(
-                f"a tensor claims shape {self.shape!r}, stride {self.stride!r} and offset "
+                f"a tensor has the invalid shape {self.shape!r}, stride {self.stride!r} or offset "
                 f"{self.storage_offset!r} in {str(self.storage.file.path)!r}"
             )
         if self._span() and (self.storage_offset + self._span()) * self.dtype.itemsize > self.storage.nbytes:
@@ -108,7 +108,7 @@ class StridedTensor:
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """Equal for tensors that share all their memory."""
+        """Identity of the tensor's memory: equal for tensors that share all of it."""
         path, key = self.storage.file.path, self.storage.key
         return (path, key, self.storage_offset, self.shape, self.stride, self.dtype)
 
@@ -117,7 +117,7 @@ class StridedTensor:
         return self._read(self.storage_offset, self.shape)
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        """Copy rows start..stop into memory; a transposed table costs the whole span of the rows."""
+        """Copy rows start..stop into memory; for a transposed tensor, the whole span of the rows is read."""
         return self._read(self.storage_offset + start * self.stride[0], (stop - start, *self.shape[1:]))
 
     def _read(self, offset: int, shape: tuple[int, ...]) -> Tensor:
@@ -129,7 +129,7 @@ class StridedTensor:
         return flat.as_strided(shape, self.stride).contiguous()
 
     def _span(self) -> int:
-        """Elements from the first to the last one read."""
+        """Return the number of elements from the first to the last one that is read."""
         if 0 in self.shape:
             return 0
         return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))

@@ -1,14 +1,14 @@
-"""From the nested objects of a torch pickle to a flat checkpoint, and back.
+"""Flatten the nested objects of a torch pickle to a checkpoint, and restore them.
 
-A training script saves a state_dict inside whatever it likes: `{"epoch": 3, "model": {...}, "optimizer": ...}`.
-The names of a checkpoint are relative to the one dict that holds the model's tensors; the nesting around it
-is kept as a *structure*, a JSON tree in which
+Training scripts save a state_dict inside other objects, such as `{"epoch": 3, "model": {...}, "optimizer": ...}`.
+The names of a checkpoint are relative to the dict that contains the model's tensors; the nesting around it is
+stored as a *structure*, a JSON tree in which
 
     {"t": name}         is a tensor,
     {"d": [[k, v]...]}  a dict ("o" instead of "d": an OrderedDict),
     {"l": [v...]}       a list ("u": a tuple),
 
-and anything else a plain value. Optimizer state and objects that were not built are left out of it.
+and anything else a plain value. Optimizer state and objects that were not instantiated are omitted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Path_ = tuple[Any, ...]
 
 @dataclass
 class _Walk:
-    """What one walk over the objects finds."""
+    """State and results of a traversal of the objects."""
 
     tensors: dict[Path_, StridedTensor] = field(default_factory=dict)
     optimizer: dict[Path_, StridedTensor] = field(default_factory=dict)
@@ -53,7 +53,7 @@ def checkpoint_from_tree(root: Any, path: Path, format: str, close: Callable[[],
     """Flatten unpickled objects to a checkpoint.
 
     Raises:
-        CheckpointError: no tensors, or a structure that no training script writes.
+        CheckpointError: no tensors, or objects that are nested too deeply.
     """
     walk = _Walk()
     _collect(root, (), False, walk, where=str(path))
@@ -87,11 +87,11 @@ def checkpoint_from_tree(root: Any, path: Path, format: str, close: Callable[[],
 
 
 def restore_tree(structure: Any, tensors: Callable[[str], Tensor]) -> Any:
-    """Build the nested objects that a structure describes.
+    """Restore nested objects from a structure.
 
     Args:
         structure: the JSON tree.
-        tensors: gives the tensor of a name; called once for each place.
+        tensors: returns the tensor of a name; called once for each occurrence.
     """
     if not isinstance(structure, dict):
         return structure
@@ -106,7 +106,7 @@ def restore_tree(structure: Any, tensors: Callable[[str], Tensor]) -> Any:
 
 
 def flat_structure(names: list[str]) -> Any:
-    """The structure of a plain state_dict."""
+    """Return the structure of a plain state_dict."""
     return {"o": [[name, {"t": name}] for name in names]}
 
 
@@ -115,7 +115,7 @@ def _is_module(value: Any) -> bool:
 
 
 def _module_state(module: Placeholder, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield the state_dict of a pickled nn.Module: parameters and persistent buffers by dotted name."""
+    """Iterate over the state_dict of a pickled nn.Module: parameters and persistent buffers by dotted name."""
     if depth > _MAX_DEPTH:
         raise CheckpointError(f"modules are nested more than {_MAX_DEPTH} deep")
     contents = module.contents
@@ -132,14 +132,14 @@ def _module_state(module: Placeholder, prefix: str = "", depth: int = 0) -> Iter
 
 
 def _children(value: Any) -> list[tuple[Any, Any]] | None:
-    """Children of a container with their keys; None for a leaf."""
+    """Return the children of a container with their keys; None for a leaf."""
     if isinstance(value, dict):
         return list(dict.items(value))
     if isinstance(value, (list, tuple)):
         return list(enumerate(value))
     if _is_module(value):
         return list(_module_state(value))
-    if isinstance(value, Placeholder):  # parts of a sparse or quantized tensor are no tensors of the model
+    if isinstance(value, Placeholder):  # the parts of a sparse or quantized tensor are not tensors of the model
         return None if value.class_name.startswith("torch._utils._rebuild") else list(value.contents.items())
     return None
 
@@ -153,7 +153,7 @@ def _is_optimizer(key: Any, value: Any) -> bool:
 
 def _collect(value: Any, path: Path_, in_optimizer: bool, walk: _Walk, where: str) -> None:
     if isinstance(value, (dict, list, tuple, Placeholder)):
-        if id(value) in walk.seen:  # containers met again and again grow without bound
+        if id(value) in walk.seen:  # shared containers can expand exponentially
             walk.repeats += 1 + (0 if isinstance(value, Placeholder) else len(value))
         walk.seen.add(id(value))
     if walk.repeats > _MAX_REPEATS or len(path) > _MAX_DEPTH:
@@ -163,7 +163,7 @@ def _collect(value: Any, path: Path_, in_optimizer: bool, walk: _Walk, where: st
         return
     if isinstance(value, Placeholder) or (isinstance(value, type) and issubclass(value, Placeholder)):
         walk.unbuilt_objects.append(UnbuiltObject(".".join(map(str, path)), describe(value)))
-    if id(value) in walk.above:  # an object that holds itself, such as a config with a link to its parent
+    if id(value) in walk.above:  # a cyclic reference, such as a config with a link to its parent
         return
     walk.above.add(id(value))
     for key, child in _children(value) or ():
@@ -172,11 +172,11 @@ def _collect(value: Any, path: Path_, in_optimizer: bool, walk: _Walk, where: st
 
 
 def _names(tensors: Mapping[Path_, StridedTensor]) -> dict[Path_, str]:
-    """Name tensors relative to the dict that holds the model, the others by their whole path."""
+    """Name tensors relative to the dict that contains the model, and others by their full path."""
     root = _root(tensors)
     names: dict[Path_, str] = {}
     taken: set[str] = set()
-    for path in sorted(tensors, key=lambda p: p[: len(root)] != root):  # the model's own names come first
+    for path in sorted(tensors, key=lambda p: p[: len(root)] != root):  # names of the model take precedence
         relative = path[len(root) :] if path[: len(root)] == root and len(path) > len(root) else path
         name = ".".join(str(k) if isinstance(k, _PLAIN) else describe(k) for k in relative) or "tensor"
         while name in taken:
@@ -187,7 +187,7 @@ def _names(tensors: Mapping[Path_, StridedTensor]) -> dict[Path_, str]:
 
 
 def _root(tensors: Mapping[Path_, StridedTensor]) -> Path_:
-    """The deepest place that holds every dict with at least 1% of the bytes of all matrices."""
+    """Find the deepest path above all dicts that contain at least 1% of the values of all matrices."""
     sizes: dict[Path_, int] = {}
     for path, tensor in tensors.items():
         size = math.prod(tensor.shape) if len(tensor.shape) >= 2 else 0
@@ -246,7 +246,7 @@ def _holds_tensor(nodes: list[tuple[Any, Any]]) -> bool:
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is no string, or one that UTF-8 can hold."""
+    """Return whether a value is not a string, or a string that UTF-8 can encode."""
     if not isinstance(value, str):
         return True
     try:

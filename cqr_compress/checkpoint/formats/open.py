@@ -1,4 +1,4 @@
-"""Open a checkpoint of any format; the formats are a tuple, of which the first that matches opens the file."""
+"""Open a checkpoint of any format, with the first matching format of FORMATS."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _HEAD_BYTES = 512
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint by what its bytes are, whatever its suffix says.
+    """Open a checkpoint; its format is determined by its content, not by its suffix.
 
     Args:
         path: a torch or safetensors file, an index of shards (`*.safetensors.index.json`,
-            `pytorch_model.bin.index.json`), or a folder that holds one of those.
+            `pytorch_model.bin.index.json`), or a folder that contains one of those.
 
     Raises:
-        CheckpointError: nothing there, an unknown format, or a damaged file; the message says which.
+        CheckpointError: no such file, an unknown format, or a damaged file.
     """
     path = Path(path)
     if path.is_dir():
@@ -45,9 +45,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _in_folder(folder: Path) -> Path:
-    """Choose what a folder's checkpoint is: files of the first format that has any."""
+    """Choose the checkpoint in a folder: the file of the first format that has any."""
     files = sorted(p for p in folder.iterdir() if p.is_file())
-    files = [p for p in files if ".cqr" not in p.name] or files  # not what `convert` itself wrote here
+    files = [p for p in files if ".cqr" not in p.name] or files  # ignore output of `convert`
     for form in FORMATS:
         choices = [p for suffix in form.suffixes for p in files if p.name.endswith(suffix)]
         if form is INDEX:
@@ -56,11 +56,11 @@ def _in_folder(folder: Path) -> Path:
             return choices[0]
         if choices:
             raise CheckpointError(
-                f"folder {str(folder)!r} holds {len(choices)} checkpoints and no index: name one of "
+                f"folder {str(folder)!r} contains {len(choices)} checkpoints and no index: give one of "
                 f"{', '.join(p.name for p in choices[:8])}"
             )
     raise CheckpointError(
-        f"folder {str(folder)!r} holds no checkpoint: no index of shards (*.index.json), {_known_suffixes()}"
+        f"folder {str(folder)!r} contains no checkpoint: no index of shards (*.index.json), {_known_suffixes()}"
     )
 
 
@@ -69,7 +69,7 @@ def _known_suffixes() -> str:
 
 
 def _open_sharded(index: Path) -> Checkpoint:
-    """Open the shards that an index's weight_map names as one checkpoint."""
+    """Open the shards of an index's weight_map as one checkpoint."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         weight_map = {str(name): str(shard) for name, shard in content["weight_map"].items()}
@@ -79,7 +79,7 @@ def _open_sharded(index: Path) -> Checkpoint:
     try:
         for shard in sorted(set(weight_map.values())):
             if Path(shard).name != shard:
-                raise CheckpointError(f"{str(index)!r} names the shard {shard!r} outside its folder")
+                raise CheckpointError(f"{str(index)!r} lists the shard {shard!r} outside its folder")
             shards[shard] = open_checkpoint(index.parent / shard)
         return _merge(index, weight_map, shards, content.get("metadata"))
     except BaseException:
@@ -101,7 +101,9 @@ def _merge(index: Path, weight_map: dict[str, str], shards: dict[str, Checkpoint
         else:
             missing.append(f"{name!r} in {shard}")
     if missing:
-        raise CheckpointError(f"{str(index)!r} lists tensors that are not there: {', '.join(missing[:5])}")
+        raise CheckpointError(
+            f"{str(index)!r} lists tensors that the shards do not have: {', '.join(missing[:5])}"
+        )
     first = next(iter(shards.values()))
     strings = {str(k): v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
 
@@ -128,4 +130,4 @@ INDEX = Format(
     open=_open_sharded,
 )
 FORMATS = (INDEX, SAFETENSORS, TORCH_ZIP, TORCH_LEGACY, TORCH_TAR, BARE_PICKLE)
-"""In the order in which they are asked; a folder's checkpoint is of the first that its files have."""
+"""All formats, in the order in which they are tried, for files and for the files of a folder."""

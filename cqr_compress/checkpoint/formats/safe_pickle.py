@@ -1,8 +1,8 @@
-"""Read the structure of a torch pickle without running any code that the file names.
+"""Read the structure of a torch pickle without executing code that the file refers to.
 
-A pickle is a program: it may call whatever it names. Here every name becomes either one of a few rebuild
-functions of this module, which only describe tensors, or an inert placeholder class, which does nothing when
-it is called, subclassed, given state or filled. No module is imported because of what a file says.
+A pickle is a program that can call any function by name. Here every name is resolved either to one of a few
+rebuild functions of this module, which only describe tensors, or to an inert placeholder class, which has no
+effect when it is called, subclassed, given state or filled. A file cannot cause the import of a module.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _STORAGE_DTYPES = {
 
 
 class Placeholder:
-    """Stands for an object whose class is not built. It keeps what the file gives it and does nothing."""
+    """Inert substitute of an object of any other class, which keeps the content that the file gives it."""
 
     class_name = "?"
 
@@ -57,21 +57,21 @@ class Placeholder:
         self.__dict__["_items"].append((key, value))
 
     def append(self, item: Any) -> None:
-        """Take an element of a list subclass."""
+        """Add an element of a list subclass."""
         self.__dict__["_items"].append((len(self.__dict__["_items"]), item))
 
     def extend(self, items: Any) -> None:
-        """Take elements of a list subclass."""
+        """Add elements of a list subclass."""
         for item in items:
             self.append(item)
 
     def add(self, item: Any) -> None:
-        """Take an element of a set subclass."""
+        """Add an element of a set subclass."""
         self.append(item)
 
     @property
     def contents(self) -> dict[Any, Any]:
-        """What the file put into the object: its state if that is a dict, and its items."""
+        """Content of the object in the file: its state if that is a dict, and its items; else its arguments."""
         values = self.__dict__
         state = values.get("_state")
         if isinstance(state, tuple) and len(state) == 2:  # (__dict__, __slots__)
@@ -84,7 +84,7 @@ class Placeholder:
         for key, value in [*(dict.items(state) if isinstance(state, dict) else ()), *values["_items"]]:
             try:
                 found[key] = value
-            except TypeError:  # a key that cannot be hashed
+            except TypeError:  # an unhashable key
                 found[str(type(key).__name__)] = value
         if not found:
             found.update(enumerate(values.get("_args", ())))
@@ -92,16 +92,16 @@ class Placeholder:
 
 
 def placeholder_class(class_name: str) -> type[Placeholder]:
-    """Make the inert class that stands for `class_name` (module and qualified name)."""
+    """Create the inert substitute of the class `class_name` (module and qualified name)."""
     return type("Placeholder", (Placeholder,), {"class_name": class_name})
 
 
 class StructureUnpickler(pickle.Unpickler):
-    """Unpickle containers, plain values and descriptions of tensors; all else becomes unbuilt_objects.
+    """Unpickler of containers, plain values and descriptions of tensors; other objects become placeholders.
 
     Args:
         file: the pickle.
-        load_storage: makes the storage of a persistent id: (key, dtype, num_elements) -> LazyStorage.
+        load_storage: maps a persistent id (a tuple) to its LazyStorage.
     """
 
     def __init__(self, file: IO[bytes], load_storage: Callable[[tuple[Any, ...]], LazyStorage]) -> None:
@@ -110,7 +110,7 @@ class StructureUnpickler(pickle.Unpickler):
         self._dtypes: dict[str, torch.dtype] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Resolve a name by table alone; nothing is imported."""
+        """Resolve a name from tables only, without imports."""
         if known := _KNOWN.get((module, name)):
             return known
         if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
@@ -120,7 +120,7 @@ class StructureUnpickler(pickle.Unpickler):
         return placeholder_class(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
-        """Turn torch's ('storage', type, key, location, num_elements, ...) into a lazy storage."""
+        """Convert torch's ('storage', type, key, location, num_elements, ...) to a lazy storage."""
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise CheckpointError(f"the pickle refers to {str(pid)[:80]!r}, which is not a torch storage")
         if not isinstance(pid[1], StorageType):
@@ -129,14 +129,14 @@ class StructureUnpickler(pickle.Unpickler):
 
 
 class Sealed:
-    """Something of this module that a pickle may use and not change: BUILD is refused."""
+    """Base class of objects that a pickle can use, but not modify: the BUILD opcode is refused."""
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("the pickle tries to change the reader itself")
+        raise pickle.UnpicklingError("the pickle attempts to modify an object of the reader")
 
 
 class KnownFunction(Sealed):
-    """A function that a pickle may call."""
+    """A function that a pickle can call."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -146,14 +146,14 @@ class KnownFunction(Sealed):
 
 
 class StorageType(Sealed):
-    """A storage class such as torch.FloatStorage, as its dtype."""
+    """A storage class such as torch.FloatStorage, represented by its dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
 
 class TypedStorage(Sealed):
-    """A lazy storage with the dtype its class gives it."""
+    """A lazy storage with the dtype of its class."""
 
     def __init__(self, dtype: torch.dtype, storage: LazyStorage) -> None:
         self.dtype = dtype
@@ -161,7 +161,7 @@ class TypedStorage(Sealed):
 
 
 def describe(value: Any) -> str:
-    """Name the class of a value, a placeholder's as the file names it."""
+    """Return the class name of a value; for a placeholder, the name in the file."""
     if isinstance(value, Placeholder) or (isinstance(value, type) and issubclass(value, Placeholder)):
         return value.class_name
     return type(value).__name__
@@ -171,7 +171,7 @@ def load_structure(file: IO[bytes], load_storage: Callable[[tuple[Any, ...]], La
     """Unpickle the next object of `file` safely.
 
     Raises:
-        CheckpointError: the bytes are no pickle, or the pickle describes impossible objects.
+        CheckpointError: the bytes are not a pickle, or the pickle describes invalid objects.
     """
     try:
         return StructureUnpickler(file, load_storage).load()
@@ -180,8 +180,8 @@ def load_structure(file: IO[bytes], load_storage: Callable[[tuple[Any, ...]], La
     except RecursionError as e:
         raise CheckpointError(f"the pickle in {where!r} is nested too deeply to be a checkpoint") from e
     except MemoryError as e:
-        raise CheckpointError(f"the pickle in {where!r} asks for more memory than there is") from e
-    except Exception as e:  # a hostile or damaged pickle may raise anything
+        raise CheckpointError(f"the pickle in {where!r} requires more memory than available") from e
+    except Exception as e:  # a malicious or damaged pickle can raise any exception
         raise CheckpointError(f"the pickle in {where!r} cannot be read: {type(e).__name__}: {e}") from e
 
 
@@ -216,12 +216,12 @@ def _rebuild_from_type(function: Any, _type: Any, args: Any, _state: Any = None)
 
 
 def _inert_getattr(owner: Any, name: Any, *_: Any) -> type[Placeholder]:
-    """Pickle protocol 2 names a nested class by getattr; here that makes another inert name."""
+    """Return a placeholder class for a nested class, which pickle protocol 2 resolves with getattr."""
     return placeholder_class(f"{describe(owner)}.{name}")
 
 
 def _plain_dict(*_: Any) -> dict[Any, Any]:
-    """Stands for collections.defaultdict: its factory would be a call."""
+    """Return a dict in place of a collections.defaultdict, whose factory could execute code."""
     return {}
 
 

@@ -1,4 +1,4 @@
-"""Safetensors files, read through the safetensors library, which checks every header."""
+"""Safetensors files, whose headers are validated by the safetensors library."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def open_safetensors(path: Path) -> Checkpoint:
     """Open a safetensors file.
 
     Raises:
-        CheckpointError: the header does not describe the file, or a dtype that torch does not know.
+        CheckpointError: the header does not match the file, or a dtype is not supported.
     """
     try:
         with safe_open(path, "pt") as checked:
@@ -58,10 +58,8 @@ def open_safetensors(path: Path) -> Checkpoint:
         ) from e
     for name, dtype in dtypes.items():
         if dtype not in DTYPES:
-            raise CheckpointError(
-                f"tensor {name!r} of {str(path)!r} has dtype {dtype}, which cannot be carried over"
-            )
-    # the library has checked the header; bytes are copied from where it says they are, and no tensor maps the file
+            raise CheckpointError(f"tensor {name!r} of {str(path)!r} has dtype {dtype}, which is not supported")
+    # the library has validated the header; bytes are copied from its offsets, so that no tensor maps the file
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         header: dict[str, Any] = json.loads(raw.read(length))

@@ -1,4 +1,4 @@
-"""torch.save files: zip archives (torch 1.6 and later) and the older stream of pickles."""
+"""Files of torch.save: zip archives (torch 1.6 and later), and the legacy sequence of pickles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RESAVE = "Open it once with torch.load in an environment you trust and save it 
 
 
 def open_torch_zip(path: Path) -> Checkpoint:
-    """Open a zip file of torch.save; tensors are mapped, not read.
+    """Open a zip file of torch.save; tensors are memory-mapped, not read.
 
     Raises:
         CheckpointError: not a torch zip file, or a damaged one.
@@ -31,7 +31,7 @@ def open_torch_zip(path: Path) -> Checkpoint:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, NotImplementedError) as e:
         raise CheckpointError(
-            f"{str(path)!r} starts like a zip file and cannot be opened as one ({e}): it is truncated or damaged"
+            f"{str(path)!r} starts like a zip file, but cannot be opened as one ({e}): it is truncated or damaged"
         ) from e
     mapped = MappedFile(path)
     with archive:
@@ -68,7 +68,7 @@ def open_torch_zip(path: Path) -> Checkpoint:
 
 
 def open_torch_legacy(path: Path) -> Checkpoint:
-    """Open a file of torch.save before 1.6: pickles one after the other, then the storages' bytes.
+    """Open a file of torch.save before 1.6: a sequence of pickles, then the bytes of the storages.
 
     Raises:
         CheckpointError: a damaged file.
@@ -81,7 +81,7 @@ def open_torch_legacy(path: Path) -> Checkpoint:
             raise CheckpointError(f"{str(path)!r} has storages that are views, from torch 0.3. {_RESAVE}")
         key, num_elements = str(pid[2]), pid[4]
         if not isinstance(num_elements, int) or num_elements < 0:
-            raise CheckpointError(f"storage {key!r} of {str(path)!r} claims {num_elements!r} elements")
+            raise CheckpointError(f"storage {key!r} of {str(path)!r} declares {num_elements!r} elements")
         if key not in storages:
             nbytes = num_elements * pid[1].dtype.itemsize
             storages[key] = LazyStorage(key, num_elements, mapped, -1, nbytes)
@@ -111,8 +111,8 @@ def open_torch_legacy(path: Path) -> Checkpoint:
             offset = storage.offset + storage.nbytes
         if offset > path.stat().st_size:
             raise CheckpointError(
-                f"{str(path)!r} is truncated: its tensors end at byte {offset} and the file has "
-                f"{path.stat().st_size}"
+                f"{str(path)!r} is truncated: its tensors end at byte {offset}, but the file has "
+                f"{path.stat().st_size} bytes"
             )
         return checkpoint_from_tree(root, path, "torch-legacy", mapped.close)
     except BaseException:
@@ -122,7 +122,10 @@ def open_torch_legacy(path: Path) -> Checkpoint:
 
 def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     if info.file_size > _MAX_PICKLE_BYTES:
-        raise CheckpointError(f"{info.filename!r} of {archive.filename!r} claims {info.file_size} bytes")
+        raise CheckpointError(
+            f"{info.filename!r} of {archive.filename!r} declares {info.file_size} bytes, more than "
+            f"{_MAX_PICKLE_BYTES}: the file is damaged"
+        )
     try:
         return archive.read(info)
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as e:
@@ -130,7 +133,7 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 
 def _data_offset(mapped: MappedFile, info: zipfile.ZipInfo) -> int:
-    """Find where a stored member's bytes start; the local header may be longer than the central one."""
+    """Find the offset of a stored member's bytes; the local header may be longer than the central one."""
     header = bytes(mapped.copy(info.header_offset, _LOCAL_HEADER.size).numpy())
     magic, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
     if magic != b"PK\x03\x04":

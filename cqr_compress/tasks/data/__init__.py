@@ -1,1 +1,1 @@
-"""Data files of built-in tasks."""
+"""Readers of the data files of built-in tasks."""

@@ -1,4 +1,4 @@
-"""The data of a built-in task: files of examples, streamed, shuffled in pieces, and some of them held out."""
+"""The data of a built-in task: files of examples, streamed, shuffled in chunks, and partly held out."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _SHUFFLED_ROWS = 2**20
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Where the data of a built-in task are.
+    """Data files and settings of a built-in task.
 
     Attributes:
         train: files of training examples.
-        held_out: files of examples to evaluate on; if there are none, some of the training files are held out.
+        held_out: files of examples to evaluate on; if empty, a part of the training examples is held out.
         batch_size: examples of a training batch.
-        settings: whatever else the task takes, by name.
+        settings: other settings of the task, as text by name.
     """
 
     train: tuple[Path, ...]
@@ -37,7 +37,7 @@ class DataOptions:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a run that goes on has to have in common: files by name and bytes, batches, settings."""
+        """Values that a resumed run has to share: names and sizes of files, batch size, settings."""
         files = {
             what: [[path.name, path.stat().st_size if path.exists() else 0] for path in paths]
             for what, paths in (("train_files", self.train), ("held_out_files", self.held_out))
@@ -46,21 +46,21 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if not self.train:
-            raise TaskError("a built-in task wants data: name a file with train_file")
+            raise TaskError("a built-in task requires data: give a file with --train-file")
         if self.batch_size < 1:
-            raise TaskError(f"batch_size is {self.batch_size}: it is at least 1")
+            raise TaskError(f"batch_size is {self.batch_size}: give at least 1")
 
 
 @dataclass(frozen=True)
 class ExampleFiles:
-    """Streams examples out of files.
+    """Streams examples from files.
 
-    Files are read in pieces of about a million examples, which are shuffled in themselves; no more is in memory.
+    Files are read in chunks of about a million examples, which are shuffled separately and bound the memory.
 
     Attributes:
-        options: where they are.
-        read: gives the examples of a file, block by block.
-        hold_out: share of the training files that is held out, where no other file is: every n-th example.
+        options: files and batch size.
+        read: reads the examples of a file, block by block.
+        hold_out: share of the training examples that is held out if there is no other file: every n-th example.
     """
 
     options: DataOptions
@@ -68,7 +68,7 @@ class ExampleFiles:
     hold_out: float
 
     def train_batches(self, epoch: int) -> Iterator[Examples]:
-        """The batches of an epoch, shuffled by torch's generator."""
+        """Iterate over the batches of an epoch, shuffled with torch's generator."""
         piece: list[Examples] = []
         rows = 0
         for block in self._blocks(held_out=False):
@@ -85,7 +85,7 @@ class ExampleFiles:
             yield from self._split(_join(piece), torch.randperm(rows))
 
     def held_out_batches(self) -> Iterator[Examples]:
-        """The batches of held-out examples that this process looks at, in order."""
+        """Iterate over this process's blocks of held-out examples, in order."""
         for index, block in enumerate(self._blocks(held_out=True)):
             if index % distributed.world_size() == distributed.rank():
                 yield block

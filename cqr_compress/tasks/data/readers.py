@@ -1,4 +1,4 @@
-"""Rows of data files, streamed in blocks: CSV, TSV, libfm and Parquet, plain or gzipped."""
+"""Streaming readers of data files in blocks of rows: CSV, TSV, libfm and Parquet, text optionally gzipped."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from cqr_compress.errors import TaskError
 
 BLOCK_ROWS = 65_536
 Column = str | int
-"""A column by its name in the heading, or by its number from 0."""
+"""A column, by its name in the heading or by its index from 0."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of a file.
+    """A block of rows of a file.
 
     Attributes:
         path: the file.
-        lines: number of each row's line, from 1 (of the row, in Parquet).
-        columns: one array (B,) of strings or numbers for each column that was asked for.
+        lines: line number of each row, from 1 (row number in Parquet).
+        columns: one array (B,) of strings or numbers for each requested column.
     """
 
     path: Path
@@ -38,15 +38,15 @@ class Block:
     columns: list[np.ndarray[Any, Any]]
 
     def where(self, row: int) -> str:
-        """Name a row for a message."""
+        """Describe the location of a row, for a message."""
         what = "row" if self.path.suffix == ".parquet" else "line"
         return f"{str(self.path)!r}, {what} {self.lines[row]}"
 
     def numbers(self, column: int) -> Tensor:
-        """A column as float32; empty cells are NaN.
+        """Convert a column to float32; empty cells are NaN.
 
         Raises:
-            TaskError: names the line of a cell that is no number.
+            TaskError: a cell is not a number; the message has its line.
         """
         values = self.columns[column]
         if values.dtype.kind in "US":
@@ -54,23 +54,23 @@ class Block:
         return torch.from_numpy(self._cast(values, float, np.float32))
 
     def ids(self, column: int, num_rows: int, table: str, first_id: int = 0) -> Tensor:
-        """A column as ids of a table, int64.
+        """Convert a column to ids of a table, int64.
 
         Args:
-            column: which.
+            column: index of the column.
             num_rows: N of the table.
-            table: its name, for messages.
-            first_id: number in the file of the table's first row.
+            table: name of the table, for messages.
+            first_id: id of the table's first row in the file.
 
         Raises:
-            TaskError: names the line of an id that is none, or outside of the table.
+            TaskError: an id is not a number, or outside the table; the message has its line.
         """
         ids = torch.from_numpy(self._cast(self.columns[column], int, np.int64)) - first_id
         outside = ((ids < 0) | (ids >= num_rows)).nonzero()
         if len(outside):
             row = int(outside[0])
             raise TaskError(
-                f"{self.where(row)}: id {int(ids[row]) + first_id} is outside of {table!r}, whose ids go from "
+                f"{self.where(row)}: id {int(ids[row]) + first_id} is outside {table!r}, whose ids are "
                 f"{first_id} to {num_rows - 1 + first_id}"
             )
         return ids
@@ -85,19 +85,19 @@ class Block:
                 except (ValueError, TypeError) as e:
                     raise TaskError(f"{self.where(row)}: {str(value)!r} is not a number") from e
                 if abs(number) > 2**63 - 1:
-                    raise TaskError(f"{self.where(row)}: {str(value)!r} is too large a number") from None
+                    raise TaskError(f"{self.where(row)}: {str(value)!r} exceeds 64 bits") from None
             raise
 
 
 def read_blocks(path: Path, columns: Sequence[Column], block_rows: int = BLOCK_ROWS) -> Iterator[Block]:
     """Stream columns of a file.
 
-    The kind of file is told by its name: `.csv`, `.parquet`, anything else is separated by tabs; with `.gz` behind
-    it, it is unpacked. A heading is needed where columns are named ("name:type" counts as "name"), else skipped.
-    Between commas cells may be quoted, between tabs quotes are letters like any other.
+    The suffix determines the format: `.csv`, `.parquet`, or tab-separated for any other; `.gz` after it is
+    decompressed. A heading is required if columns are given by name ("name:type" is read as "name"), and skipped
+    otherwise. Comma-separated cells may be quoted; in tab-separated files quotes are literal.
 
     Raises:
-        TaskError: no such file, no such column, or a line that has other columns.
+        TaskError: no such file, no such column, or a line with another number of columns.
     """
     if _kind(path) == ".parquet":
         yield from _parquet_blocks(path, columns, block_rows)
@@ -107,7 +107,7 @@ def read_blocks(path: Path, columns: Sequence[Column], block_rows: int = BLOCK_R
 
 
 def heading(path: Path) -> list[str]:
-    """The first line's cells, types behind a colon taken off; names of the columns of a Parquet file."""
+    """Return the cells of the first line, without types after a colon; the column names of a Parquet file."""
     if _kind(path) == ".parquet":
         return list(_parquet(path).schema_arrow.names)
     with opened_text(path) as file:
@@ -116,7 +116,7 @@ def heading(path: Path) -> list[str]:
 
 
 def read_libfm(path: Path, block_rows: int = BLOCK_ROWS) -> Iterator[Block]:
-    """Stream a file of lines `label id:1 id:1 ...`: columns are the label and the id of each field.
+    """Stream a file of lines `label id:1 id:1 ...`; the columns are the label and the id of each field.
 
     Raises:
         TaskError: no such file, a value that is not 1, or lines with different numbers of fields.
@@ -155,12 +155,12 @@ def _rows_in_blocks(
     while block := list(itertools.islice(rows, block_rows)):
         for line, row in block:
             if len(row) != width:
-                raise TaskError(f"{str(path)!r}, line {line}: {len(row)} cells, and the first line has {width}")
+                raise TaskError(f"{str(path)!r}, line {line}: {len(row)} cells, but the first line has {width}")
         yield Block(path, [line for line, _ in block], [np.array([row[i] for _, row in block]) for i in at])
 
 
 def _cells(path: Path, file: TextIO) -> Iterator[tuple[int, list[str]]]:
-    """The cells of each line that is not empty, with its number."""
+    """Iterate over the cells of each non-empty line, with its number."""
     comma = _kind(path) == ".csv"
     reader = csv.reader(file) if comma else csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     try:
@@ -174,7 +174,7 @@ def _cells(path: Path, file: TextIO) -> Iterator[tuple[int, list[str]]]:
 def _position(path: Path, column: Column, names: list[str]) -> int:
     if isinstance(column, int):
         if column >= len(names):
-            raise TaskError(f"{str(path)!r} has {len(names)} columns, and no column {column}")
+            raise TaskError(f"{str(path)!r} has {len(names)} columns, but no column {column}: columns start at 0")
         return column
     if column not in names:
         raise TaskError(f"{str(path)!r} has no column {column!r}: it has {', '.join(names)}")
@@ -202,13 +202,13 @@ def _kind(path: Path) -> str:
 
 @contextmanager
 def opened_text(path: Path) -> Iterator[TextIO]:
-    """Open a text file of UTF-8, gzipped if its name ends in `.gz`.
+    """Open a UTF-8 text file, gzipped if its name ends in `.gz`.
 
     Raises:
-        TaskError: it cannot be read; also of errors in the block that this opens.
+        TaskError: the file cannot be opened, or read inside the context.
     """
     if not path.is_file():
-        raise TaskError(f"there is no data file {str(path)!r}")
+        raise TaskError(f"no such data file: {str(path)!r}")
     try:
         with (
             gzip.open(path, "rt", encoding="utf-8-sig", newline="")
@@ -217,7 +217,7 @@ def opened_text(path: Path) -> Iterator[TextIO]:
         ) as file:
             yield file
     except UnicodeDecodeError as e:
-        raise TaskError(f"{str(path)!r} is not a text file of UTF-8: {e}") from e
+        raise TaskError(f"{str(path)!r} is not a UTF-8 text file: {e}") from e
     except (OSError, EOFError, zlib.error) as e:
         raise TaskError(f"{str(path)!r} cannot be read: {e}") from e
 
@@ -227,7 +227,7 @@ def _parquet(path: Path) -> Any:
         import pyarrow.parquet
     except ImportError as e:
         raise TaskError(
-            f"{str(path)!r} is a Parquet file, which pyarrow reads: pip install 'cqr-compress[parquet]'"
+            f"{str(path)!r} is a Parquet file, which requires pyarrow: pip install 'cqr-compress[parquet]'"
         ) from e
     try:
         return pyarrow.parquet.ParquetFile(path)
