@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import cqr_compress as cqr
+from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import OutputExistsError, ShapeError, SpecError, SwapError, TableNotFoundError
 from cqr_compress.finetuning.fisher_fit import transformed
 from cqr_compress.model.load import load_checkpoint
-from cqr_compress.planning.scan import ScannedTable, scan_table
+from cqr_compress.planning.scan import ScannedTable, scan_table, source_rows
+from cqr_compress.progress import NoProgress
 from cqr_compress.quantize.refine import refine
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -255,3 +257,26 @@ def test_the_report_of_a_split_file_is_the_one_beside_it(dense: Path, tmp_path: 
         shown = cqr.inspect(path)
         assert shown.evaluation is not None and set(folder.iterdir()) == before  # type: ignore[union-attr]
     assert not list(tmp_path.glob("split.report.json"))
+
+
+def test_rows_stored_apart_take_no_part_in_a_refit(dense: Path, tmp_path: Path) -> None:
+    """Far rows that are stored verbatim must not pull codewords: the others are fitted as if those were ordinary."""
+    state = torch.load(dense)
+    far = {name: rows.clone() for name, rows in state.items()}
+    far["item_embedding.weight"][[5, 7]] = 1000.0
+    torch.save(far, tmp_path / "far.pt")
+    chosen = {"method": "pq", "num_columns": 4, "n_bits": 4, "exact_rows": (5, 7)}
+    errors = []
+    for name, source in (("near", dense), ("far", tmp_path / "far.pt")):
+        small, refitted = tmp_path / f"{name}.safetensors", tmp_path / f"{name}.refit.safetensors"
+        cqr.convert(source, small, **chosen)
+        with open_checkpoint(small) as file, open_checkpoint(source) as original:
+            table = CompressedFile.from_checkpoint(file).table("item_embedding.weight")
+            scan = source_rows(original, "item_embedding.weight", table, None, NoProgress())
+            assert scan.exact_ids.tolist() == table.exact_ids.tolist() == [5, 7]
+        cqr.refit(small, refitted, source, refine_rounds=2)
+        decoded = cqr.load_dense_state_dict(refitted)["item_embedding.weight"]
+        others = torch.ones(len(decoded), dtype=torch.bool)
+        others[[5, 7]] = False
+        errors.append(float((decoded - state["item_embedding.weight"])[others].square().mean()))
+    assert errors[1] < 1.05 * errors[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,13 +104,17 @@ class SizeReport:
         return {"kind": "size_report", "schema_version": SCHEMA_VERSION, **asdict(self)}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], where: str) -> SizeReport:
+    def from_json(cls, values: Any, where: str) -> SizeReport:
         """Restore a report from its JSON object.
 
         Raises:
             FormatError: not a size report, a damaged one, or one of another schema version.
         """
-        if values.get("kind") != "size_report" or not isinstance(values.get("schema_version"), int):
+        if (
+            not isinstance(values, dict)
+            or values.get("kind") != "size_report"
+            or not isinstance(values.get("schema_version"), int)
+        ):
             raise FormatError(f"{where!r} is JSON, but not a size report: give a report that `convert` wrote")
         if values["schema_version"] != SCHEMA_VERSION:
             raise FormatError(

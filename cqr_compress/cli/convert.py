@@ -42,7 +42,7 @@ def convert(
             "--untie", help="Store a dense copy under the other names of a tied table.", rich_help_panel=SELECTION
         ),
     ] = False,
-    output: Annotated[Path | None, output_option("File to write.", "CHECKPOINT with .cqr.safetensors")] = None,
+    output: Annotated[Path | None, output_option("CHECKPOINT with .cqr.safetensors")] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the plan with exact sizes; write nothing.", rich_help_panel=OUTPUT),

@@ -16,6 +16,7 @@ from cqr_compress.cli.task_options import (
     TaskOption,
     TrainFileOption,
 )
+from cqr_compress.tasks.registry import DEFAULT_BATCH_SIZE
 
 
 def evaluate(
@@ -26,7 +27,7 @@ def evaluate(
     task: TaskOption = None,
     train_file: TrainFileOption = None,
     eval_file: EvalFileOption = None,
-    batch_size: BatchSizeOption = 2048,
+    batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE,
     settings: SetOption = None,
     frequencies: FrequenciesOption = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,

@@ -7,12 +7,20 @@ from typing import Annotated
 
 import typer
 
-from cqr_compress.cli.options import DebugOption, ForceOption, ShardOption, output_option, parse_size, run
+from cqr_compress.cli.options import (
+    CompressedArgument,
+    DebugOption,
+    ForceOption,
+    ShardOption,
+    output_option,
+    parse_size,
+    run,
+)
 
 
 def export(
-    compressed: Annotated[Path, typer.Argument(metavar="COMPRESSED", show_default=False, help="Compressed file.")],
-    output: Annotated[Path, output_option("File to write: .pt .pth .ckpt .bin or .safetensors.")],
+    compressed: CompressedArgument,
+    output: Annotated[Path, output_option(help="File to write: .pt .pth .ckpt .bin or .safetensors.")],
     shard_size: ShardOption = None,
     force: ForceOption = False,
     debug: DebugOption = False,

@@ -23,7 +23,6 @@ from cqr_compress.cli.options import (
 )
 from cqr_compress.cli.task_options import (
     BatchSizeOption,
-    CompressedArgument,
     EvalFileOption,
     SetOption,
     TaskChoice,
@@ -31,6 +30,7 @@ from cqr_compress.cli.task_options import (
     TrainFileOption,
 )
 from cqr_compress.finetuning.options import FinetuneOptions, option_names
+from cqr_compress.tasks.registry import DEFAULT_BATCH_SIZE
 
 _OWN = ("epochs", "learning_rate", "trainable", "patience", "seed", "distill", "codes")
 _OTHERS = [name for name in option_names() if name not in _OWN]
@@ -38,11 +38,13 @@ _OTHERS = [name for name in option_names() if name not in _OWN]
 
 @options_of(FinetuneOptions, _OWN, after="init_task")
 def finetune(
-    compressed: CompressedArgument = None,
+    compressed: Annotated[
+        Path | None, typer.Argument(metavar="COMPRESSED", show_default=False, help="Compressed file.")
+    ] = None,
     task: TaskOption = None,
     train_file: TrainFileOption = None,
     eval_file: EvalFileOption = None,
-    batch_size: BatchSizeOption = 2048,
+    batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE,
     settings: SetOption = None,
     init_task: Annotated[
         Path | None,
@@ -66,7 +68,7 @@ def finetune(
     ] = None,
     original: OriginalOption = None,
     device: DeviceOption = None,
-    output: Annotated[Path | None, output_option("File to write.", "COMPRESSED with .tuned.safetensors")] = None,
+    output: Annotated[Path | None, output_option("COMPRESSED with .tuned.safetensors")] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Resume an interrupted run exactly.", rich_help_panel=OUTPUT),

@@ -22,6 +22,16 @@ from cqr_compress.option_fields import OptionInfo, option_infos
 
 SELECTION, OUTPUT, DATA, ORIGINAL = "Selection", "Output", "Data", "Original"
 
+
+def given(
+    *flags: str, help: str, panel: str | None = None, metavar: str | None = None, default: str | None = None
+) -> Any:
+    """An option whose default is None or False; `default` describes what that stands for."""
+    return typer.Option(
+        *flags, help=help, rich_help_panel=panel, metavar=metavar, show_default=default if default else False
+    )
+
+
 CheckpointArgument = Annotated[
     Path,
     typer.Argument(
@@ -30,66 +40,49 @@ CheckpointArgument = Annotated[
         help="Torch or safetensors file, index of shards, or folder with one of these.",
     ),
 ]
-TablesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--tables",
-        metavar="PATTERN",
-        help="Select these tables instead: a glob, or re: and a regular expression. Repeatable.",
-        rich_help_panel=SELECTION,
-        show_default=False,
-    ),
+CompressedArgument = Annotated[
+    Path, typer.Argument(metavar="COMPRESSED", show_default=False, help="Compressed file.")
 ]
-ExcludeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--exclude",
-        metavar="PATTERN",
-        help="Leave these tables dense. Repeatable.",
-        rich_help_panel=SELECTION,
-        show_default=False,
+Patterns = list[str] | None
+TablesOption = Annotated[
+    Patterns,
+    given(
+        "--tables", metavar="PATTERN", panel=SELECTION,
+        help="Select these tables instead: a glob, or re: and a regular expression. Repeatable.",
     ),
+]  # fmt: skip
+ExcludeOption = Annotated[
+    Patterns, given("--exclude", metavar="PATTERN", panel=SELECTION, help="Leave these tables dense. Repeatable.")
 ]
 FrequenciesOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--frequencies",
-        metavar="FILE",
+    given(
+        "--frequencies", metavar="FILE", panel=SELECTION,
         help="Counts of the ids: .npy, .csv (id,count or table,id,count) or .safetensors by table; TABLE=FILE for "
         "a single table. The rows' squared errors are weighted by them. Repeatable.",
-        rich_help_panel=SELECTION,
     ),
-]
-OriginalOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--original", help="The dense checkpoint that was converted.", rich_help_panel=ORIGINAL, show_default=False
-    ),
-]
+]  # fmt: skip
+_ORIGINAL = given("--original", panel=ORIGINAL, help="The dense checkpoint that was converted.")
+OriginalOption = Annotated[Path | None, _ORIGINAL]
+RequiredOriginalOption = Annotated[Path, _ORIGINAL]
 DeviceOption = Annotated[
-    str | None,
-    typer.Option(help="Device, such as cpu or cuda:1.", show_default="CUDA if available"),
+    str | None, given("--device", help="Device, such as cpu or cuda:1.", default="CUDA if available")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=OUTPUT)]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace existing output.", rich_help_panel=OUTPUT)]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+JsonOption = Annotated[bool, given("--json", panel=OUTPUT, help="Print the report as JSON.")]
+ForceOption = Annotated[bool, given("--force", panel=OUTPUT, help="Replace existing output.")]
+DebugOption = Annotated[bool, given("--debug", help="Show the traceback of an error.")]
 ShardOption = Annotated[
     str | None,
-    typer.Option(
-        "--shard-size",
-        metavar="SIZE",
-        rich_help_panel=OUTPUT,
-        show_default=False,
+    given(
+        "--shard-size", metavar="SIZE", panel=OUTPUT,
         help="Split a safetensors output into files of about this size, such as 5GB or 500MB.",
     ),
-]
+]  # fmt: skip
 
 
-def output_option(help: str, default: str | None = None) -> Any:
-    """Create the option `-o`, with a description of its default."""
-    return typer.Option(
-        "-o", "--output", metavar="FILE", help=help, rich_help_panel=OUTPUT, show_default=default or False
-    )
+def output_option(default: str | None = None, help: str = "File to write.") -> Any:
+    """The option `-o`, with a description of its default."""
+    return given("-o", "--output", metavar="FILE", panel=OUTPUT, help=help, default=default)
 
 
 def options_of(

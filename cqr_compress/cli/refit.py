@@ -9,35 +9,27 @@ import typer
 
 from cqr_compress.cli.finetune import tuned_name
 from cqr_compress.cli.options import (
-    ORIGINAL,
+    CompressedArgument,
     DebugOption,
     ForceOption,
     FrequenciesOption,
     JsonOption,
+    RequiredOriginalOption,
     output_option,
     print_json,
     run,
 )
+from cqr_compress.quantize.options import REFIT_ROUNDS
 
 
 def refit(
-    compressed: Annotated[Path, typer.Argument(metavar="COMPRESSED", show_default=False, help="Compressed file.")],
-    original: Annotated[
-        Path,
-        typer.Option(
-            "--original",
-            help="The dense checkpoint that was converted.",
-            rich_help_panel=ORIGINAL,
-            show_default=False,
-        ),
-    ],
+    compressed: CompressedArgument,
+    original: RequiredOriginalOption,
     refine_rounds: Annotated[
         int, typer.Option(help="Rounds of least squares and re-encoding, over all rows.")
-    ] = 5,
+    ] = REFIT_ROUNDS,
     frequencies: FrequenciesOption = None,
-    output: Annotated[
-        Path | None, output_option("File to write.", "COMPRESSED with .refitted.safetensors")
-    ] = None,
+    output: Annotated[Path | None, output_option("COMPRESSED with .refitted.safetensors")] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,

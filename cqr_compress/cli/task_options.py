@@ -8,57 +8,42 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cqr_compress.cli.options import DATA, split_setting
+from cqr_compress.cli.options import DATA, given, split_setting
 from cqr_compress.errors import TaskError
 from cqr_compress.tasks.registry import BUILTIN
 
 if TYPE_CHECKING:
     from cqr_compress.finetuning.task import Task
 
-CompressedArgument = Annotated[
-    Path | None, typer.Argument(metavar="COMPRESSED", show_default=False, help="Compressed file.")
-]
 TaskOption = Annotated[
     str | None,
-    typer.Option(
-        "--task",
-        metavar="FILE|NAME",
+    given(
+        "--task", metavar="FILE|NAME", panel=DATA,
         help=f"Python file with your model and data, or {', '.join(BUILTIN)}, which require --train-file.",
-        rich_help_panel=DATA,
-        show_default=False,
     ),
-]
+]  # fmt: skip
 TrainFileOption = Annotated[
     list[Path] | None,
-    typer.Option(
-        "--train-file",
-        metavar="FILE",
+    given(
+        "--train-file", metavar="FILE", panel=DATA,
         help="Training data of a built-in task: CSV, TSV, libfm, Parquet, or sequences for sasrec. Repeatable.",
-        rich_help_panel=DATA,
-        show_default=False,
     ),
-]
+]  # fmt: skip
 EvalFileOption = Annotated[
     list[Path] | None,
-    typer.Option(
-        "--eval-file",
-        metavar="FILE",
-        help="Held-out data of a built-in task. Repeatable.",
-        rich_help_panel=DATA,
-        show_default="a tenth of the training data",
+    given(
+        "--eval-file", metavar="FILE", panel=DATA, help="Held-out data of a built-in task. Repeatable.",
+        default="a tenth of the training data",
     ),
-]
+]  # fmt: skip
 BatchSizeOption = Annotated[int, typer.Option(help="Batch size of a built-in task.", rich_help_panel=DATA)]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
+    given(
+        "--set", metavar="NAME=VALUE", panel=DATA,
         help="Setting of a built-in task, such as user=uid or threshold=4; an unknown name lists all. Repeatable.",
-        rich_help_panel=DATA,
-        show_default=False,
     ),
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

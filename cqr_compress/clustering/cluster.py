@@ -70,12 +70,12 @@ def cluster_(
         raise TableNotFoundError(_nothing_to_cluster(model))
     weights = _check_counts(layers, counts or {})
     gradient_informed = losses is not None
-    jobs = [
+    updates = [
         LayerClustering.begin(name, layer, weights.get(name), options, gradient_informed)
         for name, layer in layers.items()
     ]
-    done = update_columns(model, jobs, losses, options.buffer_bytes, "clustering", progress)
-    return [job.finish(optimizer if optimizer_state == "reset" else None) for job in done]
+    done = update_columns(model, updates, losses, options.buffer_bytes, "clustering", progress)
+    return [update.finish(optimizer if optimizer_state == "reset" else None) for update in done]
 
 
 def clusterable_layers(model: nn.Module) -> dict[str, TableLayer]:

@@ -28,31 +28,31 @@ class ColumnUpdate(Protocol):
         """Compute the new codes of one column."""
 
 
-Job = TypeVar("Job", bound=ColumnUpdate)
+Update = TypeVar("Update", bound=ColumnUpdate)
 
 
 def update_columns(
     model: nn.Module,
-    jobs: Sequence[Job],
+    updates: Sequence[Update],
     losses: Losses | None,
     buffer_bytes: int,
     label: str,
     progress: Progress,
-) -> list[Job]:
+) -> list[Update]:
     """Update every column, after a pass over the data that accumulates its gradients.
 
     With several processes, each passes over its own part of the data, the sums are all-reduced, and only the first
     process updates columns.
 
     Returns:
-        The completed jobs: all, except those of layers that no gradient reached, if options allow to skip them.
+        The completed updates: all, except those of layers that no gradient reached, if options allow to skip them.
     """
-    left: set[Job] = set()
-    for group in _groups(jobs, buffer_bytes if losses else None):
+    left: set[Update] = set()
+    for group in _groups(updates, buffer_bytes if losses else None):
         sums: dict[TableLayer, RowGradients] = {}
         if losses is not None:
-            for job, c in group.items():
-                layer, S = job.targets.layer, job.targets.spec.sub_dim
+            for update, c in group.items():
+                layer, S = update.targets.layer, update.targets.spec.sub_dim
                 sums[layer] = RowGradients.zeros(layer, slice(c.start * S, c.stop * S))
             progress.start("accumulating gradients", 0, "batches")
             with observed(sums):
@@ -61,35 +61,37 @@ def update_columns(
                 for tensor in (found.gradient, found.fisher, found.counts, found.blocks):
                     if tensor is not None:
                         distributed.all_reduce_(tensor)
-        left |= {job for job in group if job.targets.is_unreached(sums.get(job.targets.layer))}
-        group = {job: columns for job, columns in group.items() if job not in left}
+        left |= {update for update in group if update.targets.is_unreached(sums.get(update.targets.layer))}
+        group = {update: columns for update, columns in group.items() if update not in left}
         progress.start(label, sum(map(len, group.values())), "columns")
-        for job, columns in group.items():
-            gradients = sums.get(job.targets.layer)
+        for update, columns in group.items():
+            gradients = sums.get(update.targets.layer)
             if gradients is not None:
-                job.targets.fit_prior(gradients)
+                update.targets.fit_prior(gradients)
             for column in columns if distributed.rank() == 0 else ():
-                job.update_column(column, gradients)
+                update.update_column(column, gradients)
                 progress.advance()
-    for job in jobs:
-        if job in left:
+    for update in updates:
+        if update in left:
             warnings.warn(
-                f"no gradient reached {job.targets.name!r}, which is unchanged", CqrCompressWarning, stacklevel=3
+                f"no gradient reached {update.targets.name!r}, which is unchanged",
+                CqrCompressWarning,
+                stacklevel=3,
             )
-    return [job for job in jobs if job not in left]
+    return [update for update in updates if update not in left]
 
 
-def _groups(jobs: Sequence[Job], buffer_bytes: int | None) -> Iterator[dict[Job, range]]:
+def _groups(updates: Sequence[Update], buffer_bytes: int | None) -> Iterator[dict[Update, range]]:
     """Split the columns of all layers into groups of at least one column whose gradients fit the buffer."""
-    group: dict[Job, range] = {}
+    group: dict[Update, range] = {}
     free = buffer_bytes or 0
-    for job in jobs:
-        start, spec = 0, job.targets.spec
+    for update in updates:
+        start, spec = 0, update.targets.spec
         for column in range(spec.num_columns):
             need = 4 * spec.num_embeddings * spec.sub_dim
             if buffer_bytes is not None and need > free and group:
                 yield group
                 group, free, start = {}, buffer_bytes, column
             free -= need
-            group[job] = range(start, column + 1)
+            group[update] = range(start, column + 1)
     yield group

@@ -85,9 +85,9 @@ def reassign_(
             f"{type(model).__name__} has no layer whose codes are all stored{listed_layers(model)}: load a table "
             "compressed with pq, rq, prq, or cqr and helper stored or none"
         )
-    jobs = [LayerReassignment.begin(name, layer, options, max_moved) for name, layer in layers.items()]
-    done = update_columns(model, jobs, losses, options.buffer_bytes, "reassigning codes", progress)
-    return [job.finish() for job in done]
+    updates = [LayerReassignment.begin(name, layer, options, max_moved) for name, layer in layers.items()]
+    done = update_columns(model, updates, losses, options.buffer_bytes, "reassigning codes", progress)
+    return [update.finish() for update in done]
 
 
 def reassignable_layers(model: nn.Module) -> dict[str, TableLayer]:

@@ -19,7 +19,7 @@ from cqr_compress.checkpoint.header import Header
 from cqr_compress.checkpoint.size_report import report_path
 from cqr_compress.checkpoint.streaming_writer import check_outputs
 from cqr_compress.errors import OutputExistsError, SpecError
-from cqr_compress.finetuning.code_updates import CodeChanges
+from cqr_compress.finetuning.code_updates import CodeUpdates
 from cqr_compress.finetuning.distill import OutputDistillation, RowDistillation
 from cqr_compress.finetuning.options import FinetuneOptions
 from cqr_compress.finetuning.report import TuningReport
@@ -127,7 +127,7 @@ class _Run:
             counts = _counts(task, tuned.tables)
             trainer = Trainer(
                 task=task, tuned=tuned, options=options,
-                changes=CodeChanges(model, tuned.tables, options, counts, self.progress),
+                changes=CodeUpdates(model, tuned.tables, options, counts, self.progress),
                 device=self.device, distillation=distillation, original=self.original,
                 method=opened.header.method or "",
                 budgets={name: table.budget or 0 for name, table in opened.header.tables.items()},
@@ -178,15 +178,15 @@ def _distillation(
     task: Task,
     tuned: TunedModel,
     opened: CompressedFile,
-    original: nn.Module | None,
+    teacher: nn.Module,
     options: FinetuneOptions,
 ) -> OutputDistillation | RowDistillation | None:
-    if options.distill is None or original is None:
+    if options.distill is None:
         return None
     if options.distill == "outputs":
-        return OutputDistillation(task, original, tuned.model)
-    places = model_tensors(original, opened)
-    rows = {layer: places[name].tensor.detach() for name, layer in tuned.tables.items()}
+        return OutputDistillation(task, teacher, tuned.model)
+    slots = model_tensors(teacher, opened)
+    rows = {layer: slots[name].tensor.detach() for name, layer in tuned.tables.items()}
     return RowDistillation(task, tuned.model, rows)
 
 

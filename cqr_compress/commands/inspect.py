@@ -166,8 +166,6 @@ def _saved_report(path: Path) -> SizeReport:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{str(path)!r} cannot be read as a report: {e}") from e
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{str(path)!r} is JSON, but not a size report: give a report that `convert` wrote")
     return SizeReport.from_json(values, str(path))
 
 

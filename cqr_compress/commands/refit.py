@@ -17,12 +17,12 @@ from cqr_compress.errors import CqrCompressWarning, SpecError
 from cqr_compress.planning.frequencies import Frequencies, read_frequencies
 from cqr_compress.planning.scan import ScannedTable, source_rows
 from cqr_compress.progress import Progress, shown
+from cqr_compress.quantize.options import REFIT_ROUNDS
 from cqr_compress.quantize.refine import can_refine, refine
 from cqr_compress.table.quality import table_quality
 from cqr_compress.table.spec import CodebookSpec
 from cqr_compress.table.table import CompressedTable
 
-DEFAULT_REFINE_ROUNDS = 5
 _log = logging.getLogger(__name__)
 
 
@@ -31,7 +31,7 @@ def refit(
     output: str | Path,
     original: str | Path,
     *,
-    refine_rounds: int = DEFAULT_REFINE_ROUNDS,
+    refine_rounds: int = REFIT_ROUNDS,
     frequencies: Frequencies = (),
     force: bool = False,
     progress: Progress | None = None,

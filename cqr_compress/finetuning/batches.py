@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from cqr_compress import distributed
-from cqr_compress.finetuning.rng import RandomStream
+from cqr_compress.finetuning.rng import DATA, RandomStream
 from cqr_compress.finetuning.task import Task
-
-_DATA = 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Batches:
 
     def steps_per_epoch(self, epoch: int) -> int | None:
         """Return the number of steps of an epoch; None if the batches have no length."""
-        with RandomStream.seeded(self.seed, _DATA, epoch).active():
+        with RandomStream.seeded(self.seed, DATA, epoch).active():
             batches = self.task.train_batches(epoch)
         try:
             count = len(batches)  # type: ignore[arg-type]
@@ -80,7 +78,7 @@ class Batches:
         return -(-count // (self.gradient_accumulation_steps * distributed.world_size()))
 
     def _all(self, epoch: int) -> Iterator[Any]:
-        stream = RandomStream.seeded(self.seed, _DATA, epoch)
+        stream = RandomStream.seeded(self.seed, DATA, epoch)
         end = object()
         with stream.active():
             iterator = iter(self.task.train_batches(epoch))

@@ -18,7 +18,7 @@ from cqr_compress.progress import Progress
 
 
 @dataclass(frozen=True)
-class CodeChanges:
+class CodeUpdates:
     """Updates the codes of a model's tables.
 
     Attributes:

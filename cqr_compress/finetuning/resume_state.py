@@ -14,7 +14,7 @@ from cqr_compress.errors import StateError
 from cqr_compress.finetuning.rng import RandomState
 
 STATE_VERSION = 1
-_ANEW = ", or start over: omit --resume and pass --force"
+_START_OVER = ", or start over: omit --resume and pass --force"
 
 
 @dataclass
@@ -72,7 +72,7 @@ def load_state(path: Path, identity: dict[str, Any]) -> tuple[Position, dict[str
     except Exception as e:
         raise StateError(f"{str(path)!r} cannot be read as the state of a run: {e}") from e
     if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-        raise StateError(f"{str(path)!r} is not a state of version {STATE_VERSION}{_ANEW}")
+        raise StateError(f"{str(path)!r} is not a state of version {STATE_VERSION}{_START_OVER}")
     differing = {
         name: (state["identity"].get(name), value)
         for name, value in identity.items()
@@ -80,6 +80,6 @@ def load_state(path: Path, identity: dict[str, Any]) -> tuple[Position, dict[str
     }
     if differing:
         listed = "; ".join(f"{name} was {was!r} and is {now!r}" for name, (was, now) in differing.items())
-        raise StateError(f"{str(path)!r} is of a run with other settings ({listed}): use those{_ANEW}")
+        raise StateError(f"{str(path)!r} is of a run with other settings ({listed}): use those{_START_OVER}")
     RandomState.from_plain(state["random"][distributed.rank()]).set()
     return Position(**state["position"]), state

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+MODEL, DATA, TRAINING, EVALUATION, PASS = range(5)
+"""Names of streams, mixed with a run's seed."""
+
 
 @dataclass
 class RandomState:

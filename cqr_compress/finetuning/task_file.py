@@ -102,7 +102,7 @@ def load_task_file(path: str | Path) -> Task:
         if callable(getattr(module, name, None)):
             functions[name] = _of_user(getattr(module, name), path)
     batches = functions["train_batches"]
-    functions["train_batches"] = lambda epoch: _iterate(batches(epoch), path)
+    functions["train_batches"] = lambda epoch: _UserBatches(batches(epoch), path)
     mode = getattr(module, "mode", "max")
     identity = {"task_file_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     return Task(name=path.name, metric=module.metric, mode=mode, identity=identity, **functions)
@@ -134,7 +134,7 @@ def _of_user(function: Callable[..., Any], path: Path) -> Callable[..., Any]:
     return call
 
 
-class _iterate:  # noqa: N801
+class _UserBatches:
     """Iterable of batches whose exceptions are raised as `UserCodeError`; it has a length if they have one."""
 
     def __init__(self, batches: Any, path: Path) -> None:

@@ -13,7 +13,7 @@ from cqr_compress import distributed
 from cqr_compress.checkpoint.compressed_file import is_compressed
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import SpecError, TaskError
-from cqr_compress.finetuning.rng import RandomStream
+from cqr_compress.finetuning.rng import EVALUATION, MODEL, RandomStream
 from cqr_compress.finetuning.task import Task
 from cqr_compress.model.load import init_empty_weights, load_checkpoint, load_compressed
 
@@ -77,7 +77,7 @@ def _holds_meta(value: Any, seen: set[int]) -> bool:
 
 def _build(task: Task, seed: int) -> tuple[nn.Module, bool]:
     """Build the model; return it, and whether it drew random numbers from torch's generator."""
-    with RandomStream.seeded(seed, 0).active():
+    with RandomStream.seeded(seed, MODEL).active():
         before = torch.get_rng_state()
         model = task.model()
         drawn = not torch.equal(before, torch.get_rng_state())
@@ -86,13 +86,10 @@ def _build(task: Task, seed: int) -> tuple[nn.Module, bool]:
     return model, drawn
 
 
-_TRAINING, _EVALUATION, _PASS = 2, 3, 4
-
-
 def evaluate_task(task: Task, model: nn.Module, seed: int) -> dict[str, float]:
     """Evaluate a model with a separate stream of random numbers; metrics are averaged over all processes."""
     model.eval()
-    with torch.no_grad(), RandomStream.seeded(seed, _EVALUATION).active():
+    with torch.no_grad(), RandomStream.seeded(seed, EVALUATION).active():
         mine = task.measure(model)
     every = distributed.all_gather_object(mine)
     return {name: sum(metrics[name] for metrics in every) / len(every) for name in mine}

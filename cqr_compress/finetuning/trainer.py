@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from cqr_compress import distributed
 from cqr_compress.errors import TaskError
 from cqr_compress.finetuning.batches import Batches, Step
-from cqr_compress.finetuning.code_updates import CodeChanges
+from cqr_compress.finetuning.code_updates import CodeUpdates
 from cqr_compress.finetuning.distill import OutputDistillation, RowDistillation
 from cqr_compress.finetuning.early_stopping import EarlyStopping
 from cqr_compress.finetuning.fisher import measure_fisher
 from cqr_compress.finetuning.fisher_fit import FisherFit
 from cqr_compress.finetuning.options import FinetuneOptions
 from cqr_compress.finetuning.resume_state import Position, load_state, save_state
-from cqr_compress.finetuning.rng import RandomStream
+from cqr_compress.finetuning.rng import PASS, TRAINING, RandomStream
 from cqr_compress.finetuning.task import Task
-from cqr_compress.finetuning.task_model import _PASS, _TRAINING, evaluate_task
+from cqr_compress.finetuning.task_model import evaluate_task
 from cqr_compress.finetuning.tuned_model import TunedModel
 from cqr_compress.progress import Progress
 
 _SAVE_EVERY_S = 300.0
-_TELL_EVERY = 10
+_STATUS_EVERY = 10
 _LOWEST = 0.1
 _REFITS = 2
 
@@ -60,7 +60,7 @@ class Trainer:
     task: Task
     tuned: TunedModel
     options: FinetuneOptions
-    changes: CodeChanges
+    changes: CodeUpdates
     device: torch.device
     distillation: OutputDistillation | RowDistillation | None
     original: Path | None
@@ -97,7 +97,7 @@ class Trainer:
             TaskError: the task is invalid.
             StateError: the state cannot be resumed.
         """
-        RandomStream.seeded(self.options.seed, _TRAINING, distributed.rank()).state.set()
+        RandomStream.seeded(self.options.seed, TRAINING, distributed.rank()).state.set()
         if resume and self.state_file.exists():
             self._load()
             self._log(f"resuming from step {self.position.step}")
@@ -189,7 +189,7 @@ class Trainer:
         distributed.all_reduce_(total)
         position.step += 1
         position.step_of_epoch += 1
-        if position.step % _TELL_EVERY == 1 or self._scaler.is_enabled():
+        if position.step % _STATUS_EVERY == 1 or self._scaler.is_enabled():
             self._loss = total.item()
             self.progress.status(f"loss {self._loss:.4f}, {self._best_so_far()}")
         self.progress.advance()
@@ -264,7 +264,7 @@ class Trainer:
 
     def _losses(self, epoch: int) -> Callable[[], Iterator[Tensor]]:
         def losses() -> Iterator[Tensor]:
-            stream = RandomStream.seeded(self.options.seed, _PASS, epoch, distributed.rank())
+            stream = RandomStream.seeded(self.options.seed, PASS, epoch, distributed.rank())
             for batch in self._batches.mine(epoch, self.options.pass_batches):
                 with stream.active():
                     losses = _losses(self.task, self.tuned.model, batch)

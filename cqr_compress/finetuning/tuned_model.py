@@ -29,17 +29,17 @@ class TunedModel:
     Attributes:
         model: the model, with codebooks in float32.
         tables: layers, by the names of their tables in the file.
-        everything: whether parameters outside tables are trained too.
+        trains_all: whether parameters outside tables are trained too.
         dense_dtypes: dtypes in the file of the trainable tensors outside tables.
     """
 
     model: nn.Module
     tables: dict[str, TableLayer]
-    everything: bool
+    trains_all: bool
     dense_dtypes: dict[Tensor, torch.dtype]
 
     @classmethod
-    def from_model(cls, model: nn.Module, opened: CompressedFile, everything: bool) -> TunedModel:
+    def from_model(cls, model: nn.Module, opened: CompressedFile, trains_all: bool) -> TunedModel:
         """Convert trainable tensors to float32, and freeze the others.
 
         Raises:
@@ -54,7 +54,7 @@ class TunedModel:
         if not tables:
             raise TableNotFoundError(f"{type(model).__name__} has no table of {str(opened.checkpoint.path)!r}")
         dense: dict[Tensor, torch.dtype] = {}
-        if everything:
+        if trains_all:
             model.float()
             for name, slot in slots.items():
                 if name in opened.dense_entries and slot.tensor.is_floating_point():
@@ -63,11 +63,11 @@ class TunedModel:
             model.requires_grad_(False)
         for layer in tables.values():
             _widen(layer)
-        return cls(model, tables, everything, dense)
+        return cls(model, tables, trains_all, dense)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Parameters of the optimizer: codebooks, row scales and offsets, and all others if `everything`."""
+        """Parameters of the optimizer: codebooks, row scales and offsets, and all others if `trains_all`."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @property
@@ -99,7 +99,7 @@ class TunedModel:
     def train_mode(self) -> None:
         """Set train mode; batch normalization stays in eval mode unless everything is trained."""
         self.model.train()
-        if not self.everything:
+        if not self.trains_all:
             for module in self.model.modules():
                 if isinstance(module, nn.modules.batchnorm._NormBase):
                     module.eval()
@@ -159,7 +159,7 @@ class TunedModel:
             for name, tensor in self.model.state_dict(keep_vars=True).items()
             if isinstance(tensor, Tensor)
             and id(tensor) not in inside
-            and (self.everything or not isinstance(tensor, nn.Parameter))
+            and (self.trains_all or not isinstance(tensor, nn.Parameter))
         }
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from cqr_compress.errors import CqrCompressWarning
 from cqr_compress.nn.embedding import CompressedEmbedding, CompressedEmbeddingBag
 from cqr_compress.nn.table_layer import TableLayer
 
@@ -25,7 +26,8 @@ def to_compressed_class(module: nn.Module) -> TableLayer:
     cls: Any = type(module)
     dense, compressed = next(pair for pair in DENSE_LAYERS if isinstance(module, pair[0]))
     if getattr(module, "sparse", False):
-        warnings.warn(f"{cls.__name__}: sparse=True has no effect, gradients are dense", stacklevel=5)
+        message = f"{cls.__name__}: sparse=True has no effect, gradients are dense"
+        warnings.warn(message, CqrCompressWarning, stacklevel=5)
     drop_tensor(module, "weight")
     module.__class__ = compressed if cls is dense else _extended(cls, cast(Any, compressed))
     return cast(TableLayer, module)

@@ -118,7 +118,7 @@ def _blocks(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor) -> It
         if isinstance(spec, CodebookSpec):
             assert products is not None
             packed = tensors["codes"][start : start + rows] if "codes" in tensors else None
-            flat = flat_codes(row_codes(spec, packed, ids), spec).flatten(1)
+            flat = flat_codes(row_codes(spec, packed, ids), spec.codebook_size).flatten(1)
             scores = F.embedding_bag(flat, products, mode="sum")[:, :Q]
         else:
             here = {short: tensors[short][start : start + rows] for short in spec.body_shapes()}

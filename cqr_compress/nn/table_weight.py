@@ -34,8 +34,6 @@ _ABOUT = frozenset(
     }
 )
 """Functions of a tensor's metadata, which need none of its values."""
-
-
 _WHERE = frozenset({*map(_getter, ("device", "is_cpu", "is_cuda", "is_meta")), Tensor.get_device})
 """Functions of the device, which is that of the layer: the subclass itself is on the meta device."""
 _TRANSPOSES = frozenset({Tensor.t, torch.t, _getter("T"), _getter("mT")})

@@ -62,7 +62,7 @@ def find_tables(
         TableNotFoundError: a pattern matches no 2-D tensor.
         TableRefusedError: an explicitly named table is already compressed by another technique.
     """
-    candidates = [_judge(checkpoint, entry) for entry in _matrices(checkpoint)]
+    candidates = [_classify(checkpoint, entry) for entry in _matrices(checkpoint)]
     names = {name: c for c in candidates for name in (c.name, *c.aliases)}
     wanted = {names[n].name for n in _matching(tables, list(names), checkpoint)}
     unwanted = {names[n].name for n in _matching(exclude, list(names), checkpoint)}
@@ -89,7 +89,7 @@ def refuse_foreign(checkpoint: Checkpoint) -> None:
         TableRefusedError: a table is quantized; the message lists the tensors and the tool.
     """
     found = []
-    has_table = any(_judge(checkpoint, entry).selected for entry in _matrices(checkpoint))
+    has_table = any(_classify(checkpoint, entry).selected for entry in _matrices(checkpoint))
     for name in checkpoint.entries:
         for pattern in FOREIGN:
             match = pattern.regex.search(stripped(name))
@@ -162,7 +162,7 @@ def _matrices(checkpoint: Checkpoint) -> list[TensorEntry]:
     ]
 
 
-def _judge(checkpoint: Checkpoint, entry: TensorEntry) -> Candidate:
+def _classify(checkpoint: Checkpoint, entry: TensorEntry) -> Candidate:
     aliases = tuple(checkpoint.aliases_of(entry.name))
     confidence, reason = _by_name(entry.name)
     rows, columns = entry.shape

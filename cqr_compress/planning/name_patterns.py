@@ -79,8 +79,6 @@ TABLES = (
     _pattern(r"(?i)embed", "its name contains embed", 0.75),
 )
 """First match wins."""
-
-
 NOT_TABLES = (
     _pattern(r"(?i)patch_embed|patch_embedding|conv_embed", "projects image patches"),
     _pattern(
@@ -111,8 +109,6 @@ NOT_TABLES = (
     _pattern(_START + r"(?:out|output|logits)$", "a linear layer by its name"),
 )
 """Checked before TABLES: a match here takes precedence."""
-
-
 REFUSED = (
     _pattern(_START + r"emb_l\.\d+\.weight_[qr]$", "DLRM's quotient-remainder trick: already compositional"),
     _pattern(
@@ -121,8 +117,6 @@ REFUSED = (
     ),
 )
 """Tables that another technique has already compressed; they are not compressed again."""
-
-
 FOREIGN = (
     _pattern(
         r"(?:^|\.)(?P<stem>.*?)\.?(?:weight_packed|weight_qscale|weight_qzero_points?)$",
@@ -136,8 +130,6 @@ FOREIGN = (
     _pattern(r"^(?P<stem>)mapping$", "a model2vec table with quantized vocabulary (`mapping`)"),
 )
 """Tensors that occur only in files quantized by another tool."""
-
-
 TIED_PAIRS = (
     (r"lm_head\.weight$", r"(?:embed_tokens|wte|word_embeddings?|shared|tok_embeddings|embed_in)\.weight$"),
     (r"embed_out\.weight$", r"embed_in\.weight$"),

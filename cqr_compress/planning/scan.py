@@ -186,8 +186,6 @@ def source_rows(
             f"{name!r} is {entry.shape} in {str(checkpoint.path)!r} and {here} in the compressed file: give the "
             "dense checkpoint that was converted"
         )
-    kept = table.tensors.get("exact_ids")
-    keep = [] if kept is None else kept[: spec.num_kept_rows].tolist()
     progress.start(f"reading {name}", spec.num_embeddings, "rows")
-    scan = scan_table(entry, keep, "keep", getattr(spec, "seed", 0), step=progress.advance)
+    scan = scan_table(entry, table.exact_ids.tolist(), "keep", getattr(spec, "seed", 0), step=progress.advance)
     return scan if counts is None else replace(scan, weights=row_weights(counts))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from cqr_compress.errors import SpecError
 from cqr_compress.quantize.base import LAYOUT_OPTIONS, Effort, Quantizer, TableFacts, TableRows, refuse_others
 from cqr_compress.quantize.layouts import codebook_layouts
 from cqr_compress.quantize.options import ConvertOptions
@@ -50,12 +49,8 @@ class Auto:
         return method_of(spec.method).num_steps(spec, effort)
 
     def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> Quantizer:
-        """Raise: each spec is fitted by the method that it names.
-
-        Raises:
-            SpecError: always.
-        """
-        raise SpecError(f"method auto cannot fit a spec: fit it with its own method, {spec.method!r}")
+        """Fit a spec with the method that it names."""
+        return method_of(spec.method).fit(rows, spec, effort, step)
 
 
 AUTO = Auto()

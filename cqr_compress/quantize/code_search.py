@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cqr_compress.quantize.base import Effort
 from cqr_compress.quantize.kmeans import nearest_centroids
+from cqr_compress.table.spec import STORED, CodebookSpec
 
 _BLOCK_VALUES = 2**21
 
@@ -124,3 +125,23 @@ def _icm(rows: Tensor, codebooks: Tensor, norms: Tensor, codes: Tensor) -> tuple
             codes[:, level] = scores.min(1).indices
             residual = target - codebooks[level][codes[:, level]]
     return codes, residual.square().sum(1)
+
+
+def point_rows(column: Tensor, codebooks: Tensor, codes: Tensor, spec: CodebookSpec) -> Tensor:
+    """Find the stored codeword nearest to the residual that the other levels leave of a column.
+
+    Args:
+        column: (B, S) float32.
+        codebooks: (L, K, S) float32.
+        codes: (B, L) int64; those of the stored level are not read.
+        spec: spec of the table, with one stored level.
+
+    Returns:
+        (B,) int64 pointers.
+    """
+    stored = spec.code_sources.index(STORED)
+    rest = column
+    for level in range(spec.num_levels):
+        if level != stored:
+            rest = rest - codebooks[level][codes[:, level]]
+    return nearest_centroids(rest.contiguous(), codebooks[stored])

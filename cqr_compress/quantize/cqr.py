@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cqr_compress.quantize.additive import codebook_effort, fit_additive, num_steps, sample_weights
 from cqr_compress.quantize.base import Effort, Quantizer, TableFacts, TableRows, refuse_others
-from cqr_compress.quantize.kmeans import fit_centroids, nearest_centroids
+from cqr_compress.quantize.code_search import point_rows
+from cqr_compress.quantize.kmeans import fit_centroids
 from cqr_compress.quantize.layouts import budget_bytes, codebook_layouts
 from cqr_compress.quantize.normal_equations import solve_codebooks
 from cqr_compress.quantize.options import ConvertOptions
@@ -94,26 +95,6 @@ def fit_clustered(
 def num_clustered_steps(spec: CodebookSpec, effort: Effort) -> int:
     """Return the number of calls of `step` in `fit_clustered`."""
     return spec.num_columns * (1 + effort.refine_rounds)
-
-
-def point_rows(column: Tensor, codebooks: Tensor, codes: Tensor, spec: CodebookSpec) -> Tensor:
-    """Find the stored codeword nearest to the residual that the other levels leave of a column.
-
-    Args:
-        column: (B, S) float32.
-        codebooks: (L, K, S) float32.
-        codes: (B, L) int64; those of the stored level are not read.
-        spec: spec of the table, with one stored level.
-
-    Returns:
-        (B,) int64 pointers.
-    """
-    stored = spec.code_sources.index(STORED)
-    rest = column
-    for level in range(spec.num_levels):
-        if level != stored:
-            rest = rest - codebooks[level][codes[:, level]]
-    return nearest_centroids(rest.contiguous(), codebooks[stored])
 
 
 @dataclass(frozen=True)

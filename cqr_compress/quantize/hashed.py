@@ -29,7 +29,7 @@ _CG_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class SketchQuantizer:
+class HashedQuantizer:
     """Fitted codebooks with computed codes, of which nothing is stored for a row."""
 
     spec: CodebookSpec
@@ -44,13 +44,13 @@ class SketchQuantizer:
         return {}
 
 
-def fit_sketch(
+def fit_hashed(
     blocks: Callable[[], Iterator[tuple[int, Tensor]]],
     stored_apart_ids: Tensor,
     spec: CodebookSpec,
     step: Callable[[], None],
     weights: Tensor | None = None,
-) -> SketchQuantizer:
+) -> HashedQuantizer:
     """Fit the codebooks to all rows of a table, read once in row blocks.
 
     The right-hand side H^T W T, W the weights, takes one pass over the rows; the normal equations are then solved
@@ -85,11 +85,11 @@ def fit_sketch(
         solution = _conjugate_gradients(
             lambda x: _normal_product(spec, stored_apart_ids, x, weights), target, solution * 0, inverse, step
         )
-    return SketchQuantizer(spec, solution.to(FLOAT_DTYPES[spec.codebook_dtype]))
+    return HashedQuantizer(spec, solution.to(FLOAT_DTYPES[spec.codebook_dtype]))
 
 
-def num_sketch_steps(spec: CodebookSpec) -> int:
-    """Return the maximum number of calls of `step` in `fit_sketch`."""
+def num_hashed_steps(spec: CodebookSpec) -> int:
+    """Return the maximum number of calls of `step` in `fit_hashed`."""
     return 1 + (_CG_ITERATIONS if spec.num_levels > 1 else 0)
 
 
@@ -186,12 +186,12 @@ class HashedMethod:
     def num_steps(self, spec: AnySpec, effort: Effort) -> int:
         """Return the maximum number of calls of `step` in `fit`: the pass and the solver's iterations."""
         assert isinstance(spec, CodebookSpec)
-        return num_sketch_steps(spec)
+        return num_hashed_steps(spec)
 
-    def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> SketchQuantizer:
+    def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> HashedQuantizer:
         """Fit the codebooks to all rows."""
         assert isinstance(spec, CodebookSpec)
-        return fit_sketch(rows.blocks, rows.stored_apart_ids, spec, step, rows.weights)
+        return fit_hashed(rows.blocks, rows.stored_apart_ids, spec, step, rows.weights)
 
 
 HASH = HashedMethod((HASHED,))

@@ -10,6 +10,7 @@ from cqr_compress.quantize.registry import METHODS, method_of
 
 DEFAULT_BITS_PER_DIM = 2.0
 MAX_SAMPLE_ROWS = 131_072
+REFIT_ROUNDS = 5
 HELPERS = ("hashed", "stored", "none")
 CODEBOOK_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -82,7 +83,7 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.has_budget and self.ratio is not None and self.bits_per_dim is not None:
+        if self.ratio is not None and self.bits_per_dim is not None:
             raise SpecError(
                 f"ratio is {self.ratio!r} and bits_per_dim is {self.bits_per_dim!r}: both set the budget, give one"
             )

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from cqr_compress.errors import NonFiniteError
 from cqr_compress.quantize.base import TableRows
-from cqr_compress.quantize.code_search import beam_search, search_codes
-from cqr_compress.quantize.cqr import point_rows
+from cqr_compress.quantize.code_search import beam_search, point_rows, search_codes
 from cqr_compress.quantize.normal_equations import NormalEquations
 from cqr_compress.quantize.rotation import procrustes
 from cqr_compress.table.bitpack import pack_codes

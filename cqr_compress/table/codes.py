@@ -10,10 +10,11 @@ from cqr_compress.table.hashing import hash_ids
 from cqr_compress.table.spec import DIGIT, HASHED, QUOTIENT, REMAINDER, STORED, CodebookSpec
 
 
-def flat_codes(codes: Tensor, spec: CodebookSpec) -> Tensor:
-    """Convert codes (B, C, L) to row indices of the codebooks flattened to (C * L * K, S): (B, C, L) integers."""
-    C, L, K = spec.num_columns, spec.num_levels, spec.codebook_size
-    return codes + torch.arange(0, C * L * K, K, device=codes.device, dtype=torch.int32).view(C, L)
+def flat_codes(codes: Tensor, codebook_size: int) -> Tensor:
+    """Convert codes to row numbers of codebooks flattened to (C * L * K, S): (B, C, L) integers."""
+    C, L = codes.shape[1:]
+    first = torch.arange(0, C * L * codebook_size, codebook_size, device=codes.device, dtype=torch.int32)
+    return codes + first.view(C, L)
 
 
 def computed_codes(spec: CodebookSpec, ids: Tensor) -> Tensor:

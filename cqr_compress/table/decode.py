@@ -79,7 +79,7 @@ def decode_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Te
         (B, D) float32; float64 for float64 codebooks.
     """
     if isinstance(spec, CodebookSpec):
-        flat = flat_codes(row_codes(spec, tensors.get("codes"), ids), spec)
+        flat = flat_codes(row_codes(spec, tensors.get("codes"), ids), spec.codebook_size)
         table = at_least_float32(tensors["codebooks"]).reshape(-1, spec.sub_dim)
         return rotated(tensors, sum_codewords(flat, table, spec.num_levels).reshape(-1, spec.width))
     codes = unpack_codes(tensors["codes"], spec.embedding_dim, spec.n_bits)
@@ -107,8 +107,7 @@ def decode_codes(codes: Tensor, codebooks: Tensor, rotation: Tensor | None = Non
         (B, D) in the dtype of the codebooks.
     """
     C, L, K, S = codebooks.shape
-    flat = codes + torch.arange(0, C * L * K, K, device=codes.device, dtype=torch.int32).view(C, L)
-    rows = sum_codewords(flat, codebooks.reshape(-1, S), L).reshape(-1, C * S)
+    rows = sum_codewords(flat_codes(codes, K), codebooks.reshape(-1, S), L).reshape(-1, C * S)
     return rows if rotation is None else rows @ rotation.to(rows.dtype)
 
 

@@ -287,8 +287,6 @@ class RowwiseSpec(TableSpec):
 _KINDS: dict[str, type[CodebookSpec] | type[RowwiseSpec]] = {
     spec.kind: spec for spec in (CodebookSpec, RowwiseSpec)
 }
-
-
 AnySpec = CodebookSpec | RowwiseSpec
 
 

@@ -37,6 +37,11 @@ class CompressedTable:
                     f"but the spec requires {expected.shape} {expected.dtype}"
                 )
 
+    @property
+    def exact_ids(self) -> Tensor:
+        """Ids of the rows stored verbatim, ascending; in `kept_ids` those of all-zero rows follow them."""
+        return self.tensors.get("kept_ids", torch.empty(0, dtype=torch.int64))[: self.spec.num_kept_rows]
+
     def decode(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Decode rows start..stop in blocks; the whole table by default."""
         stop = self.spec.num_embeddings if stop is None else stop

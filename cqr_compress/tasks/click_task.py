@@ -15,11 +15,11 @@ from cqr_compress.tasks.data.files import DataOptions, ExampleFiles, Examples
 from cqr_compress.tasks.data.readers import Block
 from cqr_compress.tasks.metrics import click_metrics, gathered
 
-_HOLD_OUT = 0.1
+HOLD_OUT = 0.1
 
 
 @dataclass(frozen=True)
-class _Build:
+class ModelBuilder:
     cls: Any
     arguments: tuple[Any, ...]
 
@@ -28,7 +28,7 @@ class _Build:
         return model
 
 
-def _labels(block: Block, raw: Tensor, kept: Tensor, threshold: float | None) -> Tensor:
+def read_labels(block: Block, raw: Tensor, kept: Tensor, threshold: float | None) -> Tensor:
     """Return labels of 0 and 1, with -1 as 0; with a threshold, ratings from it are 1.
 
     Raises:
@@ -49,7 +49,7 @@ def _labels(block: Block, raw: Tensor, kept: Tensor, threshold: float | None) ->
     return (raw > 0).float()
 
 
-def _click_task(
+def click_task(
     name: str, options: DataOptions, hold_out: float, metric: str, build: Any, read: Any, logits: Any
 ) -> Task:
     """Create a task whose examples end with a label, and whose model returns a logit for each example."""

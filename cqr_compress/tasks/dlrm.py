@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cqr_compress.errors import TaskError
 from cqr_compress.finetuning.task import Task
-from cqr_compress.tasks.click_task import _HOLD_OUT, _Build, _click_task, _labels
+from cqr_compress.tasks.click_task import HOLD_OUT, ModelBuilder, click_task, read_labels
 from cqr_compress.tasks.data.files import DataOptions, Examples, parse_settings
 from cqr_compress.tasks.data.readers import Block, read_blocks, read_libfm
 from cqr_compress.tasks.shapes import Shapes, add_linears, add_module, at, refuse_rest
@@ -114,7 +114,7 @@ class DlrmSettings:
     """
 
     ids: str = "hex"
-    hold_out: float = _HOLD_OUT
+    hold_out: float = HOLD_OUT
     metric: str = "bce"
 
 
@@ -141,7 +141,7 @@ def dlrm_task(shapes: Shapes, options: DataOptions) -> Task:
         blocks = read_libfm(path) if libfm else read_blocks(path, range(1 + num_dense + num_fields))
         for block in blocks:
             raw = block.numbers(0)
-            label = _labels(block, raw, torch.ones_like(raw, dtype=torch.bool), None)
+            label = read_labels(block, raw, torch.ones_like(raw, dtype=torch.bool), None)
             values = [block.numbers(1 + i) for i in range(num_dense)] or [label]
             first = 1 + num_dense
             if settings.ids == "hex" and not libfm:
@@ -156,8 +156,8 @@ def dlrm_task(shapes: Shapes, options: DataOptions) -> Task:
         logits: Tensor = model(batch[0], batch[1])
         return logits
 
-    build = _Build(DLRM, (shapes, num_fields))
-    return _click_task("dlrm", options, settings.hold_out, settings.metric, build, read, logits)
+    build = ModelBuilder(DLRM, (shapes, num_fields))
+    return click_task("dlrm", options, settings.hold_out, settings.metric, build, read, logits)
 
 
 def _hexadecimal(block: Block, column: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cqr_compress.errors import TaskError
 from cqr_compress.finetuning.task import Task
-from cqr_compress.tasks.click_task import _HOLD_OUT, _Build, _click_task, _labels
+from cqr_compress.tasks.click_task import HOLD_OUT, ModelBuilder, click_task, read_labels
 from cqr_compress.tasks.data.files import DataOptions, Examples, parse_settings
 from cqr_compress.tasks.data.readers import Column, heading, read_blocks
 from cqr_compress.tasks.shapes import Shapes, add_linears, add_module, at, find_table, refuse_rest
@@ -45,7 +45,7 @@ class PairSettings:
     first_id: int = 0
     user_table: str | None = None
     item_table: str | None = None
-    hold_out: float = _HOLD_OUT
+    hold_out: float = HOLD_OUT
     metric: str = "auc"
     normalize: bool = False
     scale: float = 1.0
@@ -54,7 +54,7 @@ class PairSettings:
 def gmf_task(shapes: Shapes, options: DataOptions) -> Task:
     """Create the task of generalized matrix factorization, on clicks or thresholded ratings."""
     settings = parse_settings(PairSettings, options.settings, "gmf")
-    build = _Build(Factorization, (shapes, settings.user_table, settings.item_table))
+    build = ModelBuilder(Factorization, (shapes, settings.user_table, settings.item_table))
     return _pair_task("gmf", shapes, options, settings, build)
 
 
@@ -62,10 +62,12 @@ def two_tower_task(shapes: Shapes, options: DataOptions) -> Task:
     """Create the task of two towers over users and items, on clicks or thresholded ratings."""
     settings = parse_settings(PairSettings, options.settings, "two-tower")
     arguments = (shapes, settings.user_table, settings.item_table, settings.normalize, settings.scale)
-    return _pair_task("two-tower", shapes, options, settings, _Build(TwoTower, arguments))
+    return _pair_task("two-tower", shapes, options, settings, ModelBuilder(TwoTower, arguments))
 
 
-def _pair_task(name: str, shapes: Shapes, options: DataOptions, settings: PairSettings, build: _Build) -> Task:
+def _pair_task(
+    name: str, shapes: Shapes, options: DataOptions, settings: PairSettings, build: ModelBuilder
+) -> Task:
     tables = [
         find_table(shapes, word, named)
         for word, named in (("user", settings.user_table), ("item", settings.item_table))
@@ -78,14 +80,14 @@ def _pair_task(name: str, shapes: Shapes, options: DataOptions, settings: PairSe
             )
             raw = block.numbers(2)
             kept = torch.ones_like(raw, dtype=torch.bool) if settings.skip is None else raw != settings.skip
-            label = _labels(block, raw, kept, settings.threshold)
+            label = read_labels(block, raw, kept, settings.threshold)
             yield users[kept], items[kept], label[kept]
 
     def logits(model: nn.Module, batch: Examples) -> Tensor:
         logits: Tensor = model(batch[0], batch[1])
         return logits
 
-    return _click_task(name, options, settings.hold_out, settings.metric, build, read, logits)
+    return click_task(name, options, settings.hold_out, settings.metric, build, read, logits)
 
 
 def _pair_columns(path: Path, settings: PairSettings) -> list[Column]:

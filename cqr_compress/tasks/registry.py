@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cqr_compress.tasks.data.files import DataOptions
     from cqr_compress.tasks.shapes import Shapes
 
+DEFAULT_BATCH_SIZE = 2048
 BUILTIN: dict[str, tuple[str, str]] = {
     "dlrm": ("dlrm", "dlrm_task"),
     "gmf": ("pairs", "gmf_task"),

@@ -32,7 +32,7 @@ from cqr_compress.errors import CheckpointError
 _OPTIMIZER_KEY = re.compile(r"(?i)(^|_)(optimizers?|optim|opt_state)(_states?|_state_dict|_dict)?$")
 _MAX_REPEATS = 1_000_000
 _MAX_DEPTH = 200
-_MAX_SKELETON_BYTES = 16 * 2**20
+_MAX_STRUCTURE_BYTES = 16 * 2**20
 _PLAIN = (str, int, float, bool, type(None))
 Path_ = tuple[Any, ...]
 
@@ -78,7 +78,7 @@ def checkpoint_from_tree(root: Any, path: Path, format: str, close: Callable[[],
         entries=entries,
         aliases=aliases,
         outside_model=frozenset(names[p] for p in walk.tensors if p[: len(model)] != model),
-        structure=_skeleton(root, names, walk),
+        structure=_structure(root, names, walk),
         unbuilt_objects=tuple(walk.unbuilt_objects),
         optimizer_bytes=sum(optimizer_storages.values()),
         files=(path,),
@@ -203,9 +203,9 @@ def _root(tensors: Mapping[Path_, StridedTensor]) -> Path_:
     return root
 
 
-def _skeleton(root: Any, names: Mapping[Path_, str], walk: _Walk) -> Any:
+def _structure(root: Any, names: Mapping[Path_, str], walk: _Walk) -> Any:
     structure = _encode(root, (), names, plain=True, above=frozenset())
-    if len(json.dumps(structure)) > _MAX_SKELETON_BYTES + 200 * len(names):
+    if len(json.dumps(structure)) > _MAX_STRUCTURE_BYTES + 200 * len(names):
         walk.unbuilt_objects.append(UnbuiltObject("", "plain values of more than 16 MiB"))
         structure = _encode(root, (), names, plain=False, above=frozenset())
     return structure

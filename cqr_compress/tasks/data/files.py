@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cqr_compress import distributed
 from cqr_compress.errors import TaskError
+from cqr_compress.tasks.registry import DEFAULT_BATCH_SIZE
 
 Examples = tuple[Tensor, ...]
 """Tensors with one entry for each example."""
@@ -32,7 +33,7 @@ class DataOptions:
 
     train: tuple[Path, ...]
     held_out: tuple[Path, ...] = ()
-    batch_size: int = 2048
+    batch_size: int = DEFAULT_BATCH_SIZE
     settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
