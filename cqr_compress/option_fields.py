@@ -5,9 +5,11 @@ The command line derives its options from them, `check_fields` the validation an
 
 from __future__ import annotations
 
+import difflib
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from cqr_compress.errors import SpecError
@@ -90,7 +92,9 @@ def check_fields(options: Any) -> None:
             continue
         if info.choices and value not in info.choices:
             raise SpecError(f"{f.name} is {value!r}: choose from {', '.join(info.choices)}")
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if is_number:
+            value = _python_number(options, f.name, str(f.type), value)
         bounded = (info.low, info.high, info.above) != (None, None, None)
         if bounded and (not is_number or not _within(value, info)):
             raise SpecError(f"{f.name} is {value!r}: give {_range_of(info)}")
@@ -106,7 +110,9 @@ def merged(cls: type[T], options: T | None, given: dict[str, Any]) -> T:
         raise SpecError(f"options is {options!r}: give {cls.__name__}, or its fields as keywords")
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     if unknown := sorted(set(given) - set(names)):
-        raise SpecError(f"{cls.__name__} has no field {', '.join(unknown)}: it has {', '.join(names)}")
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"did you mean {near[0]}? It" if near else "it"
+        raise SpecError(f"{cls.__name__} has no field {', '.join(unknown)}: {hint} has {', '.join(names)}")
     held = {} if options is None else {name: getattr(options, name) for name in names}
     return cls(**{**held, **given})
 
@@ -136,6 +142,26 @@ def parsed(cls: type, name: str, text: str) -> Any:
     raise SpecError(f"{name} is {text!r}: give {'a whole number' if 'int' in kinds else 'a number'}")
 
 
+def _python_number(options: Any, name: str, kind: str, value: Any) -> float:
+    """Replace a number of another library, such as numpy's, by Python's int or float.
+
+    Raises:
+        SpecError: a fraction where the field takes whole numbers.
+    """
+    takes_fractions = "float" in kind
+    if not takes_fractions and not isinstance(value, Integral):
+        raise SpecError(f"{name} is {value!r}: give a whole number")
+    number = (
+        float(value)
+        if takes_fractions and not isinstance(value, int)
+        else value
+        if takes_fractions
+        else int(value)
+    )
+    object.__setattr__(options, name, number)
+    return number
+
+
 def _within(value: float, info: OptionInfo) -> bool:
     return (
         (info.low is None or value >= info.low)
@@ -147,10 +173,10 @@ def _within(value: float, info: OptionInfo) -> bool:
 
 def _range_of(info: OptionInfo) -> str:
     if info.above is not None:
-        end = "" if info.high is None else f" and at most {info.high:g}"
-        return f"a number above {info.above:g}{end}"
+        end = "" if info.high is None else f" and at most {info.high:.15g}"
+        return f"a number above {info.above:.15g}{end}"
     if info.high is None:
-        return f"a number of at least {info.low:g}"
+        return f"a number of at least {info.low:.15g}"
     if info.low is None:
-        return f"a number of at most {info.high:g}"
-    return f"a number from {info.low:g} to {info.high:g}"
+        return f"a number of at most {info.high:.15g}"
+    return f"a number from {info.low:.15g} to {info.high:.15g}"

@@ -68,7 +68,9 @@ class ProgressBars:
                 TextColumn("{task.fields[status]}", markup=False),
                 TimeRemainingColumn(),
             )
-            self._bars = RichProgress(*columns, console=Console(stderr=True), transient=True)
+            self._bars = RichProgress(
+                *columns, console=Console(stderr=True), transient=True, redirect_stdout=False
+            )
             self._bars.start()
         return self
 
@@ -95,7 +97,7 @@ class ProgressBars:
         elif now - self._printed > _PLAIN_EVERY_S:
             self._printed = now
             of = f" of {_short(self._total)}" if self._total else ""
-            left = f", {(self._total - self._done) / rate:.0f} s left" if self._total and rate else ""
+            left = f", {(self._total - self._done) / rate:.0f} s left" if self._done < self._total else ""
             status = f", {self._status}" if self._status else ""
             print(
                 f"{self._label}: {_short(self._done)}{of} {self._unit}, {_short(rate)}/s{left}{status}",
@@ -125,6 +127,10 @@ def shown(progress: Progress | None) -> Iterator[Progress]:
 def _short(value: float) -> str:
     for unit in ("", "k", "M", "G"):
         if value < 1000:
-            return f"{value:.0f}{unit}" if unit == "" else f"{value:.1f}{unit}"
+            return (
+                f"{value:.0f}{unit}"
+                if unit == "" and (value >= 10 or value == int(value))
+                else f"{value:.1f}{unit}"
+            )
         value /= 1000
     return f"{value:.0f}T"

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import cqr_compress as cqr
 from cqr_compress.checkpoint.formats.open import open_checkpoint
-from cqr_compress.errors import CheckpointError
+from cqr_compress.cli.tables import fold
+from cqr_compress.errors import CheckpointError, SpecError
 from cqr_compress.finetuning.options import option_names
 from cqr_compress.option_fields import option_infos
 from cqr_compress.progress import ProgressBars
@@ -216,7 +218,7 @@ def test_what_is_found_is_logged_and_nothing_is_printed(
 ) -> None:
     cqr.convert(ckpt, tmp_path / "s.safetensors", method="pq", n_bits=4, num_columns=4)
     with caplog.at_level("INFO", "cqr_compress"):
-        cqr.refit(tmp_path / "s.safetensors", tmp_path / "r.safetensors", ckpt, refine_rounds=1)
+        cqr.refit(tmp_path / "s.safetensors", tmp_path / "r.safetensors", original=ckpt, refine_rounds=1)
     assert "relative squared error" in caplog.text
     assert capsys.readouterr() == ("", "")
 
@@ -253,3 +255,39 @@ def test_a_killed_run_leaves_no_output(ckpt: Path, tmp_path: Path, number: int, 
     for name in left:
         with pytest.raises(CheckpointError):
             open_checkpoint(tmp_path / name)
+
+
+def test_output_of_the_callers_own_code_stays_on_its_stdout(
+    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(sys, "stdout", out)
+    with ProgressBars() as progress:
+        progress.start("encoding x", 10, "rows")
+        print("a line of the caller")
+    assert "a line of the caller" in out.getvalue()
+
+
+def test_numbers_of_other_libraries_are_numbers(ckpt: Path, tmp_path: Path) -> None:
+    options = ConvertOptions(ratio=np.float32(8), n_bits=np.int64(4), method="pq", min_rows=np.int32(10))
+    assert (type(options.ratio), type(options.n_bits), options.min_rows) == (float, int, 10)
+    cqr.convert(ckpt, tmp_path / "s.safetensors", options)
+    for wrong in ({"n_bits": 1.5}, {"n_bits": True}, {"ratio": float("inf")}, {"ratio": "8"}, {"seed": 2**31}):
+        with pytest.raises(SpecError, match=f"{next(iter(wrong))} is .*: give a"):
+            ConvertOptions(**wrong)
+    with pytest.raises(SpecError, match="has no field ratoi: did you mean ratio"):
+        cqr.convert(ckpt, tmp_path / "t.safetensors", ratoi=8)
+
+
+def test_an_option_that_has_a_flag_is_not_given_by_option(cli: Cli, ckpt: Path) -> None:
+    shown = cli("finetune", ckpt, "--epochs", 2, "--option", "epochs=1", code=2).stderr
+    assert "give --epochs instead" in " ".join(shown.replace("│", " ").split())
+    assert "unknown option nonsense" in cli("finetune", ckpt, "--option", "nonsense=1", code=1).stderr
+    assert "epochs" not in cli("finetune", ckpt, "--option", "max_steps=x", code=1).stderr
+
+
+def test_names_fold_at_dots_and_numbers_stay_whole() -> None:
+    assert fold("embeddings.word_embeddings.weight", 22).split() == ["embeddings.", "word_embeddings.", "weight"]
+    assert fold("DLRM emb_l.N (0.99)", 12) == "DLRM emb_l.N\n  (0.99)"

@@ -64,7 +64,7 @@ def test_the_python_of_the_readme_runs(ckpt: Path, tmp_path: Path, monkeypatch: 
             self.register_buffer("steps", torch.tensor(0))
 
     for block in blocks("python"):
-        exec(block, {"model": Model(), "Model": Model, "torch": torch})
+        exec(block, {"model": Model(), "Model": Model})
 
 
 def test_the_commands_for_fine_tuning_run(cli: Cli, ckpt: Path, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def test_a_refit_lowers_the_error_of_rows_at_the_same_bytes(name: str, dense: Path, tmp_path: Path) -> None:
     given, made = tmp_path / "given.safetensors", tmp_path / "made.safetensors"
     cqr.convert(dense, given, cqr.ConvertOptions(max_sample=700, **LAYOUTS[name]))
-    report = cqr.refit(given, made, dense, refine_rounds=3)
+    report = cqr.refit(given, made, original=dense, refine_rounds=3)
     for table in report.tables:
         short = table.name.split("_")[0]
         rows = rows_of(dense, short)
@@ -188,7 +188,7 @@ def test_frequent_rows_are_fitted_better_where_counts_say_so(dense: Path, small:
     frequent = slice(300)
     rows, errors = rows_of(dense, "item"), []
     for given in ((), {"item_embedding.weight": counts}):
-        cqr.refit(small, tmp_path / "r.safetensors", dense, frequencies=given, force=True)
+        cqr.refit(small, tmp_path / "r.safetensors", original=dense, frequencies=given, force=True)
         made = rows_of(tmp_path / "r.safetensors", "item")
         errors.append(float((rows[frequent] - made[frequent]).square().sum()))
     assert errors[1] < errors[0]
@@ -211,10 +211,10 @@ def test_refit_on_the_command_line(dense: Path, small: Path, cli: Cli, tmp_path:
     assert printed.stdout.count("relative squared error") + printed.stderr.count("relative squared error") == 2
     assert rows_of(tmp_path / "free.safetensors", "item").shape == (3000, 16)
     with pytest.raises(OutputExistsError):
-        cqr.refit(small, tmp_path / "free.safetensors", dense)
+        cqr.refit(small, tmp_path / "free.safetensors", original=dense)
     assert "--original" in cli("refit", small, code=2).stderr
     with pytest.raises(SpecError, match="rounds is 0"):
-        cqr.refit(small, tmp_path / "x.safetensors", dense, refine_rounds=0)
+        cqr.refit(small, tmp_path / "x.safetensors", original=dense, refine_rounds=0)
 
 
 def test_large_tensors_of_a_checkpoint_are_loaded_in_blocks(
@@ -274,7 +274,7 @@ def test_rows_stored_apart_take_no_part_in_a_refit(dense: Path, tmp_path: Path) 
             table = CompressedFile.from_checkpoint(file).table("item_embedding.weight")
             scan = source_rows(original, "item_embedding.weight", table, None, NoProgress())
             assert scan.exact_ids.tolist() == table.exact_ids.tolist() == [5, 7]
-        cqr.refit(small, refitted, source, refine_rounds=2)
+        cqr.refit(small, refitted, original=source, refine_rounds=2)
         decoded = cqr.load_dense_state_dict(refitted)["item_embedding.weight"]
         others = torch.ones(len(decoded), dtype=torch.bool)
         others[[5, 7]] = False

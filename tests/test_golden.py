@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import cqr_compress as cqr
 from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.checkpoint.header import METADATA_KEY
+from cqr_compress.errors import FormatError
 from cqr_compress.table.spec import CodebookSpec
 
 FOLDER = Path(__file__).parent / "golden" / "0.1.0"
@@ -141,4 +145,52 @@ def test_a_report_of_a_tuned_file_says_what_it_said(tmp_path: Path) -> None:
     assert isinstance(report, cqr.SizeReport) and report.tuning is not None
     assert report.tuning["summary"].startswith("mse 1.7") and report.tuning["improved"]
     shutil.copy(FOLDER / "pq.safetensors", tmp_path)
-    cqr.refit(tmp_path / "pq.safetensors", tmp_path / "r.safetensors", FOLDER / "source.pt", refine_rounds=1)
+    cqr.refit(
+        tmp_path / "pq.safetensors", tmp_path / "r.safetensors", original=FOLDER / "source.pt", refine_rounds=1
+    )
+
+
+def changed_header(source: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Copy a compressed file with another header."""
+    with safe_open(source, "pt") as file:
+        metadata = dict(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header = json.loads(metadata[METADATA_KEY])
+    change(header)
+    save_file(tensors, target, {**metadata, METADATA_KEY: json.dumps(header)})
+    return target
+
+
+def test_keys_that_this_version_does_not_know_are_written_back(tmp_path: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        header["note"] = {"by": "a later version"}
+        next(iter(header["tables"].values()))["quality"]["later_metric"] = 0.5
+
+    path = changed_header(FOLDER / "pq.safetensors", tmp_path / "later.safetensors", change)
+    cqr.refit(path, tmp_path / "r.safetensors", original=FOLDER / "source.pt", refine_rounds=1)
+    with open_checkpoint(tmp_path / "r.safetensors") as checkpoint:
+        assert json.loads(checkpoint.metadata[METADATA_KEY])["note"] == {"by": "a later version"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h.pop("aliases"), lambda h: h.update(seed="x"), lambda h: h.update(tables=[]), lambda h: h.update(extras=7),
+        lambda h: h["source"].update(bytes=None), lambda h: h.update(left_dense=[{"name": "x"}]), lambda h: h.update(tuning=[]),
+        lambda h: next(iter(h["tables"].values())).update(reason=3), lambda h: next(iter(h["tables"].values())).update(quality=4),
+        lambda h: next(iter(h["tables"].values()))["quality"].update(relative_mse=10**400),
+        lambda h: next(iter(h["tables"].values()))["spec"].update(num_embeddings=True),
+    ],
+)  # fmt: skip
+def test_a_damaged_header_is_refused(change: Callable[[dict[str, Any]], object], tmp_path: Path) -> None:
+    path = changed_header(FOLDER / "pq.safetensors", tmp_path / "bad.safetensors", change)
+    for read in (cqr.inspect, cqr.load_dense_state_dict):
+        with pytest.raises(FormatError, match=r"the metadata of .*bad.safetensors' is damaged|wants|needs"):
+            read(path)
+
+
+def test_a_tuned_file_has_the_keys_of_its_format(tmp_path: Path) -> None:
+    cqr.refit(FOLDER / "finetuned.safetensors", tmp_path / "r.safetensors", original=FOLDER / "source.pt")
+    with open_checkpoint(tmp_path / "r.safetensors") as checkpoint:
+        tuning = json.loads(checkpoint.metadata[METADATA_KEY])["tuning"]
+    assert tuning["verdict"].startswith("mse 1.7") and "summary" not in tuning

@@ -608,3 +608,55 @@ def test_a_wrapped_model_is_refused_everywhere(tmp_path: Path, small: Path) -> N
             cqr.swap_embeddings_(wrapped, {"module.weight": tables_of(small)["item.weight"]})
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Own(nn.Embedding):
+    """A subclass whose own methods and submodules bear names that a layer might use."""
+
+    def __init__(self, n: int, d: int) -> None:
+        super().__init__(n, d)
+        self.rows = nn.Linear(d, d)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight) * 4
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        return self(ids)
+
+    def project(self, ids: Tensor) -> Tensor:
+        return self.rows(self(ids))
+
+
+class OwnBag(nn.EmbeddingBag):
+    def lookup(self, ids: Tensor) -> Tensor:
+        return self(ids)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self(ids)
+
+
+def test_methods_of_a_subclass_do_not_take_the_place_of_the_layers() -> None:
+    model = nn.ModuleDict({"own": Own(1100, 16), "bag": OwnBag(1100, 16)})
+    dense = copy.deepcopy(model)
+    cqr.compress_(model, method="int8")
+    ids = torch.arange(50)
+    for name, method in (("own", "forward"), ("own", "embed"), ("own", "lookup"), ("own", "project")):
+        found, wanted = (getattr(m[name], method)(ids) for m in (model, dense))
+        assert torch.allclose(found, wanted, atol=0.1)
+    assert torch.allclose(model["bag"].lookup(ids[:, None]), dense["bag"].embed(ids[:, None]), atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["embed", "lookup", "rows", "table_rows", "items"])
+def test_a_submodule_of_a_subclass_keeps_its_name(name: str) -> None:
+    class Layer(nn.Embedding):
+        def __init__(self) -> None:
+            super().__init__(1100, 16)
+            self.add_module(name, nn.Linear(16, 3))
+
+        def forward(self, input: Tensor) -> Tensor:
+            return getattr(self, name)(super().forward(input))
+
+    model = nn.ModuleDict({"layer": Layer()})
+    before = model["layer"](torch.arange(9)).detach()
+    cqr.compress_(model, method="int8")
+    assert torch.allclose(model["layer"](torch.arange(9)), before, atol=0.1)

@@ -30,8 +30,23 @@ from cqr_compress.table.spec import AnySpec, spec_from_json
 
 FORMAT_VERSION = 1
 METADATA_KEY = "cqr_compress"
-_OLD_TUNING_NAMES = {"verdict": "summary"}
-"""Names of fields in files of version 0.1.0, with their current names."""
+_TUNING_NAMES = {"summary": "verdict"}
+"""Names in the file of the fields of `tuning`, where they differ."""
+_KEYS = frozenset(
+    [
+        "format_version",
+        "version",
+        "seed",
+        "method",
+        "tables",
+        "aliases",
+        "extras",
+        "skeleton",
+        "source",
+        "left_dense",
+        "tuning",
+    ]
+)
 T = TypeVar("T")
 
 
@@ -103,6 +118,7 @@ class Header:
         left_dense: tables that were not compressed.
         tuning: result of fine-tuning, or None.
         version: version of the package that wrote the file.
+        others: keys that this version does not know; they are written back as they are.
     """
 
     tables: Mapping[str, TableRecord]
@@ -115,6 +131,7 @@ class Header:
     left_dense: tuple[LeftDense, ...] = ()
     tuning: Mapping[str, Any] | None = None
     version: str = __version__
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def specs(self) -> dict[str, AnySpec]:
@@ -145,7 +162,8 @@ class Header:
             "skeleton": self.structure,
             "source": source,
             "left_dense": left,
-            **({} if self.tuning is None else {"tuning": dict(self.tuning)}),
+            **({} if self.tuning is None else {"tuning": _tuning_to_json(self.tuning)}),
+            **self.others,
         }
         return json.dumps(values, separators=(",", ":"))
 
@@ -182,10 +200,11 @@ class Header:
                 left_dense=tuple(_left_from_json(item) for item in _typed(values["left_dense"], list)),
                 tuning=None if tuning is None else _tuning_from_json(_typed(tuning, dict)),
                 version=_typed(values["version"], str),
+                others={name: value for name, value in values.items() if name not in _KEYS},
             )
         except FormatError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, SpecError, RecursionError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, SpecError, RecursionError, OverflowError) as e:
             raise FormatError(f"the metadata of {where!r} is damaged: {type(e).__name__}: {e}") from e
 
 
@@ -231,8 +250,13 @@ def _left_from_json(values: dict[str, Any]) -> LeftDense:
     )
 
 
+def _tuning_to_json(tuning: Mapping[str, Any]) -> dict[str, Any]:
+    return {_TUNING_NAMES.get(name, name): value for name, value in tuning.items()}
+
+
 def _tuning_from_json(values: dict[str, Any]) -> dict[str, Any]:
-    tuning = {_OLD_TUNING_NAMES.get(name, name): value for name, value in values.items()}
+    names = {stored: name for name, stored in _TUNING_NAMES.items()}
+    tuning = {names.get(name, name): value for name, value in values.items()}
     for name in ("task", "metric", "mode", "summary"):
         _typed(tuning[name], str, name)
     for name in ("before", "after"):

@@ -21,7 +21,12 @@ from cqr_compress.tasks.registry import DEFAULT_BATCH_SIZE
 
 def evaluate(
     compressed: Annotated[
-        list[Path], typer.Argument(metavar="COMPRESSED...", show_default=False, help="Compressed files.")
+        list[Path],
+        typer.Argument(
+            metavar="COMPRESSED",
+            show_default=False,
+            help="Compressed files; --original, --task or both are required.",
+        ),
     ],
     original: OriginalOption = None,
     task: TaskOption = None,

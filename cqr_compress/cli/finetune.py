@@ -61,7 +61,7 @@ def finetune(
         typer.Option(
             "--option",
             metavar="NAME=VALUE",
-            help=f"Other options: {', '.join(_OTHERS)}. Repeatable.",
+            help=f"Other options (see help(cqr_compress.FinetuneOptions)), repeatable: {', '.join(_OTHERS)}.",
             rich_help_panel="Training",
             show_default=False,
         ),
@@ -101,6 +101,9 @@ def finetune(
         if compressed is None:
             raise typer.BadParameter("COMPRESSED is missing: give a compressed file")
         given = dict(split_setting(text, "--option") for text in more or ())
+        if twice := sorted(set(given) & set(_OWN)):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in twice)
+            raise typer.BadParameter(f"--option {', '.join(twice)}: give {flags} instead")
         options = FinetuneOptions.from_strings(given, **option_fields)
         chosen, target = own_device(device), output or tuned_name(compressed)
         choice = TaskChoice(task, train_file, eval_file, batch_size, settings)

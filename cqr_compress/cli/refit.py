@@ -50,7 +50,7 @@ def refit(
         target = output or tuned_name(compressed, "refitted")
         with ProgressBars() as progress:
             report = refit_file(
-                compressed, target, original, refine_rounds=refine_rounds, frequencies=frequencies or (),
+                compressed, target, original=original, refine_rounds=refine_rounds, frequencies=frequencies or (),
                 force=force, progress=progress,
             )  # fmt: skip
         if as_json:

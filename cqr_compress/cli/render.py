@@ -248,4 +248,6 @@ def _change(before: int, after: int) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if abs(value) >= 0.01 or not value else f"{value:.2e}"

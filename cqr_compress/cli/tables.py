@@ -99,7 +99,7 @@ def fold(text: str, width: int) -> str:
 
 
 def _pieces(line: str) -> list[str]:
-    return re.findall(r"[^./ ]*(?:[./]+ ?| +|$)", line)
+    return [piece for piece in re.split(r"(?<=[./])(?![\d./])|(?<=[a-z_]\.)(?=\d)|(?<= )(?! )", line) if piece]
 
 
 def _fitted(

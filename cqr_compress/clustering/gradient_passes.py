@@ -72,7 +72,7 @@ def update_columns(
                 update.update_column(column, gradients)
                 progress.advance()
     for update in updates:
-        if update in left:
+        if update in left and distributed.rank() == 0:
             warnings.warn(
                 f"no gradient reached {update.targets.name!r}, which is unchanged",
                 CqrCompressWarning,

@@ -18,6 +18,7 @@ from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.checkpoint.size_report import report_of, report_path
 from cqr_compress.errors import CqrCompressWarning, OutputError
 from cqr_compress.finetuning.task import Task
+from cqr_compress.finetuning.task_file import load_task_file
 from cqr_compress.finetuning.task_model import evaluate_task, load_model, own_device
 from cqr_compress.planning.frequencies import Frequencies, read_frequencies
 from cqr_compress.planning.scan import ScannedTable, source_rows
@@ -101,14 +102,14 @@ class EvaluationReport:
 
     def to_json(self) -> dict[str, Any]:
         """Convert to a JSON object."""
-        return {"kind": "evaluation_report", "schema_version": 1, **asdict(self)}
+        return {"kind": "evaluation_report", "schema_version": 2, **asdict(self)}
 
 
 def evaluate(
     files: Sequence[str | Path],
     *,
     original: str | Path | None = None,
-    task: Task | None = None,
+    task: Task | str | Path | None = None,
     frequencies: Frequencies = (),
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -121,7 +122,7 @@ def evaluate(
     Args:
         files: compressed files.
         original: the dense checkpoint that the files were made of.
-        task: task whose metrics are measured, also of the original.
+        task: task whose metrics are measured, also of the original; or a task file.
         frequencies: counts of the ids, see `read_frequencies`.
         seed: random seed.
         device: device to run the task on; if None, CUDA if available.
@@ -130,6 +131,8 @@ def evaluate(
     Raises:
         CqrCompressError: see the subclasses in `errors`.
     """
+    if isinstance(task, (str, Path)):
+        task = load_task_file(task)
     chosen = own_device(device)
     dense, dense_bytes = None, None
     with shown(progress) as progress:

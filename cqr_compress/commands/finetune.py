@@ -25,6 +25,7 @@ from cqr_compress.finetuning.options import FinetuneOptions
 from cqr_compress.finetuning.report import TuningReport
 from cqr_compress.finetuning.resume_state import state_path
 from cqr_compress.finetuning.task import Task
+from cqr_compress.finetuning.task_file import load_task_file
 from cqr_compress.finetuning.task_model import evaluate_task, load_model, own_device
 from cqr_compress.finetuning.trainer import Trainer
 from cqr_compress.finetuning.tuned_model import TunedModel
@@ -41,7 +42,7 @@ from cqr_compress.table.quality import Quality, table_quality
 def finetune(
     source: str | Path,
     output: str | Path,
-    task: Task,
+    task: Task | str | Path,
     options: FinetuneOptions | None = None,
     *,
     original: str | Path | None = None,
@@ -60,7 +61,7 @@ def finetune(
     Args:
         source: a compressed file.
         output: the safetensors file to write, with a report next to it.
-        task: the model, its data and its metric.
+        task: the model, its data and its metric; or a task file, see `cqr-compress finetune --init-task`.
         options: see `FinetuneOptions`.
         original: the dense checkpoint that was converted: its rows are re-quantized under Fisher-weighted error,
             its metrics are reported, and it is the teacher of distillation.
@@ -78,6 +79,7 @@ def finetune(
     """
     source, output, options = Path(source), Path(output), merged(FinetuneOptions, options, option_fields)
     original = None if original is None else Path(original)
+    task = task if isinstance(task, Task) else load_task_file(task)
     chosen = own_device(device)
     if options.distill and original is None:
         raise SpecError(

@@ -29,8 +29,8 @@ _log = logging.getLogger(__name__)
 def refit(
     source: str | Path,
     output: str | Path,
-    original: str | Path,
     *,
+    original: str | Path,
     refine_rounds: int = REFIT_ROUNDS,
     frequencies: Frequencies = (),
     force: bool = False,

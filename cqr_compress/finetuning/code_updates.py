@@ -90,4 +90,6 @@ class CodeUpdates:
         moved = reassign_(
             self.model, losses, max_moved=self.options.max_moved, options=clustering, progress=self.progress
         )
-        return "reassigned, " + ", ".join(f"{d.name} {d.moved:.0%} of {d.wanted:.0%} moved" for d in moved)
+        return "reassigned, " + ", ".join(
+            f"{d.name} {d.moved:.0%} of ids got other codes (without the limit {d.wanted:.0%})" for d in moved
+        )

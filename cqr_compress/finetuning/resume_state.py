@@ -13,7 +13,7 @@ from cqr_compress.checkpoint.streaming_writer import atomic_file
 from cqr_compress.errors import StateError
 from cqr_compress.finetuning.rng import RandomState
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 _START_OVER = ", or start over: omit --resume and pass --force"
 
 

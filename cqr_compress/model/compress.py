@@ -80,8 +80,9 @@ def compress_(
         SpecError: a spec without stored codes, or a layout that is invalid for a table's shape.
         BudgetError: tables for which no layout fits; the model is unchanged.
     """
-    chosen = _options_of(options) if isinstance(options, (CodebookSpec, RowwiseSpec)) else options
-    chosen = merged(ConvertOptions, chosen, option_fields)
+    if isinstance(options, (CodebookSpec, RowwiseSpec)):
+        options = _options_of(options, option_fields)
+    chosen = merged(ConvertOptions, options, option_fields)
     refuse_wrapper(model)
     entries = _entries(model, tables)
     checkpoint = Checkpoint(path=Path(type(model).__name__), format="live model", entries=entries)
@@ -103,11 +104,13 @@ def compress_(
     return [layers[candidate.name] for candidate in selected]
 
 
-def _options_of(spec: AnySpec) -> ConvertOptions:
+def _options_of(spec: AnySpec, given: Mapping[str, Any]) -> ConvertOptions:
     """Return the options that give tables of other shapes the layout of a spec."""
     if isinstance(spec, RowwiseSpec):
         return ConvertOptions(method=spec.method, codebook_dtype=spec.scale_dtype)
     if not spec.num_stored_levels:
+        if given.get("ratio") or given.get("bits_per_dim"):
+            return ConvertOptions(method=spec.method, codebook_dtype=spec.codebook_dtype, seed=spec.seed)
         raise SpecError(f"a spec of {spec.method} does not determine the size of other tables: give a ratio")
     helpers = {(): "none", ("stored",): "stored", ("hashed",): "hashed"}
     clustered = spec.method == "cqr"

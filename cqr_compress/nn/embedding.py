@@ -72,7 +72,7 @@ class CompressedEmbedding(TableLayer, nn.Embedding):
         Raises:
             RowIndexError: an id outside the table (an IndexError).
         """
-        return self.embed(input)
+        return self.embed_ids(input)
 
 
 class CompressedEmbeddingBag(TableLayer, nn.EmbeddingBag):
@@ -131,7 +131,7 @@ class CompressedEmbeddingBag(TableLayer, nn.EmbeddingBag):
         if self.scale_grad_by_freq and self.mode == "max":
             raise ValueError("max mode does not support scaling the gradient by the frequency")
         return reduce_bags(
-            self.embed,
+            self.embed_ids,
             input,
             offsets,
             self.mode,

@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from cqr_compress.errors import RowIndexError, ShapeError, WeightWriteError
+from cqr_compress.errors import CqrCompressWarning, RowIndexError, ShapeError, WeightWriteError
 from cqr_compress.nn.autograd import lookup_cpu
 from cqr_compress.nn.search import TopK, search_scores, search_topk
 from cqr_compress.nn.table_weight import TableWeight
@@ -143,7 +143,7 @@ class TableLayer(nn.Module):
         spec = replace(self.spec, dtype=dtype_name(self.dtype), **dtypes)  # type: ignore[arg-type]
         return CompressedTable(spec, tensors)
 
-    def lookup(self, ids: Tensor) -> Tensor:
+    def lookup_rows(self, ids: Tensor) -> Tensor:
         """Decode the rows of ids; differentiable.
 
         Args:
@@ -211,8 +211,8 @@ class TableLayer(nn.Module):
         Without gradients, rows are decoded in blocks, which bounds the memory in addition to the result.
         """
         if is_tracing():
-            return self.lookup(torch.arange(self.num_embeddings, device=self.device))
-        blocks = (self.lookup(torch.arange(a, b, device=self.device)) for a, b in self._row_blocks())
+            return self.lookup_rows(torch.arange(self.num_embeddings, device=self.device))
+        blocks = (self.lookup_rows(torch.arange(a, b, device=self.device)) for a, b in self._row_blocks())
         if torch.is_grad_enabled() and any(t.requires_grad for t in self.table_tensors().values()):
             return torch.cat(list(blocks))
         out = torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.dtype, device=self.device)
@@ -278,7 +278,7 @@ class TableLayer(nn.Module):
         """
         return search_topk(self.spec, self.table_tensors(), h, k)
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed_ids(self, ids: Tensor) -> Tensor:
         """Look up rows of ids of any shape, and apply padding_idx, max_norm and scale_grad_by_freq.
 
         Args:
@@ -288,7 +288,7 @@ class TableLayer(nn.Module):
             (..., D) in the layer's dtype.
         """
         flat = ids.reshape(-1)
-        rows = self.lookup(flat)
+        rows = self.lookup_rows(flat)
         trains = torch.is_grad_enabled() and rows.requires_grad
         if trains or torch._C._get_tracing_state() is not None:
             if self.padding_idx is not None:
@@ -358,6 +358,7 @@ class TableLayer(nn.Module):
 def _warn_of_half(gradient: Tensor) -> None:
     warnings.warn(
         "gradients of float16 codebooks: Adam's epsilon underflows in it. Call model.float() before training.",
+        CqrCompressWarning,
         stacklevel=2,
     )
 

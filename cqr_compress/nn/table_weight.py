@@ -99,7 +99,7 @@ class TableWeight(torch.Tensor):
     def lookup(self, ids: Tensor, padding_idx: int | None) -> Tensor:
         """Look up ids (...) without decoding the table; the padding row receives no gradient."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
-            rows = self.layer.lookup(ids.reshape(-1)).view(*ids.shape, self.layer.embedding_dim)
+            rows = self.layer.lookup_rows(ids.reshape(-1)).view(*ids.shape, self.layer.embedding_dim)
         if padding_idx is None or not rows.requires_grad:
             return rows
         is_padding = ids == padding_idx % self.layer.num_embeddings

@@ -131,11 +131,8 @@ def refuse_others(options: ConvertOptions, takes: tuple[str, ...]) -> None:
     """
     given = [name for name in LAYOUT_OPTIONS if getattr(options, name) is not None]
     if others := [name for name in given if name not in takes]:
-        taken = ", ".join(takes) or "none"
-        raise SpecError(
-            f"method {options.method!r} does not support {', '.join(others)}: of {', '.join(LAYOUT_OPTIONS)} it "
-            f"supports {taken}"
-        )
+        taken = ", ".join(takes) or "none of the options of a layout"
+        raise SpecError(f"method {options.method!r} takes no {', '.join(others)}: it takes {taken}")
 
 
 def row_weights(counts: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -36,16 +36,20 @@ class Quality:
         return {name: float(f"{value:.6g}") for name, value in asdict(self).items() if value is not None}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Quality:
-        """Restore from `to_json`.
+    def from_json(cls, values: Mapping[str, Any]) -> Quality | None:
+        """Read the output of `to_json`; None where a metric is missing, and unknown metrics are ignored.
 
         Raises:
-            TypeError: a metric that is missing, unknown or not a number.
+            TypeError: a metric that is not a number.
+            OverflowError: a metric that float64 cannot hold.
         """
-        for name, value in values.items():
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}, not a number")
-        return cls(**values)
+        found: dict[str, float] = {}
+        for name in (f.name for f in fields(cls) if f.name in values):
+            if not isinstance(values[name], (int, float)) or isinstance(values[name], bool):
+                raise TypeError(f"{name} is {values[name]!r}, not a number")
+            found[name] = float(values[name])
+        needed = {"relative_mse", "mean_cosine", "recall_at_10"}
+        return cls(**found) if needed <= found.keys() else None
 
     @classmethod
     def widest(cls, weighted: bool) -> Quality:

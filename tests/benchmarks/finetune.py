@@ -212,7 +212,7 @@ def train(bench: Bench, make: sketches.MakeTable, seed: int, step_size: float = 
             if i + 1 == len(batches):  # before the clustering that ends the epoch
                 model.eval()
                 with torch.no_grad():
-                    found = bench.measure(model)
+                    found = bench.metrics(model)
                 if best is None or bench.is_better(found[bench.metric], best[1][bench.metric]):
                     best = copy.deepcopy(model), found
             if schedule is not None:

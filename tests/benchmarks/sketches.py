@@ -355,8 +355,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[
         "full", "hash", "qr", "qr_concat", "hash_embeddings", "ce", "cqr-paper", "cqr", "pq", "rq"
     ])  # fmt: skip
-    parser.add_argument("--step_size", type=float, default=ClusterOptions.step_size)
-    parser.add_argument("--prior_weight", type=float, default=ClusterOptions.prior_weight)
+    parser.add_argument("--step-size", type=float, default=ClusterOptions.step_size)
+    parser.add_argument("--prior-weight", type=float, default=ClusterOptions.prior_weight)
     parser.add_argument("--verbose", action="store_true")
     args = parser.parse_args()
     task = {
