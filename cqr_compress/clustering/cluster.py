@@ -40,6 +40,9 @@ def cluster_(
     or compiled wrapper. If torch.distributed is initialized, each process calls this with the losses of its part
     of the data; gradients are summed over processes, the first process clusters, and its result is broadcast.
 
+    Products of queries with rows (`layer.scores`, a tied output layer) use the gradient of each example; a lookup
+    that the examples of a batch share uses the sum of their gradients, and counts as one lookup.
+
     Args:
         model: modified in place: pointers, codebooks and the hash function of helpers.
         losses: begins a pass over the training data, or a sample of it, and yields for each batch the unreduced

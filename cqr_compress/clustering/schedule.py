@@ -24,6 +24,9 @@ class ClusterSchedule:
             optimizer.step()
             schedule.step()
 
+    The pointers are those of the last clustering: if the schedule ends before the rows differ by what the model
+    has learnt, they remain as good as random. Train longer, or cluster more often.
+
     Attributes:
         steps: numbers of optimizer steps after which to cluster, ascending.
         steps_done: number of optimizer steps so far.

@@ -56,7 +56,9 @@ def finetune(
 
     The given weights are evaluated before the first step, and all evaluations use values rounded to the dtypes of
     the file: the written weights are never worse by the task's metric than the given ones.
-    With several processes (torch.distributed is initialized) each process calls this; the first one writes.
+    With several processes (torch.distributed is initialized) each process calls this; each one runs the model
+    itself, without DistributedDataParallel or FSDP, gradients are summed over processes, and the first one writes.
+    Without `original`, the report compares metrics with the given file only, not with the dense model.
 
     Args:
         source: a compressed file.

@@ -239,7 +239,7 @@ class Trainer:
         tables = FisherFit.tables(self.tuned)
         if not tables:
             return
-        for _ in range(_REFITS):
+        for round_ in range(1, _REFITS + 1):
             self.tuned.model.eval()
             fisher = measure_fisher(self.tuned.model, tables, self._losses(0), self.progress)
             better = False
@@ -247,7 +247,7 @@ class Trainer:
                 self.tuned, original, fisher, self.changes.counts, self.method, self.budgets, self.progress
             )
             for done in refit.candidates():
-                self._log(done)
+                self._log(f"{done}, round {round_}")
                 better |= self._evaluate("refit")
             assert self.early_stopping.best is not None
             self.tuned.restore(self.early_stopping.best)

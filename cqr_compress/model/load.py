@@ -64,6 +64,10 @@ def load_compressed(
     Embedding layers become compressed layers (see `swap_embeddings_`), all other tensors are loaded as by
     `load_state_dict`. All checks precede the first change. Create the optimizer after this call.
 
+    Layers tied to a table read the rows of the layer that holds it: replacing that layer leaves them with the old
+    table. Wrap the model in DistributedDataParallel or FSDP after this call; codes are buffers, so pass
+    `broadcast_buffers=False` to DistributedDataParallel, which otherwise broadcasts them at each step.
+
     Args:
         model: a model of the checkpoint's architecture; with a model on the meta device, dense tables are never
             allocated (see `init_empty_weights`).

@@ -17,7 +17,8 @@ class CompressedEmbedding(TableLayer, nn.Embedding):
     """Look up rows of a compressed table, as nn.Embedding looks up rows of its weight.
 
     Unlike in nn.Embedding, `max_norm` renormalizes the returned rows and does not modify the table, and
-    `sparse=True` is refused, because a lookup uses a large part of the small codebooks.
+    `sparse=True` is refused, because a lookup uses a large part of the small codebooks. torch.compile
+    is supported, torch.jit.script is not.
 
     Shapes: N rows, D dimensions; ids (...) of any shape, rows (..., D).
     """

@@ -226,7 +226,7 @@ class TableLayer(nn.Module):
 
         `layer.weight[ids]` and `F.embedding(ids, layer.weight)` decode the rows of the ids only. Without
         gradients, `h @ layer.weight.T` and `F.linear(h, layer.weight)` do not decode the table. Other operations
-        decode all rows.
+        decode all rows. Indexed rows are copies: writing into `layer.weight[3:5]` does not change the table.
         """
         return self.decode() if is_tracing() else TableWeight.from_layer(self)
 
