@@ -58,7 +58,6 @@ def test_a_file_decodes_to_the_rows_it_had(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_file_loads_and_is_saved_and_exported_again(name: str, tmp_path: Path) -> None:
-    model = Net()
     with cqr.init_empty_weights():
         model = Net()
     cqr.load_compressed(model, FOLDER / f"{name}.safetensors", device="cpu")

@@ -545,6 +545,7 @@ def test_a_table_of_one_column_keeps_it_unless_it_is_rotated(dense: Path, tmp_pa
     report = finetune(given, tmp_path / "out.safetensors", task(), options(max_steps=2), original=dense)
     fits = [line for line in report.log if line.startswith("re-quantized")]
     assert fits and all("1x" in line or "opq" in line for line in fits)
+    assert fits[0].endswith("round 1") and fits[-1].endswith("round 2") and len(set(fits)) == len(fits)
 
 
 def test_buffers_that_grow_or_come_in_a_forward_do_not_end_a_run(dense: Path, tmp_path: Path) -> None:
