@@ -489,3 +489,10 @@ def test_a_converted_folder_can_be_converted_again(tmp_path: Path, table: torch.
         cqr.convert(tmp_path, method="int8", force=True, shard_bytes=shard_bytes)
     assert (tmp_path / "model.cqr.safetensors").exists()
     assert (tmp_path / "model.cqr.safetensors.index.json").exists()
+
+
+def test_a_table_that_is_named_is_compressed_however_few_rows_it_has(tmp_path: Path) -> None:
+    source = tmp_path / "ckpt.pt"
+    torch.save({"user.weight": torch.randn(300, 8), "item_emb.weight": torch.randn(300, 8)}, source)
+    report = cqr.convert(source, tmp_path / "c.safetensors", tables=["user.weight"], method="int8")
+    assert [table.name for table in report.tables] == ["user.weight"]

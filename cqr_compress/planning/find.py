@@ -32,6 +32,7 @@ class Candidate:
         confidence: confidence that it is an embedding table, 0 to 1.
         reason: explanation of the confidence.
         selected: whether `convert` compresses it.
+        named: whether it was named explicitly, and is compressed however few rows it has.
         aliases: other names of the same tensor.
     """
 
@@ -42,6 +43,7 @@ class Candidate:
     confidence: float
     reason: str
     selected: bool
+    named: bool = False
     aliases: tuple[str, ...] = ()
 
 
@@ -75,7 +77,7 @@ def find_tables(
             candidate = replace(candidate, selected=False, reason=f"excluded; {candidate.reason}")
         elif tables:
             reason = "named by --tables" if name in wanted else f"not among --tables; {candidate.reason}"
-            candidate = replace(candidate, selected=name in wanted, reason=reason)
+            candidate = replace(candidate, selected=name in wanted, named=name in wanted, reason=reason)
         chosen.append(candidate)
     return chosen
 

@@ -96,7 +96,7 @@ def plan_tables(
     held = 0
     for candidate in selected:
         entry = checkpoint.entries[candidate.name]
-        if candidate.shape[0] < options.min_rows:
+        if candidate.shape[0] < options.min_rows and not candidate.named:
             left.append(
                 _left(candidate, f"{candidate.shape[0]} rows are fewer than min_rows = {options.min_rows}")
             )

@@ -67,7 +67,7 @@ class ConvertOptions:
         MAX_SAMPLE_ROWS, "Maximum number of rows that codebooks are fitted to.", panel="Method", low=1
     )
     seed: int = option(0, "Random seed.", panel="Method", low=0, high=2**31 - 1)
-    min_rows: int = option(1024, "Leave tables with fewer rows dense.", panel="Selection", low=0)
+    min_rows: int = option(1024, "Leave tables with fewer rows dense, unless named.", panel="Selection", low=0)
     exact_rows: tuple[int, ...] = option(
         (),
         "Rows of every table to store verbatim, such as 0,1 or -1; all-zero rows are always exact.",
