@@ -1,6 +1,7 @@
 """Hostile pickles do nothing: no call they name is made, and the tensors beside them can still be read."""
 
 import builtins
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from torch import nn
 
+import cqr_compress as cqr
 from cqr_compress.checkpoint.formats.open import open_checkpoint
-from cqr_compress.errors import CheckpointError
+from cqr_compress.errors import CheckpointError, OutputError
 
 
 class Calls:
@@ -156,3 +160,29 @@ def test_a_quantized_tensor_beside_the_table_is_a_placeholder(tmp_path: Path) ->
     with open_checkpoint(tmp_path / "m.pt") as checkpoint:
         assert list(checkpoint.entries) == ["w"]
         assert [met.class_name for met in checkpoint.unbuilt_objects] == ["torch.QInt8Storage"]
+
+
+@pytest.mark.parametrize("command", ["finetune", "refit"])
+@pytest.mark.parametrize("given", ["folder", "index"])
+def test_no_file_of_the_original_is_replaced(tmp_path: Path, command: str, given: str) -> None:
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    safetensors.torch.save_file({"emb.weight": torch.randn(2000, 8)}, folder / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"emb.weight": "a.safetensors"}})
+    )
+    original = folder if given == "folder" else folder / "model.safetensors.index.json"
+    small = tmp_path / "small.safetensors"
+    cqr.convert(original, small, method="pq", ratio=8, min_rows=0)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    task = cqr.Task(
+        name="t", model=lambda: nn.Embedding(2000, 8), train_batches=lambda epoch: [], metric="m",
+        loss=lambda model, batch: torch.zeros(1), evaluate=lambda model: {"m": 1.0},
+    )  # fmt: skip
+    output = folder / "a.safetensors"
+    with pytest.raises(OutputError, match="is the checkpoint itself, or a part of it"):
+        if command == "refit":
+            cqr.refit(small, output, original=original, force=True)
+        else:
+            cqr.finetune(small, output, task, original=original, force=True)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cqr_compress import distributed
 from cqr_compress.checkpoint.compressed_file import CompressedFile
-from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.checkpoint.formats.open import files_of, open_checkpoint
 from cqr_compress.checkpoint.header import Header
 from cqr_compress.checkpoint.size_report import report_path
 from cqr_compress.checkpoint.streaming_writer import check_outputs
@@ -99,7 +99,7 @@ def finetune(
             "--force"
         )
     force = force or (resume and state.exists())  # an existing output is then that of the interrupted run
-    check_outputs([output, report_path(output)], force, [source, *([original] if original else [])])
+    check_outputs([output, report_path(output)], force, files_of(source, original))
     first = distributed.rank() == 0
     with shown(progress if first else NoProgress()) as progress:
         run = _Run(source, task, options, original, chosen, state, progress)

@@ -13,6 +13,20 @@ from cqr_compress.errors import CheckpointError
 _HEAD_BYTES = 512
 
 
+def files_of(*paths: Path | None) -> list[Path]:
+    """Return all files of checkpoints, which an output must not replace; None is skipped.
+
+    Raises:
+        CheckpointError: see `open_checkpoint`.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path is not None:
+            with open_checkpoint(path) as checkpoint:
+                files += checkpoint.files
+    return files
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint; its format is determined by its content, not by its suffix.
 
