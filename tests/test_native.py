@@ -180,6 +180,60 @@ def test_tensors_that_no_longer_fit_are_refused_and_not_read_beyond() -> None:
             layer(torch.tensor([49]))
 
 
+RACE = """
+import sys, threading, torch
+sys.path.insert(0, {tests!r})
+from test_native import random_table
+from cqr_compress import CompressedEmbedding
+from cqr_compress.table.spec import DIGIT, HASHED, STORED, CodebookSpec, RowwiseSpec
+N = 1000
+shape = dict(method="test", num_embeddings=N, embedding_dim=8)
+layers = [CompressedEmbedding(random_table(RowwiseSpec(**shape, n_bits=8), 0)).requires_grad_(False)]
+for sources in ((STORED,), (STORED, HASHED), (STORED, DIGIT), (HASHED, DIGIT)):
+    spec = CodebookSpec(**shape, num_columns=2, num_levels=len(sources), codebook_size=64, code_sources=sources)
+    layers.append(CompressedEmbedding(random_table(spec, 0)))
+ids = torch.zeros(20_000, dtype=torch.int64)
+raw, done = ids.numpy(), False
+def change():
+    while not done:
+        raw[-1] = 2**40
+        raw[-1] = 0
+sys.setswitchinterval(1e-4)
+thread = threading.Thread(target=change)
+thread.start()
+try:
+    for _ in range({rounds}):
+        for layer in layers:
+            try:
+                rows = layer(ids)
+                if rows.requires_grad:
+                    rows.sum().backward()
+            except IndexError:
+                pass
+finally:
+    done = True
+    thread.join()
+"""
+
+
+@pytest.mark.parametrize(("native", "rounds"), [("1", 30), ("0", 5)])
+def test_ids_that_another_thread_changes_are_not_read_beyond_the_table(native: str, rounds: int) -> None:
+    """As in nn.Embedding: an IndexError or rows, and no segmentation fault."""
+    script = RACE.format(tests=str(Path(__file__).parent), rounds=rounds)
+    env = {**os.environ, "CQR_COMPRESS_NATIVE": native}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_library
+def test_ids_changed_between_forward_and_backward_are_refused() -> None:
+    layer, ids = CompressedEmbedding(random_table(SMALL, 0)), torch.arange(50)
+    rows = layer(ids)
+    ids.numpy()[7] = 2**40
+    with pytest.raises(IndexError, match="position 7 of the ids is outside the table of 50 rows"):
+        rows.sum().backward()
+
+
 def lookup_in_worker(layer: CompressedEmbedding) -> list[torch.Tensor]:
     class Rows(torch.utils.data.Dataset[torch.Tensor]):
         def __len__(self) -> int:

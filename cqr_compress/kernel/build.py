@@ -58,11 +58,11 @@ def _declare(library: ctypes.CDLL) -> None:
     pointer: Any = ctypes.c_void_p
     integer: Any = ctypes.c_int
     long: Any = ctypes.c_int64
-    library.lookup_codewords.restype = library.lookup_integers.restype = library.all_codes.restype = long
-    library.lookup_backward.restype = None
+    for name in ("lookup_codewords", "lookup_backward", "all_codes", "lookup_integers"):
+        getattr(library, name).restype = long
     batch = [pointer, integer, long]  # ids, is_int64, B
     library.lookup_codewords.argtypes = [pointer, *batch, long, pointer, long, pointer, *[integer] * 7]
-    library.lookup_backward.argtypes = [pointer, pointer, *batch, pointer, long, *[integer] * 6]
+    library.lookup_backward.argtypes = [pointer, pointer, *batch, long, pointer, long, *[integer] * 6]
     library.all_codes.argtypes = [
         pointer, *batch, long, pointer, long, integer, pointer, integer, long, integer
     ]  # fmt: skip

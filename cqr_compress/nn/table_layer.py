@@ -165,6 +165,8 @@ class TableLayer(nn.Module):
         if rows is not None:
             rows = rotated(tensors, rows).to(self.dtype)
             return with_exact_rows(self.spec, tensors, ids, rows) if "kept_ids" in tensors else rows
+        if ids.is_cpu and not is_tracing():
+            ids = ids.clone()  # another thread must not change them after a check
         if "codes" not in tensors and not is_tracing():
             self._check_range(ids)
         if "codes" in tensors and tensors["codes"].dtype != torch.uint8:
