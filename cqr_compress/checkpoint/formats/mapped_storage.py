@@ -1,49 +1,67 @@
-"""Tensors of torch files, copied from a memory-mapped file."""
+"""Bytes of checkpoint files, and the tensors of torch files over them."""
 
 from __future__ import annotations
 
-import mmap
+import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cqr_compress.errors import CheckpointError
 
 
-class MappedFile:
-    """A read-only memory map of a file, whose pages are released after each copy."""
+class SourceFile:
+    """A file that is read in ranges, and refused once its size or time of modification has changed.
+
+    Ranges are read rather than memory-mapped: touching a mapped page beyond the end of a file that was truncated
+    after it was opened kills the process with SIGBUS.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = path.open("rb", buffering=0)
+        self._opened = self._state()
+        self._lock = threading.Lock()  # a read is a seek and a read
 
     def copy(self, offset: int, nbytes: int) -> Tensor:
-        """Copy bytes to a new uint8 tensor, and release the mapped pages.
+        """Copy bytes to a new uint8 tensor.
 
         Raises:
-            CheckpointError: the range is outside the file.
+            CheckpointError: the range is outside the file, the file was changed, or it cannot be read.
         """
-        if offset < 0 or nbytes < 0 or offset + nbytes > len(self._map):
+        size = self._opened[0]
+        if offset < 0 or nbytes < 0 or offset + nbytes > size:
             raise CheckpointError(
                 f"{str(self.path)!r} is truncated: bytes {offset} to {offset + nbytes} are required, but the "
-                f"file has {len(self._map)}"
+                f"file has {size}"
             )
         out = torch.empty(nbytes, dtype=torch.uint8)
-        view = np.frombuffer(self._map, np.uint8, nbytes, offset)
-        np.copyto(out.numpy(), view)
-        del view
-        first_page = offset - offset % mmap.PAGESIZE
-        if nbytes and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, first_page, offset + nbytes - first_page)
+        rest = out.numpy().data
+        try:
+            with self._lock:
+                self._file.seek(offset)
+                while len(rest) and (read := self._file.readinto(rest)):
+                    rest = rest[read:]
+            now = self._state()
+        except OSError as e:
+            raise CheckpointError(f"{str(self.path)!r} cannot be read: {e.strerror}") from e
+        if len(rest) or now != self._opened:
+            raise CheckpointError(
+                f"{str(self.path)!r} was changed while it was read: it had {size} bytes and has {now[0]}. "
+                "Run the command again when the file is complete."
+            )
         return out
 
     def close(self) -> None:
-        """Unmap the file."""
-        self._map.close()
+        """Close the file."""
+        self._file.close()
+
+    def _state(self) -> tuple[int, int]:
+        about = os.fstat(self._file.fileno())
+        return about.st_size, about.st_mtime_ns
 
 
 @dataclass(eq=False)
@@ -60,7 +78,7 @@ class LazyStorage:
 
     key: str
     num_elements: int
-    file: MappedFile
+    file: SourceFile
     offset: int
     nbytes: int
 

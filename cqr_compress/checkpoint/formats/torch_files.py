@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cqr_compress.checkpoint.base import Checkpoint, Format
-from cqr_compress.checkpoint.formats.mapped_storage import LazyStorage, MappedFile
+from cqr_compress.checkpoint.formats.mapped_storage import LazyStorage, SourceFile
 from cqr_compress.checkpoint.formats.nesting import checkpoint_from_tree
 from cqr_compress.checkpoint.formats.safe_pickle import describe, load_structure
 from cqr_compress.errors import CheckpointError
@@ -22,7 +22,7 @@ _RESAVE = "Open it once with torch.load in an environment you trust and save it 
 
 
 def open_torch_zip(path: Path) -> Checkpoint:
-    """Open a zip file of torch.save; tensors are memory-mapped, not read.
+    """Open a zip file of torch.save; tensors are not read yet.
 
     Raises:
         CheckpointError: not a torch zip file, or a damaged one.
@@ -33,7 +33,6 @@ def open_torch_zip(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{str(path)!r} starts like a zip file, but cannot be opened as one ({e}): it is truncated or damaged"
         ) from e
-    mapped = MappedFile(path)
     with archive:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
@@ -50,6 +49,7 @@ def open_torch_zip(path: Path) -> Checkpoint:
         if f"{prefix}byteorder" in members and _read(archive, members[f"{prefix}byteorder"]) != b"little":
             raise CheckpointError(f"{str(path)!r} was written big-endian. {_RESAVE}")
         structure = _read(archive, members[pickles[0]])
+    source = SourceFile(path)
 
     def load_storage(pid: tuple[Any, ...]) -> LazyStorage:
         info = members.get(f"{prefix}data/{pid[2]}")
@@ -57,13 +57,13 @@ def open_torch_zip(path: Path) -> Checkpoint:
             raise CheckpointError(f"{str(path)!r} has no storage {pid[2]!r}: the file is damaged")
         if info.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(f"storage {pid[2]!r} of {str(path)!r} is compressed inside the zip. {_RESAVE}")
-        return LazyStorage(str(pid[2]), pid[4], mapped, _data_offset(mapped, info), info.file_size)
+        return LazyStorage(str(pid[2]), pid[4], source, _data_offset(source, info), info.file_size)
 
     try:
         root = load_structure(io.BytesIO(structure), load_storage, str(path))
-        return checkpoint_from_tree(root, path, "torch-zip", mapped.close)
+        return checkpoint_from_tree(root, path, "torch-zip", source.close)
     except BaseException:
-        mapped.close()
+        source.close()
         raise
 
 
@@ -73,7 +73,7 @@ def open_torch_legacy(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: a damaged file.
     """
-    mapped = MappedFile(path)
+    source = SourceFile(path)
     storages: dict[str, LazyStorage] = {}
 
     def load_storage(pid: tuple[Any, ...]) -> LazyStorage:
@@ -84,7 +84,7 @@ def open_torch_legacy(path: Path) -> Checkpoint:
             raise CheckpointError(f"storage {key!r} of {str(path)!r} declares {num_elements!r} elements")
         if key not in storages:
             nbytes = num_elements * pid[1].dtype.itemsize
-            storages[key] = LazyStorage(key, num_elements, mapped, -1, nbytes)
+            storages[key] = LazyStorage(key, num_elements, source, -1, nbytes)
         return storages[key]
 
     def no_storage(pid: tuple[Any, ...]) -> LazyStorage:
@@ -102,7 +102,7 @@ def open_torch_legacy(path: Path) -> Checkpoint:
             raise CheckpointError(f"{str(path)!r} does not list the storages that its tensors use")
         for key in map(str, keys):  # each: int64 number of elements, then the values
             storage = storages[key]
-            (found,) = struct.unpack("<q", bytes(mapped.copy(offset, 8).numpy()))
+            (found,) = struct.unpack("<q", bytes(source.copy(offset, 8).numpy()))
             if found != storage.num_elements:
                 raise CheckpointError(
                     f"storage {key!r} of {str(path)!r} has {found} elements, not {storage.num_elements}"
@@ -114,9 +114,9 @@ def open_torch_legacy(path: Path) -> Checkpoint:
                 f"{str(path)!r} is truncated: its tensors end at byte {offset}, but the file has "
                 f"{path.stat().st_size} bytes"
             )
-        return checkpoint_from_tree(root, path, "torch-legacy", mapped.close)
+        return checkpoint_from_tree(root, path, "torch-legacy", source.close)
     except BaseException:
-        mapped.close()
+        source.close()
         raise
 
 
@@ -132,12 +132,12 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
         raise CheckpointError(f"{info.filename!r} of {archive.filename!r} cannot be read: {e}") from e
 
 
-def _data_offset(mapped: MappedFile, info: zipfile.ZipInfo) -> int:
+def _data_offset(source: SourceFile, info: zipfile.ZipInfo) -> int:
     """Find the offset of a stored member's bytes; the local header may be longer than the central one."""
-    header = bytes(mapped.copy(info.header_offset, _LOCAL_HEADER.size).numpy())
+    header = bytes(source.copy(info.header_offset, _LOCAL_HEADER.size).numpy())
     magic, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
     if magic != b"PK\x03\x04":
-        raise CheckpointError(f"member {info.filename!r} of {str(mapped.path)!r} has no header: damaged zip")
+        raise CheckpointError(f"member {info.filename!r} of {str(source.path)!r} has no header: damaged zip")
     return info.header_offset + _LOCAL_HEADER.size + int(name_length) + int(extra_length)
 
 
