@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,17 @@ from hypothesis import strategies as st
 
 from cqr_compress import CompressedEmbedding, CompressedTable
 from cqr_compress.errors import CqrCompressWarning, ShapeError
-from cqr_compress.kernel import build, ops
+from cqr_compress.kernel import build, ops, wheel_hook
 from cqr_compress.kernel.build import native
 from cqr_compress.kernel.cache import cached_library
+from cqr_compress.kernel.compile import (
+    THREADS,
+    compile_library,
+    find_compiler,
+    installed_name,
+    level_flags,
+    levels,
+)
 from cqr_compress.table.codes import computed_codes
 from cqr_compress.table.spec import DIGIT, HASHED, QUOTIENT, REMAINDER, STORED, CodebookSpec, RowwiseSpec
 
@@ -442,3 +451,51 @@ def test_a_compiler_that_hangs_is_given_up_and_not_tried_again_at_once(
     with pytest.warns(CqrCompressWarning, match="fake-cc did not finish in time"):
         build._compiled()
     assert (tmp_path / "tries").read_text() == "\n\n"
+
+
+@needs_library
+def test_the_libraries_of_a_wheel_agree_with_torch_at_each_level_of_this_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    built = wheel_hook._compiled(tmp_path, warnings.append)
+    assert len(built) + len(warnings) == len(THREADS) * len(levels())
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "lookup.c")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    found = list(build._installed())
+    assert {path.name for path in found} <= {path.name for path in built}
+    assert [path.stem.endswith("-serial") for path in found] == sorted(
+        path.stem.endswith("-serial") for path in found
+    )
+    layers = [replace(SMALL, codebook_dtype=dtype, embedding_dim=72) for dtype in ("float16", "float32")]
+    rowwise = RowwiseSpec(method="int8", num_embeddings=50, embedding_dim=33, n_bits=8)
+    for path in found:
+        library = build._loaded(path).library
+        monkeypatch.setattr(ops, "_library", lambda library=library: library)
+        ops.has_half.cache_clear()
+        for spec in (*layers, rowwise):
+            assert_same(random_table(spec, 0), torch.randint(50, (1100,)))
+    monkeypatch.undo()
+    ops.has_half.cache_clear()
+
+
+def test_a_wheel_without_a_compiler_has_no_library_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    warnings: list[str] = []
+    assert wheel_hook._compiled(tmp_path, warnings.append) == []
+    assert warnings == ["the wheel has no compiled lookups: no C compiler: none of 'cc', gcc and clang found"]
+
+
+@needs_library
+def test_the_library_of_a_wheel_is_used_without_a_compiler_and_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    level = list(levels())[-1]
+    output = tmp_path / installed_name(level, "")
+    compile_library(find_compiler(), (*level_flags(level), *THREADS[""]), output, 60)
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "lookup.c")
+    monkeypatch.setenv("PATH", "")
+    assert native.__wrapped__().reason == str(output)

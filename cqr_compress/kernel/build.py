@@ -13,6 +13,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch  # noqa: F401  (loads the OpenMP library that the compiled ones refer to)
+
 from cqr_compress.errors import CqrCompressWarning
 from cqr_compress.kernel.cache import FOLDER, cached_library, temporary_folder, user_folder
 from cqr_compress.kernel.compile import (
