@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from cqr_compress.checkpoint.base import TensorEntry, UnbuiltObject
 from cqr_compress.checkpoint.compressed_file import CompressedFile, is_compressed
 from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.checkpoint.json_file import read_json
 from cqr_compress.checkpoint.size_report import SizeReport, report_of, report_path
 from cqr_compress.errors import BudgetError, CheckpointError, NonFiniteError, TableRefusedError
 from cqr_compress.planning.choose import estimate_ratio
@@ -162,11 +162,7 @@ def _with_evaluation(report: SizeReport) -> SizeReport:
 
 
 def _saved_report(path: Path) -> SizeReport:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{str(path)!r} cannot be read as a report: {e}") from e
-    return SizeReport.from_json(values, str(path))
+    return SizeReport.from_json(read_json(path), str(path))
 
 
 def _describe(

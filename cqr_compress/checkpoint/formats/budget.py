@@ -48,12 +48,10 @@ MAX_INTEGER_BYTES = 1024
 MAX_KEY_INTEGER = 2**60
 """Integers above have equal hashes too easily: a dict of n such keys can take n^2 steps."""
 MAX_NAME = 1000
-"""Letters of the name of a class, storage or shard."""
+"""Letters of the name of a class or storage."""
 MAX_DIMENSIONS = 64
 MAX_SIZE = 2**48
 """Size, stride or offset of a tensor."""
-MAX_JSON_BYTES = 64 * 2**20
-"""Bytes of an index of shards or a report; the index of 10^5 tensors has 10 MB."""
 
 
 class Meter:

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import DTYPES, Checkpoint, Format, TensorEntry
+from cqr_compress.checkpoint.formats.budget import MAX_DIMENSIONS, MAX_SIZE
 from cqr_compress.checkpoint.formats.mapped_storage import MappedFile
-from cqr_compress.errors import CheckpointError
+from cqr_compress.errors import CheckpointError, brief
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ def open_safetensors(path: Path) -> Checkpoint:
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         header: dict[str, Any] = json.loads(raw.read(length))
+    for name in dtypes:
+        shape = header[name]["shape"]
+        if len(shape) > MAX_DIMENSIONS or math.prod(max(size, 1) for size in shape) > MAX_SIZE:
+            raise CheckpointError(f"tensor {brief(name)} of {str(path)!r} has an impossible shape")
     file = MappedFile(path)
     return Checkpoint(
         path=path,
