@@ -131,7 +131,7 @@ def _merge(index: Path, weight_map: dict[str, str], shards: dict[str, Checkpoint
         elif name in opened.aliases:
             aliases[name] = opened.aliases[name]
         else:
-            missing.append(f"{brief(name)} in {brief(shard)}")
+            missing.append(f"{brief(name)} in {shard}")
     if missing:
         raise CheckpointError(
             f"{str(index)!r} lists tensors that the shards do not have: {', '.join(missing[:5])}"
