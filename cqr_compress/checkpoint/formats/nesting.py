@@ -189,7 +189,7 @@ def _text(key: Any) -> str:
 
 def _dotted(path: Path_, meter: Meter) -> str:
     """Join keys with dots."""
-    meter.spend(sum(len(key) if isinstance(key, str) else 1 for key in path))
+    meter.spend(sum(32 + (len(key) if isinstance(key, str) else 0) for key in path))
     return ".".join(map(_text, path))
 
 
