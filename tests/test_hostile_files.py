@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import cqr_compress as cqr
 from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.commands.inspect import effective_rank
 from cqr_compress.errors import CheckpointError, CqrCompressError, FormatError
 from cqr_compress.planning.frequencies import read_frequencies
 
@@ -306,3 +308,11 @@ def test_frequencies_that_lie_are_refused(tmp_path: Path) -> None:
         read_frequencies(tmp_path / "f.csv", rows)
     np.save(tmp_path / "c.npy", np.arange(4))
     assert read_frequencies(tmp_path / "c.npy", rows)["a.weight"].tolist() == [0, 1, 2, 3]
+
+
+def test_the_effective_rank_of_a_wide_table_takes_its_smaller_gram_matrix() -> None:
+    rows = torch.randn(60, 5) @ torch.randn(5, 40)
+    assert abs(effective_rank(rows) - effective_rank(rows.T.contiguous())) < 0.01
+    began = time.process_time()
+    assert effective_rank(torch.ones(3000, 9000)) == pytest.approx(1, abs=0.01)
+    assert time.process_time() - began < 20
