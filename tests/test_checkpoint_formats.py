@@ -245,7 +245,7 @@ def test_a_folder_without_an_index_names_what_it_wants(tmp_path: Path) -> None:
 def test_an_index_may_not_point_outside_its_folder(tmp_path: Path) -> None:
     index = tmp_path / "m.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
-    with pytest.raises(CheckpointError, match="outside its folder"):
+    with pytest.raises(CheckpointError, match="no plain file name"):
         open_checkpoint(index)
 
 

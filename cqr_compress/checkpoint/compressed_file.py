@@ -14,10 +14,15 @@ import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import Checkpoint, TensorEntry
+from cqr_compress.checkpoint.formats.nesting import check_structure
 from cqr_compress.checkpoint.header import METADATA_KEY, Header
-from cqr_compress.errors import FormatError
+from cqr_compress.errors import FormatError, brief
 from cqr_compress.table.spec import AnySpec
 from cqr_compress.table.table import CompressedTable
+
+_FREE_DECODED_BYTES = 2**30
+_MAX_EXPANSION = 2**16
+"""Decoded bytes per stored byte beyond the first GiB: a table of hashed codes can claim any number of rows."""
 
 
 def stored_name(table: str, short: str) -> str:
@@ -64,9 +69,18 @@ class CompressedFile:
                         f"table {name!r} of {where!r} requires {stored_name(name, short)!r} of {expected.shape} "
                         f"{expected.dtype}, but the file has {found or 'no such tensor'}"
                     )
+            if spec.dense_nbytes > _FREE_DECODED_BYTES + _MAX_EXPANSION * spec.nbytes:
+                raise FormatError(
+                    f"table {name!r} of {where!r} would have {spec.dense_nbytes} bytes, out of proportion to the "
+                    f"{spec.nbytes} that are stored: the file is damaged"
+                )
         known = {*opened.specs, *opened.dense_entries}
         if lost := sorted(target for target in opened.aliases.values() if target not in known):
-            raise FormatError(f"{where!r} has an alias of {lost[0]!r}, but no such tensor")
+            raise FormatError(f"{where!r} has an alias of {brief(lost[0])}, but no such tensor")
+        if twice := sorted(known & opened.aliases.keys()):
+            raise FormatError(f"{where!r} has both a tensor and an alias named {brief(twice[0])}")
+        if opened.header.structure is not None:
+            check_structure(opened.header.structure, known | opened.aliases.keys())
         return opened
 
     @property

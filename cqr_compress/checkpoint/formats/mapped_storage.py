@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cqr_compress.errors import CheckpointError
+from cqr_compress.checkpoint.formats.budget import MAX_SIZE
+from cqr_compress.errors import CheckpointError, brief
 
 
 class SourceFile:
@@ -112,11 +114,16 @@ class StridedTensor:
             CheckpointError: invalid sizes, or sizes that exceed the storage.
         """
         numbers = (self.storage_offset, *self.shape, *self.stride)
-        plain = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
+        plain = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MAX_SIZE for n in numbers)
         if not plain or len(self.shape) != len(self.stride):
+            shape, stride = (", ".join(map(brief, sizes)) for sizes in (self.shape, self.stride))
             raise CheckpointError(
-                f"a tensor has the invalid shape {self.shape!r}, stride {self.stride!r} or offset "
-                f"{self.storage_offset!r} in {str(self.storage.file.path)!r}"
+                f"a tensor has the invalid shape ({shape}), stride ({stride}) or offset "
+                f"{brief(self.storage_offset)} in {str(self.storage.file.path)!r}"
+            )
+        if math.prod(max(n, 1) for n in self.shape) > MAX_SIZE:
+            raise CheckpointError(
+                f"a tensor of {str(self.storage.file.path)!r} has the impossible shape {self.shape}"
             )
         if self._span() and (self.storage_offset + self._span()) * self.dtype.itemsize > self.storage.nbytes:
             raise CheckpointError(

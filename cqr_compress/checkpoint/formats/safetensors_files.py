@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import DTYPES, Checkpoint, Format, TensorEntry
+from cqr_compress.checkpoint.formats.budget import MAX_DIMENSIONS, MAX_SIZE
 from cqr_compress.checkpoint.formats.mapped_storage import SourceFile
-from cqr_compress.errors import CheckpointError
+from cqr_compress.errors import CheckpointError, brief
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,10 @@ def _opened(source: SourceFile) -> Checkpoint:
     header: dict[str, Any] = json.loads(source.copy(8, length).numpy().tobytes())
     if not shapes.keys() <= header.keys():
         raise CheckpointError(f"{where} was replaced while it was opened")
+    for name in shapes:
+        shape = header[name]["shape"]
+        if len(shape) > MAX_DIMENSIONS or math.prod(max(size, 1) for size in shape) > MAX_SIZE:
+            raise CheckpointError(f"tensor {brief(name)} of {where} has an impossible shape")
     return Checkpoint(
         path=source.path,
         format="safetensors",
