@@ -17,6 +17,7 @@ from cqr_compress import CompressedEmbedding, CompressedEmbeddingBag, Compressed
 from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import SwapError, TableNotFoundError, WeightWriteError
+from cqr_compress.model.load import load_checkpoint
 
 
 class Scaled(nn.Embedding):
@@ -318,6 +319,65 @@ def test_not_strict_loads_what_fits_and_says_what_did_not(small: Path, exported:
     assert torch.equal(model.item(IDS), exported.item(IDS))
     model.blocks[0] = nn.Linear(16, 4)
     assert "'blocks.0.weight'" in refusal(lambda: cqr.load_compressed(model, small, strict=False), model)
+
+
+class Positions(nn.Module):
+    """Computes positions, as encoders do whose older files contain them."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^pooler\.", r"token_mask$")
+
+    def __init__(self, length: int = 512) -> None:
+        super().__init__()
+        self.item = nn.Embedding(1200, 16)
+        self.register_buffer("position_ids", torch.arange(length)[None], persistent=False)
+
+
+class Encoder(nn.Module):
+    def __init__(self, length: int = 512) -> None:
+        super().__init__()
+        self.inner = Positions(length)
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    """A file with tensors that the model computes or ignores, and its dense source."""
+    computed = {
+        "inner.position_ids": torch.arange(512)[None],
+        "inner.pooler.weight": torch.randn(3, 3),
+        "inner.x.token_mask": torch.zeros(2),
+    }
+    torch.save(Encoder().state_dict() | computed, tmp_path / "older.pt")
+    cqr.convert(tmp_path / "older.pt", tmp_path / "older.safetensors", tables=["inner.item.weight"], ratio=4)
+    return tmp_path / "older.safetensors"
+
+
+def test_tensors_that_the_model_computes_are_skipped_with_a_note(older: Path, caplog: Any) -> None:
+    caplog.set_level("INFO", "cqr_compress")
+    model = Encoder()
+    done = cqr.load_compressed(model, older)
+    assert set(done.skipped) == {"inner.position_ids", "inner.pooler.weight", "inner.x.token_mask"}
+    assert done.unexpected == done.missing == ()
+    assert "skipped 'inner.position_ids' of the file, which the model computes itself or ignores" in caplog.text
+    assert torch.equal(model.inner.position_ids, torch.arange(512)[None])
+    cqr.save_compressed(model, older.with_name("again.safetensors"), template=older)
+    assert set(cqr.load_dense_state_dict(older.with_name("again.safetensors"))) == set(
+        cqr.load_dense_state_dict(older)
+    )
+
+
+def test_a_dense_checkpoint_with_computed_tensors_loads_too(older: Path) -> None:
+    model = Encoder()
+    load_checkpoint(model, older.with_name("older.pt"))
+    assert torch.equal(model.inner.item.weight, torch.load(older.with_name("older.pt"))["inner.item.weight"])
+
+
+def test_only_tensors_of_the_same_shape_and_path_are_skipped(older: Path, tmp_path: Path) -> None:
+    message = refusal(lambda: cqr.load_compressed(model, older), model := Encoder(length=256))
+    assert "the model does not have these tensors of the file: 'inner.position_ids'" in message
+    torch.save(Encoder().state_dict() | {"pooler.weight": torch.randn(3, 3)}, tmp_path / "other.pt")
+    cqr.convert(tmp_path / "other.pt", tmp_path / "other.safetensors", tables=["inner.item.weight"], ratio=4)
+    message = refusal(lambda: cqr.load_compressed(model, tmp_path / "other.safetensors"), model := Encoder())
+    assert "the model does not have these tensors of the file: 'pooler.weight'" in message
 
 
 def test_wrapper_prefixes_come_off_and_others_are_named(small: Path, tmp_path: Path, exported: Model) -> None:
