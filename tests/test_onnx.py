@@ -148,9 +148,9 @@ def test_topk_gives_the_ids_of_its_values() -> None:
 class Bags(nn.Module):
     """Reduces bags in each mode, with and without a padding row and a last offset."""
 
-    def __init__(self, *kinds: tuple[str, int | None, bool]) -> None:
+    def __init__(self, *kinds: tuple[str, int | None, bool], layout: str = "kept") -> None:
         super().__init__()
-        table = random_table(SPECS["kept"])
+        table = random_table(LAYOUTS[layout])
         self.layers = nn.ModuleDict(
             {
                 f"{mode}_{padding_idx}_{last}": CompressedEmbeddingBag(
@@ -182,6 +182,12 @@ def test_bags_split_at_offsets() -> None:
     file = export(model, (IDS.flatten(), torch.tensor([0, 2, 2, 12])), ({0: ANY}, {0: ANY}))
     assert_same(model, file, IDS.flatten(), torch.tensor([0, 2, 2, 12]))
     assert_same(model, file, MORE.flatten(), torch.tensor([0, 0, 5, 80, 80, MORE.numel()]))
+
+
+def test_bags_in_half_precision() -> None:
+    model = Bags(("sum", 5, False), ("mean", None, False), ("max", 5, False), layout="half")
+    file = export(model, (IDS.flatten(), torch.tensor([0, 2, 2, 12])), ({0: ANY}, {0: ANY}))
+    assert_same(model, file, IDS.flatten(), torch.tensor([0, 2, 2, 12]))
 
 
 def test_bags_with_weights() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cqr_compress.table.decode import at_least_float32
 from cqr_compress.table.tracing import is_exporting
 
 
@@ -88,7 +89,6 @@ def _reduce_exported(
     if mode == "max":
         reduced = torch.where(counts > 0, largest(torch.where(counted, rows, -torch.inf)), 0.0)
     else:
-        reduced = add(torch.where(counted, rows, 0.0))
-    if mode == "mean":
-        reduced = (reduced / counts.clamp_min(1.0)).to(rows.dtype)
+        reduced = add(torch.where(counted, at_least_float32(rows), 0.0))
+        reduced = (reduced / counts.clamp_min(1.0) if mode == "mean" else reduced).to(rows.dtype)
     return reduced[:-1] if include_last_offset and offsets is not None else reduced
