@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -156,6 +158,7 @@ def test_the_model_holds_the_bytes_of_the_file_and_no_dense_table(loaded: Model,
 def test_the_state_dict_is_the_file(loaded: Model, small: Path) -> None:
     with open_checkpoint(small) as checkpoint:
         in_file = {name: entry.stored.read().clone() for name, entry in checkpoint.entries.items()}
+    assert all(in_file.pop(name).shape == (0,) for name in TABLES)
     state = {k: v for k, v in loaded.state_dict().items() if not k.startswith("again.")}
     state = {k.replace("relation_compressed.", "relation."): v for k, v in state.items()}
     assert state.keys() == in_file.keys()
@@ -166,6 +169,14 @@ def test_the_state_dict_is_the_file(loaded: Model, small: Path) -> None:
         parameter.data.zero_()
     other.load_state_dict(loaded.state_dict(), strict=True)
     assert torch.equal(other(IDS), loaded(IDS))
+
+
+def test_a_layer_loads_its_tensors_from_the_file_as_from_a_state_dict(small: Path) -> None:
+    layer = CompressedEmbedding(tables_of(small)["item.weight"])
+    state = {name[5:]: tensor for name, tensor in load_file(small).items() if name.startswith("item.")}
+    assert state["weight"].numel() == 0
+    layer.load_state_dict(state, strict=True)
+    layer.load_state_dict(load_file(small), strict=False)
 
 
 def test_loading_does_not_hold_on_to_the_file(small: Path, tmp_path: Path, exported: Model) -> None:
@@ -319,6 +330,15 @@ def test_not_strict_loads_what_fits_and_says_what_did_not(small: Path, exported:
     assert torch.equal(model.item(IDS), exported.item(IDS))
     model.blocks[0] = nn.Linear(16, 4)
     assert "'blocks.0.weight'" in refusal(lambda: cqr.load_compressed(model, small, strict=False), model)
+
+
+def test_other_programs_fail_instead_of_leaving_random_rows(small: Path) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"size mismatch for item.weight: .*torch.Size\(\[0\]\) from checkpoint"
+    ):
+        Model().load_state_dict(load_file(small), strict=False)
+    with safe_open(small, "pt") as file:
+        assert file.metadata()["format"] == "cqr_compress"
 
 
 class Positions(nn.Module):

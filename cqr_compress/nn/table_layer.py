@@ -311,6 +311,9 @@ class TableLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Load the seed of the hash functions with the tensors that were trained with it."""
+        marker = state_dict.get(prefix + "weight")
+        if marker is not None and marker.numel() == 0:  # of a compressed file
+            del state_dict[prefix + "weight"]
         seed = state_dict.get(prefix + _SEED)
         if seed is not None and self.owner is self:
             self.reseed(int(seed))

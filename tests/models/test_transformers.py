@@ -64,6 +64,16 @@ def test_minilm_gives_the_vectors_of_the_exported_encoder(minilm: Path, tmp_path
     assert not any(p.numel() == 30522 * 384 for p in model.parameters())
 
 
+def test_from_pretrained_refuses_a_compressed_file(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=3000, **sizes))
+    model.save_pretrained(tmp_path)
+    cqr.convert(tmp_path / "model.safetensors", tmp_path / "small.safetensors", ratio=4)
+    (tmp_path / "small.safetensors").replace(tmp_path / "model.safetensors")
+    with pytest.raises((RuntimeError, OSError, ValueError)):  # of the sizes; of the format before version 5
+        transformers.BertModel.from_pretrained(tmp_path)
+
+
 @pytest.fixture
 def gpt2() -> Callable[[], nn.Module]:
     config = transformers.GPT2Config(vocab_size=2000, n_embd=32, n_layer=2, n_head=2, n_positions=64)
