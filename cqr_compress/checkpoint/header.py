@@ -2,7 +2,7 @@
 
 The JSON object under the metadata key `cqr_compress`:
 
-    format_version  1
+    format_version  2; files of version 1 have no empty tensors with the names of the tables
     version, seed   version of the package that wrote the file, and random seed
     method          method option of the conversion, such as "auto" (optional)
     tables          per source name: `spec`, `quality` (relative_mse, mean_cosine, recall_at_10), `reason` and
@@ -29,7 +29,7 @@ from cqr_compress.errors import FormatError, SpecError, brief
 from cqr_compress.table.quality import Quality
 from cqr_compress.table.spec import AnySpec, spec_from_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "cqr_compress"
 _TUNING_NAMES = {"summary": "verdict"}
 """Names in the file of the fields of `tuning`, where they differ."""
