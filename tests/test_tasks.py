@@ -19,7 +19,7 @@ from cqr_compress.tasks import sasrec as sequences
 from cqr_compress.tasks.data import files as files_module
 from cqr_compress.tasks.data.files import DataOptions, ExampleFiles
 from cqr_compress.tasks.data.readers import heading, read_blocks, read_libfm
-from cqr_compress.tasks.metrics import auc, click_metrics, ranking_metrics
+from cqr_compress.tasks.metrics import auc, click_metrics, ranking_metrics, target_ranks
 from cqr_compress.tasks.registry import BUILTIN, builtin_task
 
 USERS, ITEMS, D = 40, 60, 8
@@ -219,6 +219,23 @@ def test_ranks_become_hits_and_gains() -> None:
     found = ranking_metrics(torch.tensor([0, 2, 9, 10, 500]))
     assert found["hr@10"] == pytest.approx(3 / 5)
     assert found["ndcg@10"] == pytest.approx((1 + 1 / 2 + 1 / math.log2(11)) / 5)
+
+
+def test_ties_count_half_and_items_seen_do_not_count() -> None:
+    scores = torch.tensor([[0.5, 1.0, 1.0, 2.0, 1.0], [3.0, 0.0, 1.0, 2.0, 4.0]])
+    seen = torch.tensor([[False, False, False, True, False], [False, False, False, False, True]])
+    ranks = target_ranks(scores, torch.tensor([1, 4]), seen)
+    assert ranks.tolist() == [1.0, 0.0]  # two of the same score; a target that was seen takes part
+    constant = target_ranks(torch.zeros(3, 41), torch.tensor([0, 7, 40]), torch.zeros(3, 41, dtype=torch.bool))
+    assert constant.tolist() == [20.0] * 3 and ranking_metrics(constant)["ndcg@10"] == 0
+
+
+def test_metrics_of_nan_scores_are_nan() -> None:
+    scores = torch.tensor([[0.5, math.nan, 1.0]])
+    ranks = target_ranks(scores, torch.tensor([0]), torch.zeros(1, 3, dtype=torch.bool))
+    assert all(math.isnan(value) for value in ranking_metrics(torch.cat([ranks, torch.zeros(9)])).values())
+    labels = torch.tensor([1.0, 1, 0, 0])
+    assert all(math.isnan(value) for value in click_metrics(torch.full((4,), math.nan), labels).values())
 
 
 # pairs

@@ -3,7 +3,9 @@
 import copy
 import itertools
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -449,6 +451,51 @@ def test_a_loss_that_is_not_finite_ends_the_run(small: Path, tmp_path: Path) -> 
     broken = task(loss=lambda m, b: loss(m, b) * (float("nan") if m.training else 1.0))
     report = finetune(small, tmp_path / "out.safetensors", broken, options())
     assert not report.improved and "the loss is not finite after step 1" in report.summary
+
+
+def test_weights_that_are_not_finite_are_never_written(small: Path, tmp_path: Path) -> None:
+    growing = iter(range(100))
+    flattering = task(evaluate=lambda m: {"bce": 1.0 - next(growing)})
+    broken = options(learning_rate=1e7, warmup_steps=1)  # values overflow float16
+    report = finetune(small, tmp_path / "out.safetensors", flattering, broken)
+    assert not report.improved and len(report.history) > 1
+    assert any("values that are not finite" in line for line in report.log)
+    assert tensors(tmp_path / "out.safetensors") == tensors(small)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_metric_that_is_not_finite_is_never_better(value: float) -> None:
+    for mode in ("max", "min"):
+        assert not task(mode=mode).is_better({"bce": value}, {"bce": 0.5})
+
+
+@pytest.mark.parametrize("fails", ["no batches", "the user's code"])
+def test_the_best_weights_are_written_before_a_late_error_is_raised(
+    small: Path, tmp_path: Path, fails: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def late(epoch: int) -> Iterator[tuple[Tensor, ...]]:
+        if epoch and fails != "no batches":
+            raise ValueError(fails)
+        return iter(()) if epoch else batches(epoch)
+
+    output = tmp_path / "out.safetensors"
+    error, message = (
+        (TaskError, "train_batches(1) returned no batch") if fails == "no batches" else (ValueError, fails)
+    )
+    with pytest.raises(error, match=re.escape(message)):
+        finetune(small, output, task(train_batches=late), options())
+    assert measured(output) < measured(small)
+    assert "wrote the best weights so far" in caplog.text
+
+
+def test_a_late_error_writes_nothing_where_nothing_is_better(small: Path, tmp_path: Path) -> None:
+    growing = iter(range(100))
+    worse = task(
+        evaluate=lambda m: {"bce": float(next(growing))}, train_batches=lambda e: iter(() if e else batches(0))
+    )
+    with pytest.raises(TaskError):
+        finetune(small, tmp_path / "out.safetensors", worse, options())
+    assert not (tmp_path / "out.safetensors").exists() and not (tmp_path / "out.report.json").exists()
 
 
 def test_steps_patience_and_evaluations_are_counted(small: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -37,6 +39,8 @@ from cqr_compress.planning.frequencies import check_counts
 from cqr_compress.planning.scan import source_rows
 from cqr_compress.progress import NoProgress, Progress, shown
 from cqr_compress.table.quality import Quality, table_quality
+
+_log = logging.getLogger(__name__)
 
 
 def finetune(
@@ -77,7 +81,8 @@ def finetune(
         The report.
 
     Raises:
-        CqrCompressError: see the subclasses in `errors`; nothing is left at `output`.
+        CqrCompressError: see the subclasses in `errors`. If it is raised during training, `output` is written with
+            the best weights so far where they are better than the given ones, else nothing is.
     """
     source, output, options = Path(source), Path(output), merged(FinetuneOptions, options, option_fields)
     original = None if original is None else Path(original)
@@ -98,13 +103,39 @@ def finetune(
     first = distributed.rank() == 0
     with shown(progress if first else NoProgress()) as progress:
         run = _Run(source, task, options, original, chosen, state, progress)
-        report, model, change_header, interrupted = run.train(resume)
-        if not first:
-            return report
-        size = save_compressed(model, output, source, force=force, change_header=change_header, progress=progress)
-    if not interrupted:
+        result = run.train(resume)
+        report = result.report
+        if first and (report.improved or result.failure is None):
+            size = save_compressed(
+                result.model, output, source, force=force, change_header=result.change_header, progress=progress
+            )
+            report = replace(report, size=size)
+    if result.failure is not None:
+        if report.size is not None:
+            _log.warning("wrote the best weights so far to %s: %s", output, report.summary)
+        raise result.failure
+    if first and not result.interrupted:
         state.unlink(missing_ok=True)
-    return replace(report, size=size)
+    return report
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Result of a run: the model with the best weights, and what ended training.
+
+    Attributes:
+        report: the report, without the size.
+        model: the model.
+        change_header: maps the header of the given file to that of the output.
+        interrupted: whether the run was interrupted and can be resumed.
+        failure: the exception that ended training, or None.
+    """
+
+    report: TuningReport
+    model: nn.Module
+    change_header: Callable[[Header], Header]
+    interrupted: bool
+    failure: Exception | None
 
 
 @dataclass(frozen=True)
@@ -119,8 +150,8 @@ class _Run:
     state_file: Path
     progress: Progress
 
-    def train(self, resume: bool) -> tuple[TuningReport, nn.Module, Callable[[Header], Header], bool]:
-        """Train; return the report, the best model, the update of the header, and whether it was interrupted."""
+    def train(self, resume: bool) -> _Result:
+        """Train, and measure the quality of the tables."""
         began = time.monotonic()
         task, options = self.task, self.options
         with open_checkpoint(self.source) as checkpoint:
@@ -159,7 +190,7 @@ class _Run:
                 tables[name] = replace(tables[name], quality=quality)
             return replace(header, tables=tables, tuning=report.in_file())
 
-        return report, model, change, reason == "interrupted"
+        return _Result(report, model, change, reason == "interrupted", trainer.failure)
 
     def _dense_model(
         self, tuned: TunedModel, opened: CompressedFile
@@ -231,13 +262,15 @@ def _summary(trainer: Trainer, reason: str) -> str:
     if early_stopping.improved:
         at = "a fit to the original's rows" if best.stage == "refit" else f"step {best.step}"
         return f"{metric} {before:.5g} -> {after:.5g}, from {at}; training ended: {reason}"
-    tried = [evaluation.metrics[metric] for evaluation in early_stopping.history[1:]]
-    if not tried:
+    later = [evaluation.metrics[metric] for evaluation in early_stopping.history[1:]]
+    if not later:
         return f"{metric} stays {before:.5g}: the given weights are kept; training ended: {reason}"
+    tried = [value for value in later if math.isfinite(value)] or [math.nan]
     closest = max(tried) if trainer.task.mode == "max" else min(tried)
+    count = "the later evaluation" if len(later) == 1 else f"none of {len(later)} later evaluations"
     return (
-        f"{metric} stays {before:.5g}: the given weights are kept, because none of {len(tried)} later evaluations "
-        f"was better (the best of them {closest:.5g}); training ended: {reason}"
+        f"{metric} stays {before:.5g}: the given weights are kept, because {count} was "
+        f"{'not ' if len(later) == 1 else ''}better ({closest:.5g}); training ended: {reason}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cqr_compress import distributed
+from cqr_compress.errors import TaskError
 from cqr_compress.finetuning.rng import DATA, RandomStream
 from cqr_compress.finetuning.task import Task
 
@@ -82,10 +84,12 @@ class Batches:
         end = object()
         with stream.active():
             iterator = iter(self.task.train_batches(epoch))
-        while True:
+        for index in itertools.count():
             with stream.active():
                 batch = next(iterator, end)
             if batch is end:
+                if not index:
+                    raise TaskError(f"train_batches({epoch}) returned no batch")
                 return
             yield batch
 

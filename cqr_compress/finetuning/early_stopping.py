@@ -68,8 +68,15 @@ class EarlyStopping:
         """Whether training should stop."""
         return self.num_bad_evaluations >= self.patience
 
-    def offer(self, step: int, epoch: int, stage: str, metrics: Mapping[str, float]) -> bool:
+    def offer(self, step: int, epoch: int, stage: str, metrics: Mapping[str, float], finite: bool) -> bool:
         """Add an evaluation, and return whether it is the best so far; the caller then sets `best`.
+
+        Args:
+            step: optimizer steps done.
+            epoch: finished epochs.
+            stage: see `Evaluation`.
+            metrics: metrics by name.
+            finite: whether the weights are finite; others are never the best, whatever their metric is.
 
         Raises:
             TaskError: the metric of the first evaluation is NaN.
@@ -82,7 +89,7 @@ class EarlyStopping:
                 )
             better = True
         else:
-            better = self.task.is_better(metrics, self.best_evaluation.metrics)
+            better = finite and self.task.is_better(metrics, self.best_evaluation.metrics)
         self.history.append(Evaluation(step, epoch, stage, dict(metrics), better))
         if stage != "refit":
             self.num_bad_evaluations = 0 if better else self.num_bad_evaluations + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +74,6 @@ class Task:
         return metrics
 
     def is_better(self, metrics: Mapping[str, float], than: Mapping[str, float]) -> bool:
-        """Return whether the metric is strictly better; NaN never is."""
+        """Return whether the metric is strictly better; one that is not finite never is."""
         new, old = metrics[self.metric], than[self.metric]
-        return new > old if self.mode == "max" else new < old
+        return math.isfinite(new) and (new > old if self.mode == "max" else new < old)

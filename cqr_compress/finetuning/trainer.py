@@ -55,6 +55,7 @@ class Trainer:
         early_stopping: the evaluations and the best weights.
         position: progress of the run, as saved in a state.
         log: lines that were logged.
+        failure: the exception that ended training after the first evaluation, or None.
     """
 
     task: Task
@@ -72,6 +73,7 @@ class Trainer:
     early_stopping: EarlyStopping = field(init=False)
     position: Position = field(default_factory=Position)
     log: list[str] = field(default_factory=list)
+    failure: Exception | None = None
 
     def __post_init__(self) -> None:
         self.early_stopping = EarlyStopping(self.task, self.options.patience)
@@ -96,6 +98,8 @@ class Trainer:
         Raises:
             TaskError: the task is invalid.
             StateError: the state cannot be resumed.
+            Exception: any other of the task, before the given weights are evaluated; later ones end training and
+                are `failure`.
         """
         RandomStream.seeded(self.options.seed, TRAINING, distributed.rank()).state.set()
         if resume and self.state_file.exists():
@@ -107,6 +111,10 @@ class Trainer:
             if not self.early_stopping.history:
                 raise
             reason = "interrupted"
+        except Exception as e:
+            if not self.early_stopping.history:
+                raise
+            reason, self.failure = "an error", e
         assert self.early_stopping.best is not None
         self.tuned.restore(self.early_stopping.best)
         return reason
@@ -115,10 +123,7 @@ class Trainer:
         options, position = self.options, self.position
         self.tuned.model.eval()
         with torch.no_grad():
-            first = next(self._losses(0)(), None)
-        if first is None:
-            raise TaskError("train_batches(0) returned no batch")
-        self._per_example = first.ndim == 1
+            self._per_example = next(self._losses(0)()).ndim == 1
         self.changes.kind(self._per_example)  # raises before any work is done
         if not self.early_stopping.history:
             self._evaluate("as given")
@@ -149,8 +154,6 @@ class Trainer:
                     self._save()
                 if self._steps_are_done:
                     break
-            if not position.step_of_epoch:
-                raise TaskError(f"train_batches({epoch}) returned no batch")
             if self._steps_are_done:
                 return self._end_of_steps()
             position.steps_per_epoch = position.step_of_epoch
@@ -225,13 +228,15 @@ class Trainer:
         self.tuned.model.eval()
         with self.tuned.as_written():
             metrics = evaluate_task(self.task, self.tuned.model, self.options.seed)
-            better = self.early_stopping.offer(self.position.step, self.position.epoch, stage, metrics)
+            finite = self.tuned.is_finite
+            better = self.early_stopping.offer(self.position.step, self.position.epoch, stage, metrics, finite)
             if better:
                 self.early_stopping.best = self.tuned.snapshot()
         self.tuned.train_mode()
         shown = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
         given = len(self.early_stopping.history) == 1
-        self._log(f"step {self.position.step}, {stage}: {shown}{'' if given else ' (best)' if better else ''}")
+        note = "" if given else " (best)" if better else "" if finite else " (values that are not finite)"
+        self._log(f"step {self.position.step}, {stage}: {shown}{note}")
         return better
 
     def _refit(self, original: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class TunedModel:
     tables: dict[str, TableLayer]
     trains_all: bool
     dense_dtypes: dict[Tensor, torch.dtype]
+    _given_non_finite: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._given_non_finite = self._num_non_finite()
 
     @classmethod
     def from_model(cls, model: nn.Module, opened: CompressedFile, trains_all: bool) -> TunedModel:
@@ -78,6 +82,16 @@ class TunedModel:
             shapes, tensors = layer.spec.tensor_shapes(), layer.table_tensors()
             dtypes |= {t: shapes[short].dtype for short, t in tensors.items() if t.is_floating_point()}
         return dtypes
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no more values are infinite or NaN than in the file that was given."""
+        return self._num_non_finite() <= self._given_non_finite
+
+    def _num_non_finite(self) -> int:
+        tensors = [t for layer in self.tables.values() for t in layer.table_tensors().values()]
+        tensors += self._others().values()
+        return sum(int((~t.isfinite()).sum()) for t in tensors if t.is_floating_point())
 
     def install(self, name: str, spec: AnySpec, tensors: Mapping[str, Tensor]) -> None:
         """Replace the table of a layer; an existing optimizer becomes invalid.

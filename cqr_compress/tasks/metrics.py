@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,14 +24,16 @@ def auc(scores: Tensor, labels: Tensor) -> float:
         labels: (n,), positive if above 0.
 
     Returns:
-        The AUC; NaN if all labels are equal.
+        The AUC; NaN if all labels are equal, or a score is NaN.
     """
+    if bool(scores.isnan().any()):
+        return math.nan
     _, place, count = torch.unique(scores, return_inverse=True, return_counts=True)
     rank = (count.cumsum(0).double() - (count.double() - 1) / 2)[place]
     positive = labels > 0
     num_positive, num_negative = int(positive.sum()), int((~positive).sum())
     if not num_positive or not num_negative:
-        return float("nan")
+        return math.nan
     above = rank[positive].sum() - num_positive * (num_positive + 1) / 2
     return float(above / (num_positive * num_negative))
 
@@ -40,9 +44,36 @@ def click_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {"auc": auc(logits, labels), "bce": float(bce)}
 
 
+def target_ranks(scores: Tensor, targets: Tensor, seen: Tensor) -> Tensor:
+    """Compute the rank of each user's target item among the items that the user has not seen.
+
+    Args:
+        scores: (B, N) floating point, one score for each user and item.
+        targets: (B,) int64, the target item of each user; it takes part even if it is among those seen.
+        seen: (B, N) bool, items that are left out.
+
+    Returns:
+        (B,) float64, from 0: the number of items with a higher score, plus half of those with the same score;
+        NaN where a score of the user is NaN.
+    """
+    own = scores.gather(1, targets[:, None])
+    others = ~seen.scatter(1, targets[:, None], True)
+    above = ((scores > own) & others).sum(1).double()
+    equal = ((scores == own) & others).sum(1).double()
+    return torch.where(scores.isnan().any(1), math.nan, above + equal / 2)
+
+
 def ranking_metrics(ranks: Tensor, k: int = 10) -> dict[str, float]:
-    """Compute HR@k and NDCG@k with one target item per user, given its ranks (n,) from 0."""
+    """Compute HR@k and NDCG@k with one target item per user.
+
+    Args:
+        ranks: (n,), from 0; see `target_ranks`.
+        k: length of the list.
+
+    Returns:
+        The metrics by name, such as "ndcg@10"; all NaN if a rank is NaN.
+    """
     ranks = ranks.double()
-    hit = ranks < k
-    gain = torch.where(hit, 1 / (ranks + 2).log2(), 0.0)
-    return {f"ndcg@{k}": float(gain.mean()), f"hr@{k}": float(hit.double().mean())}
+    hit = torch.where(ranks.isnan(), math.nan, (ranks < k).double())
+    gain = torch.where(hit == 0, 0.0, hit / (ranks + 2).log2())
+    return {f"ndcg@{k}": float(gain.mean()), f"hr@{k}": float(hit.mean())}

@@ -18,7 +18,7 @@ from cqr_compress.finetuning.task import Task
 from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.tasks.data.files import DataOptions, ExampleFiles, Examples, parse_settings
 from cqr_compress.tasks.data.readers import opened_text
-from cqr_compress.tasks.metrics import gathered, ranking_metrics
+from cqr_compress.tasks.metrics import gathered, ranking_metrics, target_ranks
 from cqr_compress.tasks.shapes import Shapes, refuse_rest
 
 _BLOCK_USERS = 16_384
@@ -145,16 +145,14 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
 
 
 def _ranks(model: SASRec, histories: list[list[int]], wanted: Tensor, length: int) -> Tensor:
-    """Compute the ranks of the target items, (B,): items with a higher score, without those of the history."""
+    """Compute the ranks of the target items, (B,), among all items without those of the history."""
     hidden = model(_padded(histories, length).to(wanted.device))[:, -1]
     scores = hidden @ model.item_emb.weight.T
-    scores[:, 0] = -torch.inf
-    mine = scores.gather(1, wanted[:, None])
+    hidden_items = torch.zeros_like(scores, dtype=torch.bool)
+    hidden_items[:, 0] = True  # padding
     users = torch.tensor([i for i, items in enumerate(histories) for _ in items], device=wanted.device)
-    seen = torch.tensor([item for items in histories for item in items], device=wanted.device)
-    scores[users, seen] = -torch.inf
-    above: Tensor = (scores > mine).sum(1)
-    return above
+    hidden_items[users, torch.tensor([item for items in histories for item in items], device=wanted.device)] = True
+    return target_ranks(scores, wanted, hidden_items)
 
 
 def _users(path: Path, num_items: int) -> Iterator[list[list[int]]]:
