@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
+_SHOWN_LETTERS = 80
+
+
+def brief(value: object) -> str:
+    """Represent a value from a file in a message: at most 80 letters of a string or number, else its type.
+
+    The `repr` of nested containers can be exponentially long, and that of an integer of 5,000 digits is refused.
+    """
+    if isinstance(value, str):
+        return repr(value if len(value) <= _SHOWN_LETTERS else f"{value[:_SHOWN_LETTERS]}...")
+    if isinstance(value, int) and value.bit_length() > 4 * _SHOWN_LETTERS:
+        return f"an integer of {value.bit_length()} bits"
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
 
 class CqrCompressError(Exception):
     """Base class of all exceptions that this package raises."""

@@ -80,6 +80,7 @@ class ProgressBars:
 
     def start(self, label: str, total: int, unit: str) -> None:
         """Begin a stage; its bar replaces the previous one."""
+        label = "".join(letter if letter.isprintable() else "?" for letter in label)  # names of a file's tensors
         self._label, self._unit, self._done, self._total, self._status = label, unit, 0, total, ""
         self._began = time.monotonic()
         if self._bars is not None:

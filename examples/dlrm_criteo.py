@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cqr_compress as cqr
+from cqr_compress.tasks.metrics import click_metrics
 
 NUM_DENSE, NUM_IDS = 13, 26
 CARDINALITIES = (
@@ -237,16 +238,11 @@ def shuffled(clicks: Clicks, batch_size: int, device: str) -> Iterator[Clicks]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, clicks: Clicks, device: str) -> dict[str, float]:
-    """Mean loss (binary cross entropy, in nats) and AUC."""
+    """Mean loss (binary cross entropy, in nats) and AUC, equal scores counted half."""
     model.eval()
     parts = [clicks.take(slice(a, a + 16384), device) for a in range(0, len(clicks), 16384)]
     scores = torch.cat([model(part.dense, part.ids) for part in parts]).double().cpu()
-    bce = F.binary_cross_entropy_with_logits(scores, clicks.label.double())
-    rank = torch.empty_like(scores)
-    rank[scores.argsort()] = torch.arange(1, len(scores) + 1, dtype=torch.float64)
-    clicked = clicks.label > 0
-    n1, n0 = int(clicked.sum()), int((~clicked).sum())
-    return {"bce": bce.item(), "auc": (rank[clicked].sum().item() - n1 * (n1 + 1) / 2) / (n1 * n0)}
+    return click_metrics(scores, clicks.label)
 
 
 def train(data: Data, method: str, codewords: int, args: argparse.Namespace) -> tuple[dict[str, float], DLRM]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import cqr_compress as cqr
+from cqr_compress.tasks import metrics
 
 
 class GMF(nn.Module):
@@ -90,13 +91,8 @@ def train(model: GMF, clicks: Clicks, epochs: int, seed: int) -> None:
 
 @torch.no_grad()
 def auc(model: nn.Module, clicks: Clicks) -> float:
-    """Chance that a click scores above a non-click, from the ranks of the scores."""
-    order = model(clicks.user, clicks.item).argsort()
-    ranks = torch.empty(len(order), dtype=torch.float64)
-    ranks[order] = torch.arange(1, len(order) + 1, dtype=torch.float64)
-    positive = clicks.label > 0
-    count = int(positive.sum())
-    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(order) - count)))
+    """Chance that a click scores above a non-click; equal scores count half."""
+    return metrics.auc(model(clicks.user, clicks.item), clicks.label)
 
 
 def cqr_compress(*arguments: object) -> None:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cqr_compress.tasks.metrics import ranking_metrics
+
 
 class Pointwise(nn.Module):
     """Two convolutions of width 1."""
@@ -78,19 +80,20 @@ def padded(sequences: list[list[int]], length: int) -> Tensor:
 
 @torch.no_grad()
 def ndcg(model: SASRec, users: list[list[int]], length: int) -> float:
-    """NDCG@10 of the last item but one of each user."""
+    """NDCG@10 of the last item but one of each user; items with the same score count half in its rank."""
     model.eval()
-    total = 0.0
+    ranks = []
     for start in range(0, len(users), 512):
         part = users[start : start + 512]
         scores = model(padded([items[:-2] for items in part], length))[:, -1] @ model.item_emb.weight.T
         scores[:, 0] = -torch.inf
         wanted = scores.gather(1, torch.tensor([[items[-2]] for items in part]))
+        broken = scores.isnan().any(1)
         for row, items in enumerate(part):
-            scores[row, items[:-2]] = -torch.inf
-        rank = (scores > wanted).sum(1)
-        total += float((1 / (rank + 2.0).log2())[rank < 10].sum())
-    return total / len(users)
+            scores[row, items[:-1]] = -torch.inf
+        rank = (scores > wanted).sum(1) + (scores == wanted).sum(1) / 2
+        ranks.append(rank.where(~broken, torch.nan))
+    return ranking_metrics(torch.cat(ranks))["ndcg@10"]
 
 
 def train(model: SASRec, users: list[list[int]], length: int, epochs: int) -> None:

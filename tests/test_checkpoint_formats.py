@@ -1,5 +1,6 @@
 import argparse
 import json
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -180,6 +181,35 @@ def test_a_truncated_torch_file_is_refused(tmp_path: Path, ckpt: Path, legacy: b
         open_checkpoint(ckpt)
 
 
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("change", ["truncate", "empty", "append", "rewrite"])
+def test_a_file_that_changes_after_it_was_opened_is_refused(tmp_path: Path, form: str, change: str) -> None:
+    """A mapped page beyond the end of a file would kill the process with SIGBUS."""
+    path = tmp_path / "m"
+    state = {"emb.weight": torch.randn(5000, 16)}
+    if form == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
+    size = path.stat().st_size
+    with open_checkpoint(path) as checkpoint:
+        assert torch.equal(checkpoint.entries["emb.weight"].stored.read(), state["emb.weight"])
+        if change == "append":
+            with path.open("ab") as file:
+                file.write(b"more")
+        elif change == "rewrite":
+            path.write_bytes(b"\1" * size)
+            os.utime(path, (0, 0))
+        else:
+            os.truncate(path, size // 2 if change == "truncate" else 0)
+        has = path.stat().st_size
+        message = f"was changed while it was read: it had {size} bytes and has {has}. Run the command again"
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.entries["emb.weight"].stored.read()
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.entries["emb.weight"].stored.read_rows(4990, 5000)
+
+
 def test_every_short_prefix_of_a_legacy_file_is_refused_cleanly(tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     torch.save({"emb.weight": torch.randn(4, 2)}, path, _use_new_zipfile_serialization=False)
@@ -215,7 +245,7 @@ def test_a_folder_without_an_index_names_what_it_wants(tmp_path: Path) -> None:
 def test_an_index_may_not_point_outside_its_folder(tmp_path: Path) -> None:
     index = tmp_path / "m.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
-    with pytest.raises(CheckpointError, match="outside its folder"):
+    with pytest.raises(CheckpointError, match="no plain file name"):
         open_checkpoint(index)
 
 

@@ -298,11 +298,15 @@ def corrupt(path: Path, change: Callable[[dict[str, Any], State], None]) -> None
 
 
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any], State], object], str]] = {
-    "newer": (lambda h, t: h.update(format_version=2), "format version 2, but this version reads up to 1"),
+    "newer": (lambda h, t: h.update(format_version=3), "format version 3, but this version reads up to 2"),
     "no tensor": (lambda h, t: t.pop("item_embedding.codes"), "the file has no such tensor"),
     "shape": (
         lambda h, t: t.update({"item_embedding.codes": torch.zeros(2, 2)}),
         "requires 'item_embedding.codes' of",
+    ),
+    "dense rows as well": (
+        lambda h, t: t.update({"item_embedding.weight": torch.zeros(3000, 16)}),
+        "has a dense tensor 'item_embedding.weight' of .* in addition to the compressed table",
     ),
     "no tables": (lambda h, t: h.pop("tables"), "metadata .* is damaged: KeyError"),
     "bad spec": (lambda h, t: h["tables"]["item_embedding.weight"]["spec"].update(num_columns=5), "is damaged"),
@@ -372,14 +376,14 @@ def test_the_stored_names_and_shapes_are_those_of_the_format(tmp_path: Path, ckp
     tensors = load_file(tmp_path / "s.safetensors")
     found = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith("item_embedding")}
     assert found == {
-        "item_embedding.codes": (3000, 3), "item_embedding.codebooks": (4, 2, 8, 4),
+        "item_embedding.weight": (0,), "item_embedding.codes": (3000, 3), "item_embedding.codebooks": (4, 2, 8, 4),
         "item_embedding.rotation": (16, 16),
     }  # fmt: skip
     with open_checkpoint(tmp_path / "s.safetensors") as checkpoint:
         opened = CompressedFile.from_checkpoint(checkpoint)
         assert (
-            checkpoint.metadata["format"] == "pt"
-            and json.loads(checkpoint.metadata["cqr_compress"])["format_version"] == 1
+            checkpoint.metadata["format"] == "cqr_compress"
+            and json.loads(checkpoint.metadata["cqr_compress"])["format_version"] == 2
         )
         assert opened.header.method == "prq"
 

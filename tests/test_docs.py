@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from cqr_compress.cli.app import app
 from cqr_compress.quantize.registry import METHODS
@@ -178,6 +180,32 @@ def load_example(name: str) -> Any:
     sys.modules["example"] = example
     spec.loader.exec_module(example)
     return example
+
+
+@pytest.mark.parametrize("value", [0.1, math.nan])
+def test_examples_give_no_credit_for_equal_or_broken_scores(value: float) -> None:
+    sasrec = load_example("sasrec_sequences.py")
+    model = sasrec.SASRec(61, 16, 8)
+    nn.init.constant_(model.item_emb.weight, value)
+    users = [[1 + (user + k) % 60 for k in range(6)] for user in range(30)]
+    assert not sasrec.ndcg(model, users, 8) > 0  # the target ties with 55 other items: rank 27.5
+
+
+def test_the_auc_of_equal_scores_is_half() -> None:
+    quickstart, dlrm = load_example("quickstart.py"), load_example("dlrm_criteo.py")
+    label = torch.tensor([0.0] * 30 + [1.0] * 10)
+    ids = torch.zeros(40, dtype=torch.long)
+    model = quickstart.GMF(2, 2, 4)
+    assert quickstart.auc(model, quickstart.Clicks(ids, ids, label)) == 0.5
+    clicks = dlrm.Clicks(torch.zeros(40, 1), ids[:, None], label)
+    assert dlrm.evaluate(Constant(), clicks, "cpu")["auc"] == 0.5
+
+
+class Constant(nn.Module):
+    """Logits of 0."""
+
+    def forward(self, dense: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(ids))
 
 
 def test_the_movielens_example_runs(tmp_path: Path) -> None:

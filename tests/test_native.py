@@ -4,8 +4,11 @@ import os
 import stat
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,9 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cqr_compress import CompressedEmbedding, CompressedTable
-from cqr_compress.errors import ShapeError
-from cqr_compress.kernel import ops
+from cqr_compress.errors import CqrCompressWarning, ShapeError
+from cqr_compress.kernel import build, ops, wheel_hook
 from cqr_compress.kernel.build import native
+from cqr_compress.kernel.cache import cached_library
+from cqr_compress.kernel.compile import (
+    THREADS,
+    compile_library,
+    find_compiler,
+    installed_name,
+    level_flags,
+    levels,
+)
 from cqr_compress.table.codes import computed_codes
 from cqr_compress.table.spec import DIGIT, HASHED, QUOTIENT, REMAINDER, STORED, CodebookSpec, RowwiseSpec
 
@@ -180,6 +192,60 @@ def test_tensors_that_no_longer_fit_are_refused_and_not_read_beyond() -> None:
             layer(torch.tensor([49]))
 
 
+RACE = """
+import sys, threading, torch
+sys.path.insert(0, {tests!r})
+from test_native import random_table
+from cqr_compress import CompressedEmbedding
+from cqr_compress.table.spec import DIGIT, HASHED, STORED, CodebookSpec, RowwiseSpec
+N = 1000
+shape = dict(method="test", num_embeddings=N, embedding_dim=8)
+layers = [CompressedEmbedding(random_table(RowwiseSpec(**shape, n_bits=8), 0)).requires_grad_(False)]
+for sources in ((STORED,), (STORED, HASHED), (STORED, DIGIT), (HASHED, DIGIT)):
+    spec = CodebookSpec(**shape, num_columns=2, num_levels=len(sources), codebook_size=64, code_sources=sources)
+    layers.append(CompressedEmbedding(random_table(spec, 0)))
+ids = torch.zeros(20_000, dtype=torch.int64)
+raw, done = ids.numpy(), False
+def change():
+    while not done:
+        raw[-1] = 2**40
+        raw[-1] = 0
+sys.setswitchinterval(1e-4)
+thread = threading.Thread(target=change)
+thread.start()
+try:
+    for _ in range({rounds}):
+        for layer in layers:
+            try:
+                rows = layer(ids)
+                if rows.requires_grad:
+                    rows.sum().backward()
+            except IndexError:
+                pass
+finally:
+    done = True
+    thread.join()
+"""
+
+
+@pytest.mark.parametrize(("native", "rounds"), [("1", 20), ("0", 5)])
+def test_ids_that_another_thread_changes_are_not_read_beyond_the_table(native: str, rounds: int) -> None:
+    """As in nn.Embedding: an IndexError or rows, and no segmentation fault."""
+    script = RACE.format(tests=str(Path(__file__).parent), rounds=rounds)
+    env = {**os.environ, "CQR_COMPRESS_NATIVE": native, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_library
+def test_ids_changed_between_forward_and_backward_are_refused() -> None:
+    layer, ids = CompressedEmbedding(random_table(SMALL, 0)), torch.arange(50)
+    rows = layer(ids)
+    ids.numpy()[7] = 2**40
+    with pytest.raises(IndexError, match="position 7 of the ids is outside the table of 50 rows"):
+        rows.sum().backward()
+
+
 def lookup_in_worker(layer: CompressedEmbedding) -> list[torch.Tensor]:
     class Rows(torch.utils.data.Dataset[torch.Tensor]):
         def __len__(self) -> int:
@@ -212,35 +278,224 @@ print(CompressedEmbedding(table)(torch.tensor([2, 0])).tolist(), native().reason
 """
 
 
-def run(tmp_path: Path, **environment: str) -> str:
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
+class Ran(NamedTuple):
+    reason: str
+    notes: str
+    libraries: list[Path]
+
+
+def run(tmp_path: Path, *, without: tuple[str, ...] = (), **environment: str) -> Ran:
+    """Look rows up in a process with an own cache and temporary folder; nothing is left in the latter."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir(exist_ok=True)
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(temporary)}
+    env = {name: value for name, value in env.items() if name not in ("CQR_COMPRESS_CACHE", *without)}
     env |= {"CQR_COMPRESS_NATIVE": "1", **environment}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("[[5.0, 6.0], [1.0, 2.0]] ") and done.stderr == ""
-    return done.stdout.split("]] ")[1].strip()
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.startswith("[[5.0, 6.0], [1.0, 2.0]] ") and not list(temporary.iterdir())
+    return Ran(done.stdout.split("]] ")[1].strip(), done.stderr, sorted((tmp_path / "cache").rglob("*.so")))
+
+
+def fake_compiler(tmp_path: Path, script: str) -> str:
+    path = tmp_path / "fake-cc"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
 
 
 def test_lookups_work_where_nothing_can_be_compiled(tmp_path: Path) -> None:
-    assert run(tmp_path, CQR_COMPRESS_NATIVE="0") == "disabled by CQR_COMPRESS_NATIVE=0"
+    off = run(tmp_path, CQR_COMPRESS_NATIVE="0")
+    assert off == ("disabled by CQR_COMPRESS_NATIVE=0", "", [])
     bare = run(tmp_path, PATH=str(tmp_path), CC="nothing")
-    assert bare == "no C compiler: none of 'nothing', gcc and clang found"
-    assert "false failed" in run(tmp_path, CC="false")
-    assert not list((tmp_path / "cache").rglob("*.so"))
+    assert bare == ("no C compiler: none of 'nothing', gcc and clang found", "", [])
+    failing = run(tmp_path, CC=fake_compiler(tmp_path, "echo out of order >&2; exit 3"))
+    assert failing.reason.endswith("fake-cc failed with code 3 out of order") and not failing.libraries
+    assert "lookups on the CPU run in torch, slower: " in failing.notes
 
 
 @needs_library
-def test_the_library_is_built_once_into_a_private_folder(tmp_path: Path) -> None:
-    first, again = run(tmp_path), run(tmp_path)
-    assert first == again and Path(first).parent == tmp_path / "cache" / "cqr-compress"
-    assert (
-        stat.S_IMODE(Path(first).parent.stat().st_mode) == 0o700 and len(list(Path(first).parent.iterdir())) == 1
+def test_a_library_is_compiled_once_into_a_private_folder_and_then_needs_no_compiler(tmp_path: Path) -> None:
+    first, again = run(tmp_path), run(tmp_path, PATH=str(tmp_path), CC="nothing")
+    assert first == again == (str(first.libraries[0]), "", first.libraries)
+    folder = first.libraries[0].parent
+    assert folder == tmp_path / "cache" / "cqr-compress" and list(folder.iterdir()) == first.libraries
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, *first.libraries)] == [0o700, 0o700]
+
+
+@needs_library
+def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    compiler = fake_compiler(tmp_path, f"echo $@ >> {log}; exec cc $@")
+    with ThreadPoolExecutor() as pool:
+        reasons = {ran.reason for ran in pool.map(lambda _: run(tmp_path, CC=compiler), range(2))}
+    assert len(reasons) == 1 and len(log.read_text().splitlines()) == 2  # compile and link
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other bytes", "writable", "link", "foreign"])
+def test_a_cached_library_that_is_damaged_or_foreign_is_removed_and_built_again(
+    tmp_path: Path, damage: str
+) -> None:
+    notes: list[str] = []
+
+    def compiled(path: Path) -> None:
+        path.write_bytes(b"library")
+
+    def library() -> Path:
+        return cached_library(tmp_path, "key", compiled, notes.append)
+
+    good = library()
+    assert library() == good and not notes
+    if damage == "truncated":
+        good.write_bytes(b"lib")
+    elif damage == "other bytes":
+        good.write_bytes(b"Library")
+    elif damage == "writable":
+        good.chmod(0o666)
+    elif damage == "link":
+        good.rename(tmp_path / "elsewhere.so")
+        good.symlink_to(tmp_path / "elsewhere.so")
+    elif os.geteuid() == 0:
+        os.chown(good, 54321, -1)
+    else:
+        pytest.skip("needs root to make a file of another user")
+    problem = {"truncated": "is damaged", "other bytes": "is damaged", "link": "cannot be read"}.get(
+        damage, "can be written to by others"
     )
+    assert library() == good and good.read_bytes() == b"library"
+    assert len(notes) == 1 and notes[0].startswith(f"{good} {problem}") and notes[0].endswith(": it is removed")
+    assert stat.S_IMODE(good.lstat().st_mode) == 0o700 and library() == good and len(notes) == 1
 
 
 @needs_library
-def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path: Path) -> None:
+def test_a_truncated_library_in_the_cache_does_not_crash_the_next_program(tmp_path: Path) -> None:
+    good = run(tmp_path).libraries[0]
+    os.truncate(good, 8000)
+    ran = run(tmp_path)
+    assert ran.libraries == [good] == [Path(ran.reason)] and "is damaged: it is removed" in ran.notes
+
+
+@needs_library
+def test_a_folder_that_others_can_write_to_is_not_trusted_and_nothing_is_left_elsewhere(tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "cqr-compress"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    path = Path(run(tmp_path))
-    assert folder not in path.parents and path.name.endswith(".so") and not list(folder.iterdir())
+    ran = run(tmp_path)
+    assert Path(ran.reason).suffix == ".so" and folder not in Path(ran.reason).parents and not ran.libraries
+    assert f"others can write to the cache folder {folder}: each program compiles its lookups again" in ran.notes
+    own = tmp_path / "own"
+    assert Path(run(tmp_path, CQR_COMPRESS_CACHE=str(own)).reason).parent == own
+
+
+@needs_library
+def test_a_process_without_a_cache_shares_its_library_with_those_that_it_starts(tmp_path: Path) -> None:
+    script = """
+import os, subprocess, sys
+from cqr_compress.kernel.build import native
+code = "from cqr_compress.kernel.build import native; print(native().reason)"
+found = native().reason
+child = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "CC": "x", "PATH": ""})
+assert found.endswith(".so") and child.stdout.decode().strip() == found, child
+"""
+    (tmp_path / "file").touch()
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@needs_library
+def test_a_relative_cache_folder_is_ignored_and_a_home_folder_is_not_needed(tmp_path: Path) -> None:
+    relative = run(tmp_path, XDG_CACHE_HOME="cache", HOME=str(tmp_path / "home"))
+    assert Path(relative.reason).parent == tmp_path / "home" / ".cache" / "cqr-compress"
+    assert not (tmp_path / "cache").exists()
+    homeless = run(tmp_path, XDG_CACHE_HOME="", HOME="relative")
+    assert "there is no home folder for a cache" in homeless.notes and homeless.reason.endswith(".so")
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to change the user id")
+def test_a_user_without_a_name_and_a_home_folder_looks_rows_up(tmp_path: Path) -> None:
+    script = f"""
+import os, sys, torch
+sys.path[:] = {sys.path!r}
+os.environ.pop("HOME", None); os.environ.pop("XDG_CACHE_HOME", None); os.environ["TMPDIR"] = {str(tmp_path)!r}
+from cqr_compress.kernel import build
+os.setuid(54321)
+print(build.native().reason)
+"""
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_mode & 0o005 != 0o005:
+            folder.chmod(0o755)
+    tmp_path.chmod(0o777)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0 and done.stdout.strip().endswith(".so"), done
+    assert "there is no home folder for a cache" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_compiler_that_hangs_is_given_up_and_not_tried_again_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_SECONDS", 0.3)
+    monkeypatch.setenv("CQR_COMPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CC", fake_compiler(tmp_path, "echo >> tries; sleep 60; true"))
+    monkeypatch.chdir(tmp_path)
+    for message in ("fake-cc did not finish in time", "tried again later, or without .*timeout"):
+        start = time.monotonic()
+        with pytest.warns(CqrCompressWarning, match=f"lookups on the CPU run in torch, slower: .*{message}"):
+            assert build._compiled().library is None
+        assert time.monotonic() - start < 5
+    assert (tmp_path / "tries").read_text() == "\n"
+    (stamp,) = (tmp_path / "cache").glob("*.timeout")
+    os.utime(stamp, (0, 0))
+    with pytest.warns(CqrCompressWarning, match="fake-cc did not finish in time"):
+        build._compiled()
+    assert (tmp_path / "tries").read_text() == "\n\n"
+
+
+@needs_library
+def test_the_libraries_of_a_wheel_agree_with_torch_at_each_level_of_this_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    built = wheel_hook._compiled(tmp_path, warnings.append)
+    assert len(built) + len(warnings) == len(THREADS) * len(levels())
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "lookup.c")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    found = list(build._installed())
+    assert {path.name for path in found} <= {path.name for path in built}
+    assert [path.stem.endswith("-serial") for path in found] == sorted(
+        path.stem.endswith("-serial") for path in found
+    )
+    layers = [replace(SMALL, codebook_dtype=dtype, embedding_dim=72) for dtype in ("float16", "float32")]
+    rowwise = RowwiseSpec(method="int8", num_embeddings=50, embedding_dim=33, n_bits=8)
+    for path in found:
+        library = build._loaded(path).library
+        monkeypatch.setattr(ops, "_library", lambda library=library: library)
+        ops.has_half.cache_clear()
+        for spec in (*layers, rowwise):
+            assert_same(random_table(spec, 0), torch.randint(50, (1100,)))
+    monkeypatch.undo()
+    ops.has_half.cache_clear()
+
+
+def test_a_wheel_without_a_compiler_has_no_library_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    warnings: list[str] = []
+    assert wheel_hook._compiled(tmp_path, warnings.append) == []
+    assert warnings == ["the wheel has no compiled lookups: no C compiler: none of 'cc', gcc and clang found"]
+
+
+@needs_library
+def test_the_library_of_a_wheel_is_used_without_a_compiler_and_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    level = list(levels())[-1]
+    output = tmp_path / installed_name(level, "")
+    compile_library(find_compiler(), (*level_flags(level), *THREADS[""]), output, 60)
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "lookup.c")
+    monkeypatch.setenv("PATH", "")
+    assert native.__wrapped__().reason == str(output)

@@ -566,6 +566,46 @@ def test_torch_export_gives_a_program_for_any_batch(table: CompressedTable) -> N
     assert torch.allclose(program.module()(ids), dense(table)(ids), atol=1e-6)
 
 
+STRICT = pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"),
+    reason="torch before 2.7 does not tell a strict export from a compilation",
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=STRICT)])
+@pytest.mark.parametrize("name", ["prq", "kept", "int4"])
+def test_torch_export_gives_products_for_any_number_of_queries(name: str, strict: bool) -> None:
+    class Best(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = CompressedEmbedding(random_table(SPECS[name]))
+
+        def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return self.layer.scores(h), h @ self.layer.weight.T, self.layer.topk(h, 7).values
+
+    model, h = Best(), torch.randn(150, D)  # more than a block of queries
+    varying = ({0: torch.export.Dim("queries", min=2, max=1000)},)
+    program = torch.export.export(model, (h[:9],), dynamic_shapes=varying, strict=strict)
+    scores = h @ dense(random_table(SPECS[name])).weight.T
+    for found, wanted in zip(program.module()(h), (scores, scores, scores.topk(7).values), strict=True):
+        assert torch.allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=STRICT)])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_torch_export_gives_bags_of_any_size(mode: str, strict: bool) -> None:
+    table = random_table(SPECS["kept"])
+    layer = CompressedEmbeddingBag(table, mode=mode, padding_idx=5)
+    other = nn.EmbeddingBag(N, D, mode=mode, padding_idx=5, _weight=table.decode())
+    ids, offsets = IDS.flatten(), torch.tensor([0, 2, 2, 7])
+    varying = ({0: torch.export.Dim("ids", min=2, max=1000)}, {0: torch.export.Dim("bags", min=2, max=100)})
+    program = torch.export.export(layer, (ids, offsets), dynamic_shapes=varying, strict=strict)
+    more = torch.cat([ids, ids, torch.full((9,), 5)]), torch.tensor([0, 1, 1, 9, 20, 24])
+    assert torch.allclose(program.module()(*more), other(*more), atol=1e-5)
+
+
 @pytest.mark.skipif(not hasattr(torch.jit, "trace"), reason="this torch has no torch.jit.trace")
 def test_a_trace_serves_other_ids_and_can_be_saved(table: CompressedTable) -> None:
     with warnings.catch_warnings():

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +19,7 @@ from cqr_compress import CompressedEmbedding, CompressedEmbeddingBag, Compressed
 from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import SwapError, TableNotFoundError, WeightWriteError
+from cqr_compress.model.load import load_checkpoint
 
 
 class Scaled(nn.Embedding):
@@ -155,6 +158,7 @@ def test_the_model_holds_the_bytes_of_the_file_and_no_dense_table(loaded: Model,
 def test_the_state_dict_is_the_file(loaded: Model, small: Path) -> None:
     with open_checkpoint(small) as checkpoint:
         in_file = {name: entry.stored.read().clone() for name, entry in checkpoint.entries.items()}
+    assert all(in_file.pop(name).shape == (0,) for name in TABLES)
     state = {k: v for k, v in loaded.state_dict().items() if not k.startswith("again.")}
     state = {k.replace("relation_compressed.", "relation."): v for k, v in state.items()}
     assert state.keys() == in_file.keys()
@@ -165,6 +169,14 @@ def test_the_state_dict_is_the_file(loaded: Model, small: Path) -> None:
         parameter.data.zero_()
     other.load_state_dict(loaded.state_dict(), strict=True)
     assert torch.equal(other(IDS), loaded(IDS))
+
+
+def test_a_layer_loads_its_tensors_from_the_file_as_from_a_state_dict(small: Path) -> None:
+    layer = CompressedEmbedding(tables_of(small)["item.weight"])
+    state = {name[5:]: tensor for name, tensor in load_file(small).items() if name.startswith("item.")}
+    assert state["weight"].numel() == 0
+    layer.load_state_dict(state, strict=True)
+    layer.load_state_dict(load_file(small), strict=False)
 
 
 def test_loading_does_not_hold_on_to_the_file(small: Path, tmp_path: Path, exported: Model) -> None:
@@ -318,6 +330,74 @@ def test_not_strict_loads_what_fits_and_says_what_did_not(small: Path, exported:
     assert torch.equal(model.item(IDS), exported.item(IDS))
     model.blocks[0] = nn.Linear(16, 4)
     assert "'blocks.0.weight'" in refusal(lambda: cqr.load_compressed(model, small, strict=False), model)
+
+
+def test_other_programs_fail_instead_of_leaving_random_rows(small: Path) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"size mismatch for item.weight: .*torch.Size\(\[0\]\) from checkpoint"
+    ):
+        Model().load_state_dict(load_file(small), strict=False)
+    with safe_open(small, "pt") as file:
+        assert file.metadata()["format"] == "cqr_compress"
+
+
+class Positions(nn.Module):
+    """Computes positions, as encoders do whose older files contain them."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^pooler\.", r"token_mask$")
+
+    def __init__(self, length: int = 512) -> None:
+        super().__init__()
+        self.item = nn.Embedding(1200, 16)
+        self.register_buffer("position_ids", torch.arange(length)[None], persistent=False)
+
+
+class Encoder(nn.Module):
+    def __init__(self, length: int = 512) -> None:
+        super().__init__()
+        self.inner = Positions(length)
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    """A file with tensors that the model computes or ignores, and its dense source."""
+    computed = {
+        "inner.position_ids": torch.arange(512)[None],
+        "inner.pooler.weight": torch.randn(3, 3),
+        "inner.x.token_mask": torch.zeros(2),
+    }
+    torch.save(Encoder().state_dict() | computed, tmp_path / "older.pt")
+    cqr.convert(tmp_path / "older.pt", tmp_path / "older.safetensors", tables=["inner.item.weight"], ratio=4)
+    return tmp_path / "older.safetensors"
+
+
+def test_tensors_that_the_model_computes_are_skipped_with_a_note(older: Path, caplog: Any) -> None:
+    caplog.set_level("INFO", "cqr_compress")
+    model = Encoder()
+    done = cqr.load_compressed(model, older)
+    assert set(done.skipped) == {"inner.position_ids", "inner.pooler.weight", "inner.x.token_mask"}
+    assert done.unexpected == done.missing == ()
+    assert "skipped 'inner.position_ids' of the file, which the model computes itself or ignores" in caplog.text
+    assert torch.equal(model.inner.position_ids, torch.arange(512)[None])
+    cqr.save_compressed(model, older.with_name("again.safetensors"), template=older)
+    assert set(cqr.load_dense_state_dict(older.with_name("again.safetensors"))) == set(
+        cqr.load_dense_state_dict(older)
+    )
+
+
+def test_a_dense_checkpoint_with_computed_tensors_loads_too(older: Path) -> None:
+    model = Encoder()
+    load_checkpoint(model, older.with_name("older.pt"))
+    assert torch.equal(model.inner.item.weight, torch.load(older.with_name("older.pt"))["inner.item.weight"])
+
+
+def test_only_tensors_of_the_same_shape_and_path_are_skipped(older: Path, tmp_path: Path) -> None:
+    message = refusal(lambda: cqr.load_compressed(model, older), model := Encoder(length=256))
+    assert "the model does not have these tensors of the file: 'inner.position_ids'" in message
+    torch.save(Encoder().state_dict() | {"pooler.weight": torch.randn(3, 3)}, tmp_path / "other.pt")
+    cqr.convert(tmp_path / "other.pt", tmp_path / "other.safetensors", tables=["inner.item.weight"], ratio=4)
+    message = refusal(lambda: cqr.load_compressed(model, tmp_path / "other.safetensors"), model := Encoder())
+    assert "the model does not have these tensors of the file: 'pooler.weight'" in message
 
 
 def test_wrapper_prefixes_come_off_and_others_are_named(small: Path, tmp_path: Path, exported: Model) -> None:

@@ -1,7 +1,12 @@
 """The compressed file: a safetensors file with the model's state_dict, in which tables are replaced by codes.
 
 `emb.weight` of the source becomes `emb.codes`, `emb.codebooks` and so on; a bare tensor `embeddings` becomes
-`embeddings.codes`. Other tensors keep their names and bits. The metadata contains `format: "pt"` and the header.
+`embeddings.codes`. Other tensors keep their names and bits. The metadata contains the header.
+
+Programs that do not know the format must not load such a file as if its tables were only missing, and leave the
+model's random rows in place. Therefore an empty tensor has the name of each table, so that `load_state_dict` and
+transformers fail with a size mismatch, also where they ignore missing tensors; and the metadata has
+`format: "cqr_compress"`, which transformers before version 5 refuses.
 """
 
 from __future__ import annotations
@@ -14,10 +19,17 @@ import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import Checkpoint, TensorEntry
+from cqr_compress.checkpoint.formats.nesting import check_structure
 from cqr_compress.checkpoint.header import METADATA_KEY, Header
-from cqr_compress.errors import FormatError
-from cqr_compress.table.spec import AnySpec
+from cqr_compress.errors import FormatError, brief
+from cqr_compress.table.spec import AnySpec, TensorShape
 from cqr_compress.table.table import CompressedTable
+
+MARKER = TensorShape((0,), torch.uint8)
+"""The empty tensor with the name of a table."""
+_FREE_DECODED_BYTES = 2**30
+_MAX_EXPANSION = 2**16
+"""Decoded bytes per stored byte beyond the first GiB: a table of hashed codes can claim any number of rows."""
 
 
 def stored_name(table: str, short: str) -> str:
@@ -25,6 +37,11 @@ def stored_name(table: str, short: str) -> str:
     if table == "weight":
         return short
     return f"{table.removesuffix('.weight')}.{short}"
+
+
+def stored_shapes(table: str, spec: AnySpec) -> dict[str, TensorShape]:
+    """Return the shapes of all tensors that are stored for a table, by their names in the file."""
+    return {table: MARKER, **{stored_name(table, short): shape for short, shape in spec.tensor_shapes().items()}}
 
 
 def is_compressed(checkpoint: Checkpoint) -> bool:
@@ -64,9 +81,24 @@ class CompressedFile:
                         f"table {name!r} of {where!r} requires {stored_name(name, short)!r} of {expected.shape} "
                         f"{expected.dtype}, but the file has {found or 'no such tensor'}"
                     )
+            if spec.dense_nbytes > _FREE_DECODED_BYTES + _MAX_EXPANSION * spec.nbytes:
+                raise FormatError(
+                    f"table {name!r} of {where!r} would have {spec.dense_nbytes} bytes, out of proportion to the "
+                    f"{spec.nbytes} that are stored: the file is damaged"
+                )
+            marker = checkpoint.entries.get(name)  # absent before format version 2
+            if marker is not None and (marker.shape, marker.dtype) != (MARKER.shape, MARKER.dtype):
+                raise FormatError(
+                    f"{where!r} has a dense tensor {name!r} of {marker.shape} {marker.dtype} in addition to the "
+                    "compressed table of this name"
+                )
         known = {*opened.specs, *opened.dense_entries}
         if lost := sorted(target for target in opened.aliases.values() if target not in known):
-            raise FormatError(f"{where!r} has an alias of {lost[0]!r}, but no such tensor")
+            raise FormatError(f"{where!r} has an alias of {brief(lost[0])}, but no such tensor")
+        if twice := sorted(known & opened.aliases.keys()):
+            raise FormatError(f"{where!r} has both a tensor and an alias named {brief(twice[0])}")
+        if opened.header.structure is not None:
+            check_structure(opened.header.structure, known | opened.aliases.keys())
         return opened
 
     @property
@@ -87,7 +119,7 @@ class CompressedFile:
     @cached_property
     def dense_entries(self) -> Mapping[str, TensorEntry]:
         """Tensors that are not part of a table."""
-        stored = {stored_name(name, short) for name, spec in self.specs.items() for short in spec.tensor_shapes()}
+        stored = {each for name, spec in self.specs.items() for each in stored_shapes(name, spec)}
         return {name: entry for name, entry in self.checkpoint.entries.items() if name not in stored}
 
     def table(self, name: str) -> CompressedTable:

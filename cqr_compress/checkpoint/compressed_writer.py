@@ -108,6 +108,7 @@ def write_dense(
     Returns:
         Total bytes of its files.
     """
+    metadata = {**metadata, "format": "pt"}
     out = _output(destination, parts, metadata)
     _write(out, destination, parts, lambda: metadata, lambda opened: None, progress)
     return out.file_bytes
@@ -129,7 +130,7 @@ def _output(destination: Destination, parts: Sequence[Part], metadata: Mapping[s
 
 
 def _with_header(metadata: Mapping[str, str], header: Header) -> dict[str, str]:
-    return {**metadata, "format": "pt", METADATA_KEY: header.dumps()}
+    return {**metadata, "format": "cqr_compress", METADATA_KEY: header.dumps()}
 
 
 def _write(

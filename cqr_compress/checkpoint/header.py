@@ -2,7 +2,7 @@
 
 The JSON object under the metadata key `cqr_compress`:
 
-    format_version  1
+    format_version  2; files of version 1 have no empty tensors with the names of the tables
     version, seed   version of the package that wrote the file, and random seed
     method          method option of the conversion, such as "auto" (optional)
     tables          per source name: `spec`, `quality` (relative_mse, mean_cosine, recall_at_10), `reason` and
@@ -24,11 +24,12 @@ from typing import Any, TypeVar
 
 from cqr_compress._version import __version__
 from cqr_compress.checkpoint.base import UnbuiltObject
-from cqr_compress.errors import FormatError, SpecError
+from cqr_compress.checkpoint.formats.nesting import is_text
+from cqr_compress.errors import FormatError, SpecError, brief
 from cqr_compress.table.quality import Quality
 from cqr_compress.table.spec import AnySpec, spec_from_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "cqr_compress"
 _TUNING_NAMES = {"summary": "verdict"}
 """Names in the file of the fields of `tuning`, where they differ."""
@@ -47,6 +48,8 @@ _KEYS = frozenset(
         "tuning",
     ]
 )
+_MAX_REASON = 300
+_MAX_DEPTH = 100
 T = TypeVar("T")
 
 
@@ -183,29 +186,37 @@ class Header:
             version = values["format_version"]
             if not isinstance(version, int) or version > FORMAT_VERSION:
                 raise FormatError(
-                    f"{where!r} has format version {version!r}, but this version reads up to {FORMAT_VERSION}: "
-                    "upgrade cqr-compress"
+                    f"{where!r} has format version {brief(version)}, but this version reads up to "
+                    f"{FORMAT_VERSION}: upgrade cqr-compress"
                 )
-            tables = {name: _table_from_json(table) for name, table in _typed(values["tables"], dict).items()}
+            tables = {
+                _name(name): _table_from_json(_typed(table, dict, "a table"))
+                for name, table in _typed(values["tables"], dict).items()
+            }
             aliases = _typed(values["aliases"], dict)
             tuning = values.get("tuning")
+            others = {name: value for name, value in values.items() if name not in _KEYS}
+            _check_depth(others)
+            _check_depth(tuning)
             return cls(
                 tables=tables,
                 source=_source_from_json(_typed(values["source"], dict)),
                 seed=_typed(values["seed"], int),
                 method=None if values.get("method") is None else _typed(values["method"], str),
-                aliases={name: _typed(target, str) for name, target in aliases.items()},
-                outside_model=tuple(_typed(name, str) for name in _typed(values["extras"], list)),
+                aliases={_name(name): _name(target) for name, target in aliases.items()},
+                outside_model=tuple(_name(name) for name in _typed(values["extras"], list)),
                 structure=values["skeleton"],
                 left_dense=tuple(_left_from_json(item) for item in _typed(values["left_dense"], list)),
                 tuning=None if tuning is None else _tuning_from_json(_typed(tuning, dict)),
                 version=_typed(values["version"], str),
-                others={name: value for name, value in values.items() if name not in _KEYS},
+                others=others,
             )
         except FormatError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, SpecError, RecursionError, OverflowError) as e:
-            raise FormatError(f"the metadata of {where!r} is damaged: {type(e).__name__}: {e}") from e
+            raise FormatError(
+                f"the metadata of {where!r} is damaged: {type(e).__name__}: {str(e)[:_MAX_REASON]}"
+            ) from e
 
 
 def _table_to_json(table: TableRecord) -> dict[str, Any]:
@@ -243,7 +254,7 @@ def _source_from_json(values: dict[str, Any]) -> SourceRecord:
 def _left_from_json(values: dict[str, Any]) -> LeftDense:
     rows, columns = (_typed(n, int) for n in _typed(values["shape"], list))
     return LeftDense(
-        name=_typed(values["name"], str),
+        name=_name(values["name"]),
         shape=(rows, columns),
         nbytes=_typed(values["bytes"], int),
         reason=_typed(values["reason"], str),
@@ -257,16 +268,64 @@ def _tuning_to_json(tuning: Mapping[str, Any]) -> dict[str, Any]:
 def _tuning_from_json(values: dict[str, Any]) -> dict[str, Any]:
     names = {stored: name for name, stored in _TUNING_NAMES.items()}
     tuning = {names.get(name, name): value for name, value in values.items()}
+    check_tuning(tuning)
+    return tuning
+
+
+def check_tuning(tuning: Mapping[str, Any]) -> None:
+    """Check the result of fine-tuning in a header or report.
+
+    Raises:
+        TypeError: a field of the wrong type.
+        KeyError: a missing field.
+    """
     for name in ("task", "metric", "mode", "summary"):
         _typed(tuning[name], str, name)
-    for name in ("before", "after"):
-        _typed(tuning[name], dict, name)
-    if tuning["dense"] is not None:
-        _typed(tuning["dense"], dict, "dense")
-    return tuning
+    for name in ("before", "after", "dense"):
+        if name != "dense" or tuning[name] is not None:
+            check_metrics(tuning[name], name)
+            tuning[name][tuning["metric"]]  # the metric that selected the weights is one of them
+
+
+def check_metrics(metrics: Any, what: str) -> None:
+    """Check that a value read from JSON is an object of numbers.
+
+    Raises:
+        TypeError: it is not.
+    """
+    for value in _typed(metrics, dict, what).values():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _fits(value):
+            raise TypeError(f"{what} has {brief(value)} in place of a number")
+
+
+def _name(value: Any) -> str:
+    if not is_text(_typed(value, str, "a name")):
+        raise TypeError(f"the name {brief(value)} is not valid Unicode")
+    return str(value)
+
+
+def _fits(number: float) -> bool:
+    """Return whether a number is no integer that 64 bits cannot hold."""
+    return isinstance(number, float) or abs(number) < 2**63
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse values that are nested too deeply to be written again."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, (dict, list))
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    if level:
+        raise ValueError(f"it has values of more than {_MAX_DEPTH} levels")
 
 
 def _typed(value: Any, kind: type[T], what: str = "a field") -> T:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise TypeError(f"{what} is {value!r}, not {kind.__name__}")
+        raise TypeError(f"{what} is {brief(value)}, not {kind.__name__}")
+    if isinstance(value, int) and not _fits(value):
+        raise TypeError(f"{what} is {brief(value)}, which 64 bits cannot hold")
     return value

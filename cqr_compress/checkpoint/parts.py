@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import TensorEntry, read_blocks
-from cqr_compress.checkpoint.compressed_file import CompressedFile, stored_name
+from cqr_compress.checkpoint.compressed_file import CompressedFile, stored_name, stored_shapes
 from cqr_compress.errors import NonFiniteError
 from cqr_compress.table.blocks import BLOCK_BYTES
 from cqr_compress.table.spec import AnySpec, TensorShape
@@ -64,14 +64,13 @@ def trained_part(entry: TensorEntry, tensor: Tensor) -> Part:
 
 def table_part(name: str, spec: AnySpec, tensors: Mapping[str, Tensor]) -> Part:
     """Make a part that writes a compressed table, whose tensors have the dtypes of the spec or wider ones."""
-    shapes = {stored_name(name, short): shape for short, shape in spec.tensor_shapes().items()}
 
     def write(put: Put) -> None:
         for short, shape in spec.tensor_shapes().items():
             stored = stored_name(name, short)
             put(stored, _narrowed(stored, tensors[short], shape.dtype))
 
-    return Part(shapes, write)
+    return Part(stored_shapes(name, spec), write)
 
 
 def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

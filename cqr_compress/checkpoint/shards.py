@@ -52,7 +52,7 @@ class Output:
         output: output path of the user.
         shapes: shapes of all tensors.
         paths: files from `shard_paths`.
-        metadata: metadata of the first file, not shorter than that passed to `finish`.
+        metadata: metadata of the first file with `format`, not shorter than that passed to `finish`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Output:
         self._writers: list[SafetensorsWriter] = []
         self._writer_of: dict[str, SafetensorsWriter] = {}
         for path, group in paths.items():
-            layout = lay_out(group, metadata if not self._writers else {"format": "pt"})
+            layout = lay_out(group, metadata if not self._writers else _of_other_shards(metadata))
             writer = SafetensorsWriter(path, layout)
             self._writers.append(writer)
             self._writer_of.update(dict.fromkeys(group, writer))
@@ -100,7 +100,7 @@ class Output:
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Complete all temporary files."""
         for writer in self._writers:
-            writer.finish(metadata if writer is self._writers[0] else {"format": "pt"})
+            writer.finish(metadata if writer is self._writers[0] else _of_other_shards(metadata))
 
     def reopen(self) -> Checkpoint:
         """Open the temporary files that `finish` completed."""
@@ -136,6 +136,11 @@ class Output:
         if self._index is not None:
             with atomic_file(self.final_path) as file:
                 file.write(self._index)
+
+
+def _of_other_shards(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata of the shards after the first: its format."""
+    return {"format": metadata["format"]}
 
 
 def _checksum_of(entry: TensorEntry, step: Callable[[int], None]) -> int:

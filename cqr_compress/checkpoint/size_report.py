@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from dataclasses import fields as fields_of
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cqr_compress.checkpoint.base import UnbuiltObject
 from cqr_compress.checkpoint.compressed_file import CompressedFile
-from cqr_compress.checkpoint.header import Header, LeftDense
-from cqr_compress.errors import FormatError
+from cqr_compress.checkpoint.header import Header, LeftDense, check_metrics, check_tuning
+from cqr_compress.errors import FormatError, brief
 
 SCHEMA_VERSION = 2
 
@@ -118,20 +119,95 @@ class SizeReport:
             raise FormatError(f"{where!r} is JSON, but not a size report: give a report that `convert` wrote")
         if values["schema_version"] != SCHEMA_VERSION:
             raise FormatError(
-                f"{where!r} has report schema {values['schema_version']!r}, but this version reads "
+                f"{where!r} has report schema {brief(values['schema_version'])}, but this version reads "
                 f"{SCHEMA_VERSION}: inspect the compressed file instead"
             )
         try:
             fields = {k: v for k, v in values.items() if k not in ("kind", "schema_version")}
-            tables = [
-                TableReport(**{**table, "shape": tuple(table["shape"]), "aliases": tuple(table["aliases"])})
-                for table in fields.pop("tables")
-            ]
-            left = tuple(LeftDense(**{**item, "shape": tuple(item["shape"])}) for item in fields.pop("left_dense"))
-            unbuilt = tuple(UnbuiltObject(**item) for item in fields.pop("unbuilt_objects"))
-            return cls(tables=tables, left_dense=left, unbuilt_objects=unbuilt, **fields)
-        except (TypeError, KeyError) as e:
-            raise FormatError(f"{where!r} is a damaged size report: {e}") from e
+            report = cls(
+                tables=[_from_json(TableReport, table) for table in _list(fields.pop("tables"))],
+                left_dense=tuple(_from_json(LeftDense, item) for item in _list(fields.pop("left_dense"))),
+                unbuilt_objects=tuple(
+                    _from_json(UnbuiltObject, item) for item in _list(fields.pop("unbuilt_objects"))
+                ),
+                **_checked_fields(cls, fields),
+            )
+            if report.tuning is not None:
+                check_tuning(report.tuning)
+            if report.evaluation is not None:
+                _check_evaluation(report.evaluation)
+            return report
+        except (TypeError, ValueError, KeyError, AttributeError) as e:
+            raise FormatError(f"{where!r} is a damaged size report: {str(e)[:300]}") from e
+
+
+_NUMBER = (int, float)
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "bool": (bool,),
+    "int": (int,),
+    "float": _NUMBER,
+    "float | None": (*_NUMBER, type(None)),
+    "dict[str, Any] | None": (dict, type(None)),
+    "tuple[int, int]": (int,),
+    "tuple[str, ...]": (str,),
+}
+"""Types in JSON of the fields of reports by annotation; of a tuple, those of its parts."""
+R = TypeVar("R")
+
+
+def _list(values: Any) -> list[Any]:
+    if not isinstance(values, list):
+        raise TypeError(f"it has {brief(values)} in place of a list")
+    return values
+
+
+def _from_json(cls: type[R], values: Any) -> R:
+    """Make a dataclass of a JSON object; raises TypeError."""
+    if not isinstance(values, dict):
+        raise TypeError(f"a {cls.__name__} is {brief(values)}")
+    return cls(**_checked_fields(cls, values))
+
+
+def _checked_fields(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Check the types of fields, and convert lists to tuples; raises TypeError."""
+    annotations = {field.name: str(field.type) for field in fields_of(cls)}
+    checked = {}
+    for name, value in values.items():
+        annotation = annotations.get(name, "")
+        if annotation not in _TYPES:
+            raise TypeError(f"it has the field {brief(name)}")
+        parts = value if annotation.startswith("tuple") and isinstance(value, list) else [value]
+        if annotation == "tuple[int, int]" and len(parts) != 2:
+            raise TypeError(f"{name} is not two sizes")
+        for part in parts:
+            if not isinstance(part, _TYPES[annotation]) or (isinstance(part, bool) and annotation != "bool"):
+                raise TypeError(f"{name} is {brief(part)}")
+            if isinstance(part, int) and abs(part) >= 2**63:
+                raise TypeError(f"{name} is {brief(part)}, which 64 bits cannot hold")
+        checked[name] = tuple(parts) if annotation.startswith("tuple") else value
+    return checked
+
+
+def _check_evaluation(values: dict[str, Any]) -> None:
+    """Check the result of `evaluate` as `inspect` shows it; raises TypeError, KeyError or AttributeError."""
+    for name in ("dense", "metrics"):
+        if values[name] is not None:
+            check_metrics(values[name], name)
+    if values["metric"] is not None:
+        for metrics in (values["metrics"], values["dense"] or values["metrics"]):
+            if metrics is None or metrics.keys() != values["metrics"].keys() or values["metric"] not in metrics:
+                raise TypeError("its metrics do not match")
+    numbers = {"file_bytes": values["file_bytes"], "dense_bytes": values["dense_bytes"] or 0}
+    check_metrics(numbers, "evaluation")
+    for table in values["tables"]:
+        check_metrics(table["quality"], "quality")
+        for item in (table, *table["bands"]):
+            if not isinstance(item["name"], str):
+                raise TypeError(f"a table is named {brief(item['name'])}")
+        for band in table["bands"]:
+            check_metrics({k: v for k, v in band.items() if k != "name" and v is not None}, "a band")
+            band["num_ids"]
 
 
 def size_report(header: Header, file: str, file_bytes: int, measured: bool) -> SizeReport:

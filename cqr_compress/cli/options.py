@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
+from cqr_compress.cli.printable import printable
 from cqr_compress.errors import CqrCompressError, CqrCompressWarning, UserCodeError
 from cqr_compress.option_fields import OptionInfo, option_infos
 
@@ -197,7 +198,7 @@ def _messages() -> Iterator[None]:
             def show(message: Any, category: type[Warning], filename: str, lineno: int,
                      file: TextIO | None = None, line: str | None = None) -> None:  # fmt: skip
                 if issubclass(category, CqrCompressWarning):
-                    typer.echo(f"note: {message}", err=True)
+                    typer.echo(printable(f"note: {message}"), err=True)
                 else:
                     shown_before(message, category, filename, lineno, file, line)
 
@@ -213,11 +214,11 @@ class _StderrHandler(logging.Handler):
     """Writes to the current sys.stderr, which is above the bars while bars are shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        print(printable(self.format(record)), file=sys.stderr, flush=True)
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(printable(f"error: {message}"), err=True)
     raise SystemExit(code)
 
 

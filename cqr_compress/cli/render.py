@@ -10,6 +10,7 @@ from rich.text import Text
 
 from cqr_compress.checkpoint.base import UnbuiltObject
 from cqr_compress.checkpoint.size_report import SizeReport
+from cqr_compress.cli.printable import printable
 from cqr_compress.cli.tables import Column, print_table, stdout
 from cqr_compress.commands.evaluate import EvaluationReport
 from cqr_compress.commands.inspect import DenseReport
@@ -111,7 +112,8 @@ def print_load_hint(report: SizeReport) -> None:
     """Print the two lines of Python that load the file."""
     console = stdout()
     console.print()
-    console.print(Text(f"import cqr_compress as cqr\ncqr.load_compressed(model, {report.file!r})"), soft_wrap=True)
+    code = f"import cqr_compress as cqr\ncqr.load_compressed(model, {report.file!r})"
+    console.print(Text(printable(code)), soft_wrap=True)
 
 
 def print_dense_report(report: DenseReport) -> None:
@@ -119,7 +121,7 @@ def print_dense_report(report: DenseReport) -> None:
     console = stdout()
     _line(console, f"{report.file}: {report.format}, {size(report.file_bytes)}, {report.num_tensors} tensors")
     for warning in report.warnings:
-        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+        console.print(Text(printable(f"warning: {warning}"), style="yellow"), soft_wrap=True)
     if report.tables:
         _print_dense_tables(console, report)
         console.print()
@@ -240,7 +242,7 @@ def _print_unbuilt(console: Console, unbuilt: Iterable[UnbuiltObject]) -> None:
 
 def _line(console: Console, text: str) -> None:
     """Print text: wrapped at words on a terminal, on one line in a file."""
-    console.print(Text(text), soft_wrap=not console.is_terminal)
+    console.print(Text(printable(text)), soft_wrap=not console.is_terminal)
 
 
 def _change(before: int, after: int) -> str:

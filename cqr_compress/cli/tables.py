@@ -13,6 +13,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from cqr_compress.cli.printable import printable
+
 _WIDTH_OF_FILES = 160
 """Columns where the output is no terminal and COLUMNS does not say."""
 _LITTLE_WEIGHT = 3
@@ -52,6 +54,9 @@ def print_table(
     Empty columns are left out. Names in the first column stay whole while columns of little weight can be left
     out; then they are folded.
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
+    columns = [replace(column, heading=printable(column.heading)) for column in columns]
+    title = printable(title)
     filled = [i for i in range(len(columns)) if not rows or any(row[i].strip() for row in rows)]
     columns, rows = [columns[i] for i in filled], [[row[i] for i in filled] for row in rows]
     drops = sorted({column.drop for column in columns if column.drop}, reverse=True)
@@ -127,10 +132,10 @@ def _fitted(
 def _table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1), show_edge=False,
-        title=title or None, title_justify="left", title_style="bold",
+        title=Text(title, style="bold") if title else None, title_justify="left",
     )  # fmt: skip
     for column in columns:
-        table.add_column(column.heading, justify="right" if column.right else "left", no_wrap=True)
+        table.add_column(Text(column.heading), justify="right" if column.right else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
     return table

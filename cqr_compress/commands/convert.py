@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import DTYPES, Checkpoint, TensorEntry
-from cqr_compress.checkpoint.compressed_file import CompressedFile, is_compressed, stored_name
+from cqr_compress.checkpoint.compressed_file import CompressedFile, is_compressed, stored_name, stored_shapes
 from cqr_compress.checkpoint.compressed_writer import CompressedOutput, Destination
 from cqr_compress.checkpoint.formats.nesting import is_text
 from cqr_compress.checkpoint.formats.open import files_of, open_checkpoint
@@ -181,8 +181,7 @@ def _encoded_part(name: str, table: PlannedTable, meters: dict[str, QualityMeter
         if not torch.equal(exact.view(torch.uint8), exact_rows_of(table.scan).view(torch.uint8)):
             raise VerificationError(f"the exact rows of table {name!r} of {opened.name!r} differ from the source")
 
-    shapes = {stored_name(name, short): shape for short, shape in table.spec.tensor_shapes().items()}
-    return Part(shapes, write, check, shows_progress=True)
+    return Part(stored_shapes(name, table.spec), write, check, shows_progress=True)
 
 
 def _check_names(checkpoint: Checkpoint, planned: Planned) -> None:

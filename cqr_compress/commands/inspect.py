@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from cqr_compress.checkpoint.base import TensorEntry, UnbuiltObject
 from cqr_compress.checkpoint.compressed_file import CompressedFile, is_compressed
 from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.checkpoint.json_file import read_json
 from cqr_compress.checkpoint.size_report import SizeReport, report_of, report_path
 from cqr_compress.errors import BudgetError, CheckpointError, NonFiniteError, TableRefusedError
 from cqr_compress.planning.choose import estimate_ratio
@@ -26,6 +26,7 @@ from cqr_compress.table.blocks import row_blocks
 SCHEMA_VERSION = 2
 ESTIMATED_RATIOS = (8, 16, 32)
 _SAMPLE_ROWS = 8192
+_MAX_RANK = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +163,7 @@ def _with_evaluation(report: SizeReport) -> SizeReport:
 
 
 def _saved_report(path: Path) -> SizeReport:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{str(path)!r} cannot be read as a report: {e}") from e
-    return SizeReport.from_json(values, str(path))
+    return SizeReport.from_json(read_json(path), str(path))
 
 
 def _describe(
@@ -210,10 +207,13 @@ def effective_rank(rows: Tensor) -> float:
     """Compute the exponential of the entropy of the normalized singular values (Roy & Vetterli 2007, EUSIPCO).
 
     Args:
-        rows: (n, D) float32.
+        rows: (n, D) float32; of more than 2,048 dimensions, 2,048 rows are used.
     """
+    if rows.shape[1] > _MAX_RANK and len(rows) > _MAX_RANK:
+        rows = rows[torch.linspace(0, len(rows) - 1, _MAX_RANK).long()]
     rows = rows / rows.abs().max().clamp_min(1e-38)
-    singular = torch.linalg.eigvalsh((rows.T @ rows).double()).clamp_min(0).sqrt()
+    gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows  # the smaller: both have its eigenvalues
+    singular = torch.linalg.eigvalsh(gram.double()).clamp_min(0).sqrt()
     shares = singular / singular.sum().clamp_min(1e-300)
     return float(torch.special.entr(shares).sum().exp())
 

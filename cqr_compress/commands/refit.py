@@ -7,7 +7,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from cqr_compress.checkpoint.compressed_file import CompressedFile, stored_name
+from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.compressed_writer import CompressedOutput, Destination
 from cqr_compress.checkpoint.formats.open import files_of, open_checkpoint
 from cqr_compress.checkpoint.parts import Part, copied_part, table_part
@@ -69,14 +69,10 @@ def refit(
             table = opened.table(name)
             scan = source_rows(dense, name, table, counts.get(name), progress)
             refined, errors = _refined(name, table, scan, refine_rounds, progress)
-            if refined is None:
-                parts += [
-                    copied_part(compressed.entries[stored_name(name, short)]) for short in spec.tensor_shapes()
-                ]
-            else:
+            if refined is not None:
                 quality = table_quality(scan.blocks(), refined.decode, spec.num_embeddings, scan.weights)
                 records[name] = replace(records[name], quality=quality)
-                parts.append(table_part(name, spec, refined.tensors))
+            parts.append(table_part(name, spec, (refined or table).tensors))
             listed = " -> ".join(f"{error:.4f}" for error in errors) or "nothing to refit"
             _log.info("%s %s %s: relative squared error %s", name, spec.method, spec.layout, listed)
         parts += [copied_part(entry) for entry in opened.dense_entries.values()]

@@ -1,21 +1,39 @@
-"""Compile `lookup.c` with the system's C compiler on first use, and load it."""
+"""Load the compiled lookups: the library of the wheel, or one that is compiled on first use and cached."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
+import logging
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
+import sysconfig
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-_SOURCE = Path(__file__).with_name("lookup.c")
-_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-ffp-contract=off")
+import torch  # noqa: F401  (loads the OpenMP library that the compiled ones refer to)
+
+from cqr_compress.errors import CqrCompressWarning
+from cqr_compress.kernel.cache import FOLDER, cached_library, temporary_folder, user_folder
+from cqr_compress.kernel.compile import (
+    SOURCE,
+    THREADS,
+    NoCompilerError,
+    compile_library,
+    cpu_flags,
+    find_compiler,
+    installed_name,
+    levels,
+)
+
+_SECONDS = 10.0
+"""Time limit of the compiler, which needs about one.
+
+Lookups wait for it: were they to change from torch to C while a program runs, its results would depend on when.
+"""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,86 +49,94 @@ class Native:
     reason: str
 
 
-@functools.cache
+@cache
 def native() -> Native:
-    """Load the library, compiling it if it is not cached; failures are reported in `reason`, not raised."""
+    """Load the library; failures are reported in `reason`, not raised.
+
+    Warns:
+        CqrCompressWarning: a compiler failed, or its library could not be cached or loaded.
+    """
     if os.environ.get("CQR_COMPRESS_NATIVE", "1") == "0":
         return Native(None, "disabled by CQR_COMPRESS_NATIVE=0")
-    named = os.environ.get("CC", "cc")
-    compiler = shutil.which(named) or shutil.which("gcc") or shutil.which("clang")
-    if os.name != "posix" or compiler is None:
-        return Native(None, f"no C compiler: none of {named!r}, gcc and clang found")
-    try:
-        path = _build(compiler, ("-fopenmp",))
+    for path in _installed():
         try:
-            library = ctypes.CDLL(str(path))
-        except OSError:  # torch uses another OpenMP library than this compiler
-            path = _build(compiler, ())
-            library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as e:
-        detail = getattr(e, "stderr", b"") or b""
-        return Native(None, f"{compiler} failed: {e} {detail.decode(errors='replace')[-500:]}")
+            return _loaded(path)
+        except (OSError, AttributeError) as e:
+            _log.debug("%s: %s", path, e)
+    return _compiled()
+
+
+def _installed() -> Iterator[Path]:
+    """Iterate over the libraries that came with the wheel and that this CPU can run, best first."""
+    have = cpu_flags()
+    for threads in THREADS:
+        for level, needed in levels().items():
+            path = SOURCE.with_name(installed_name(level, threads))
+            if needed <= have and path.exists():
+                yield path
+
+
+def _compiled() -> Native:
+    """Load a library from the cache, or compile it."""
+    if os.name != "posix":
+        return Native(None, "libraries are compiled on Linux and macOS only")
+    try:
+        folder = _folder()
+        for threads in THREADS.values():
+            try:
+                return _loaded(cached_library(folder, _key(threads), partial(_build, threads), _note))
+            except (NoCompilerError, TimeoutError):
+                raise
+            except (OSError, AttributeError) as e:  # such as symbols of another OpenMP library than torch's
+                problem = str(e)
+    except NoCompilerError as e:
+        return Native(None, str(e))
+    except OSError as e:
+        problem = str(e)
+    _note(f"lookups on the CPU run in torch, slower: {problem}")
+    return Native(None, problem)
+
+
+def _folder() -> Path:
+    """Return the cache folder, or a temporary folder if the cache is not suitable."""
+    try:
+        return user_folder()
+    except OSError as e:
+        find_compiler()
+        _note(f"{e}: each program compiles its lookups again. Set {FOLDER} to a folder that only you can write to")
+        return temporary_folder()
+
+
+def _key(threads: tuple[str, ...]) -> str:
+    """Return what a library depends on; not the compiler, so that a cached library is used without one."""
+    return "\0".join([SOURCE.read_text(), *threads, sysconfig.get_platform(), *sorted(cpu_flags())])
+
+
+def _build(threads: tuple[str, ...], output: Path) -> None:
+    compile_library(find_compiler(), ("-march=native", *threads), output, _SECONDS)
+
+
+def _loaded(path: Path) -> Native:
+    library = ctypes.CDLL(str(path))
     _declare(library)
+    _log.debug("lookups run in %s", path)
     return Native(library, str(path))
+
+
+def _note(message: str) -> None:
+    warnings.warn(f"{message}.", CqrCompressWarning, stacklevel=2)
 
 
 def _declare(library: ctypes.CDLL) -> None:
     pointer: Any = ctypes.c_void_p
     integer: Any = ctypes.c_int
     long: Any = ctypes.c_int64
-    library.lookup_codewords.restype = library.lookup_integers.restype = library.all_codes.restype = long
-    library.lookup_backward.restype = None
+    for name in ("lookup_codewords", "lookup_backward", "all_codes", "lookup_integers"):
+        getattr(library, name).restype = long
     batch = [pointer, integer, long]  # ids, is_int64, B
     library.lookup_codewords.argtypes = [pointer, *batch, long, pointer, long, pointer, *[integer] * 7]
-    library.lookup_backward.argtypes = [pointer, pointer, *batch, pointer, long, *[integer] * 6]
+    library.lookup_backward.argtypes = [pointer, pointer, *batch, long, pointer, long, *[integer] * 6]
     library.all_codes.argtypes = [
         pointer, *batch, long, pointer, long, integer, pointer, integer, long, integer
     ]  # fmt: skip
     library.lookup_integers.argtypes = [pointer, *batch, long, pointer, long, pointer, pointer, *[integer] * 4]
-
-
-def _build(compiler: str, more_flags: tuple[str, ...]) -> Path:
-    """Compile the library, unless it is cached.
-
-    It is linked without an OpenMP library: its symbols resolve to the one that torch has loaded, so that both
-    share one thread pool.
-    """
-    source = _SOURCE.read_bytes()
-    flags = (*_FLAGS, *more_flags)
-    key = hashlib.sha256(b"\0".join([source, compiler.encode(), " ".join(flags).encode(), _processor()]))
-    folder = _cache_folder()
-    path = folder / f"lookup-{key.hexdigest()[:16]}.so"
-    if path.exists():
-        return path
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        compiled, linked = Path(work, "lookup.o"), Path(work, "lookup.so")
-        for command in (
-            [compiler, *flags, "-c", str(_SOURCE), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked)],
-        ):
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
-        linked.replace(path)  # atomic, also if several processes build at the same time
-    return path
-
-
-def _cache_folder() -> Path:
-    """Return a cache folder that only this user can write to; a temporary folder if the cache is not suitable."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "cqr-compress"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = folder.stat()
-        if about.st_uid == os.getuid() and not about.st_mode & 0o022 and os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="cqr-compress-"))
-
-
-def _processor() -> bytes:
-    """Return a description of the processor's instruction sets, as a part of the cache key."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "".join(line for line in lines if line.startswith(("flags", "Features")))[:8192].encode()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}".encode()

@@ -4,6 +4,9 @@
  * Shapes: N rows, D = C * S columns, C columns of S dimensions, L levels, K codewords; a row of codes is
  * `width` bytes, C * L codes of n_bits without gaps, least significant bit first. Codes are below K because K is
  * 2**n_bits. No two threads write to the same location: results do not depend on the number of threads.
+ *
+ * Another thread of the process may write to the ids meanwhile: each id is read once, checked, and used as it was
+ * checked. The functions stop at an id outside [0, N) and return its position in the batch, or -1.
  */
 #include <stdint.h>
 
@@ -41,15 +44,20 @@ INLINE f4 half_4(const half *p) { return (f4){(float)*p}; }
 INLINE f16 half_16(const half *p) { return (f16){(float)*p}; }
 #endif
 
+/* The i-th id; volatile, so that the compiler does not read it a second time after the check. */
 INLINE int64_t id_at(const void *ids, int is_int64, int64_t i) {
-    return is_int64 ? ((const int64_t *)ids)[i] : (int64_t)((const int32_t *)ids)[i];
+    return is_int64 ? ((const volatile int64_t *)ids)[i] : (int64_t)((const volatile int32_t *)ids)[i];
 }
 
-/* Index of the first id outside the table, or -1. */
-static int64_t first_bad_id(const void *ids, int is_int64, int64_t B, int64_t N) {
-    for (int64_t i = 0; i < B; i++)
-        if ((uint64_t)id_at(ids, is_int64, i) >= (uint64_t)N) return i;
-    return -1;
+INLINE int is_row(int64_t id, int64_t N) { return (uint64_t)id < (uint64_t)N; }
+
+INLINE void report(int64_t *bad, int64_t position) {
+    if (position >= 0) __atomic_store_n(bad, position, __ATOMIC_RELAXED);
+}
+
+/* Fetch an entry of an id that is not checked: an address that is not mapped is ignored. */
+INLINE void prefetch(const void *values, int64_t id, int64_t width) {
+    __builtin_prefetch((const void *)((uintptr_t)values + (uintptr_t)id * (uintptr_t)width));
 }
 
 /* The m-th code of a packed row; reads no byte beyond the row. */
@@ -89,12 +97,14 @@ INLINE uint32_t code_at(const uint8_t *row, int64_t m, int n_bits) {
 
 /* Rows a..b of the batch. The compiler unrolls the loops if L, S and n_bits are constants. */
 #define DEFINE_ROWS(value)                                                                             \
-    INLINE void value##_rows(float *out, const void *ids, int is_int64, int64_t a, int64_t b,          \
-                             const uint8_t *codes, int64_t width, const value *codebooks, int C,       \
-                             int L, int K, int S, int n_bits) {                                        \
+    INLINE int64_t value##_rows(float *out, const void *ids, int is_int64, int64_t a, int64_t b,       \
+                                int64_t N, const uint8_t *codes, int64_t width,                        \
+                                const value *codebooks, int C, int L, int K, int S, int n_bits) {      \
         for (int64_t i = a; i < b; i++) {                                                              \
-            if (i + AHEAD < b) __builtin_prefetch(codes + id_at(ids, is_int64, i + AHEAD) * width);    \
-            const uint8_t *row = codes + id_at(ids, is_int64, i) * width;                              \
+            if (i + AHEAD < b) prefetch(codes, id_at(ids, is_int64, i + AHEAD), width);                \
+            int64_t id = id_at(ids, is_int64, i);                                                      \
+            if (!is_row(id, N)) return i;                                                              \
+            const uint8_t *row = codes + id * width;                                                   \
             float *to = out + i * C * S;                                                               \
             for (int c = 0; c < C; c++, to += S) {                                                     \
                 const value *first = codebooks + (int64_t)c * L * K * S, *words[MAX_LEVELS];           \
@@ -111,117 +121,130 @@ INLINE uint32_t code_at(const uint8_t *row, int64_t m, int n_bits) {
                 }                                                                                      \
             }                                                                                          \
         }                                                                                              \
+        return -1;                                                                                     \
     }                                                                                                  \
-    static void value##_rows_any(float *out, const void *ids, int is_int64, int64_t a, int64_t b,      \
-                                 const uint8_t *codes, int64_t width, const value *codebooks, int C,   \
-                                 int L, int K, int S, int n_bits) {                                    \
+    static int64_t value##_rows_any(float *out, const void *ids, int is_int64, int64_t a, int64_t b,   \
+                                    int64_t N, const uint8_t *codes, int64_t width,                    \
+                                    const value *codebooks, int C, int L, int K, int S, int n_bits) {  \
         if (L == 1 && n_bits == 8 && S == 4)                                                           \
-            value##_rows(out, ids, is_int64, a, b, codes, width, codebooks, C, 1, 256, 4, 8);          \
-        else if (L == 1 && n_bits == 4 && S == 4)                                                      \
-            value##_rows(out, ids, is_int64, a, b, codes, width, codebooks, C, 1, 16, 4, 4);           \
-        else if (L == 1 && n_bits == 8)                                                                \
-            value##_rows(out, ids, is_int64, a, b, codes, width, codebooks, C, 1, 256, S, 8);          \
-        else if (L == 1)                                                                               \
-            value##_rows(out, ids, is_int64, a, b, codes, width, codebooks, C, 1, K, S, n_bits);       \
-        else if (n_bits == 8)                                                                          \
-            value##_rows(out, ids, is_int64, a, b, codes, width, codebooks, C, L, 256, S, 8);          \
-        else                                                                                           \
-            value##_rows(out, ids, is_int64, a, b, codes, width, codebooks, C, L, K, S, n_bits);       \
+            return value##_rows(out, ids, is_int64, a, b, N, codes, width, codebooks, C, 1, 256, 4, 8);\
+        if (L == 1 && n_bits == 4 && S == 4)                                                           \
+            return value##_rows(out, ids, is_int64, a, b, N, codes, width, codebooks, C, 1, 16, 4, 4); \
+        if (L == 1 && n_bits == 8)                                                                     \
+            return value##_rows(out, ids, is_int64, a, b, N, codes, width, codebooks, C, 1, 256, S, 8);\
+        if (L == 1)                                                                                    \
+            return value##_rows(out, ids, is_int64, a, b, N, codes, width, codebooks, C, 1, K, S, n_bits);\
+        if (n_bits == 8)                                                                               \
+            return value##_rows(out, ids, is_int64, a, b, N, codes, width, codebooks, C, L, 256, S, 8);\
+        return value##_rows(out, ids, is_int64, a, b, N, codes, width, codebooks, C, L, K, S, n_bits); \
     }
 
 DEFINE_ROWS(float)
 DEFINE_ROWS(half)
 
-/* out (B, D) = rows of ids; codebooks (C, L, K, S) float or half. Returns the index of a bad id, or -1. */
+/* out (B, D) = rows of ids; codebooks (C, L, K, S) float or half. */
 int64_t lookup_codewords(float *out, const void *ids, int is_int64, int64_t B, int64_t N, const uint8_t *codes,
                       int64_t width, const void *codebooks, int is_half, int C, int L, int K, int S, int n_bits,
                       int threads) {
-    int64_t bad = first_bad_id(ids, is_int64, B, N);
-    if (bad >= 0) return bad;
-    int64_t step = (B + threads - 1) / threads;
+    int64_t bad = -1, step = (B + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int t = 0; t < threads; t++) {
         int64_t a = t * step, b = a + step < B ? a + step : B;
-        if (is_half) half_rows_any(out, ids, is_int64, a, b, codes, width, codebooks, C, L, K, S, n_bits);
-        else float_rows_any(out, ids, is_int64, a, b, codes, width, codebooks, C, L, K, S, n_bits);
+        report(&bad, is_half
+            ? half_rows_any(out, ids, is_int64, a, b, N, codes, width, codebooks, C, L, K, S, n_bits)
+            : float_rows_any(out, ids, is_int64, a, b, N, codes, width, codebooks, C, L, K, S, n_bits));
     }
-    return -1;
+    return bad;
 }
 
-INLINE void add_codewords(float *grad, const float *g, const void *ids, int is_int64, int64_t B,
-                          const uint8_t *codes, int64_t width, int first, int last, int C, int L, int K, int S,
-                          int n_bits) {
+INLINE int64_t add_codewords(float *grad, const float *g, const void *ids, int is_int64, int64_t B, int64_t N,
+                             const uint8_t *codes, int64_t width, int first, int last, int C, int L, int K, int S,
+                             int n_bits) {
     for (int64_t i = 0; i < B; i++) {
-        if (i + AHEAD < B) __builtin_prefetch(codes + id_at(ids, is_int64, i + AHEAD) * width);
-        const uint8_t *row = codes + id_at(ids, is_int64, i) * width;
+        if (i + AHEAD < B) prefetch(codes, id_at(ids, is_int64, i + AHEAD), width);
+        int64_t id = id_at(ids, is_int64, i);
+        if (!is_row(id, N)) return i;
+        const uint8_t *row = codes + id * width;
         for (int m = first; m < last; m++) {
             float *to = grad + ((int64_t)m * K + code_at(row, m, n_bits)) * S;
             const float *from = g + i * C * S + (int64_t)(m / L) * S;
             for (int s = 0; s < S; s++) to[s] += from[s];
         }
     }
+    return -1;
 }
 
-/* grad (C, L, K, S) += gradients of the codewords, from those of the rows g (B, D); ids have to be in range. */
-void lookup_backward(float *grad, const float *g, const void *ids, int is_int64, int64_t B,
-                       const uint8_t *codes, int64_t width, int C, int L, int K, int S, int n_bits, int threads) {
+/* grad (C, L, K, S) += gradients of the codewords, from those of the rows g (B, D). */
+int64_t lookup_backward(float *grad, const float *g, const void *ids, int is_int64, int64_t B, int64_t N,
+                        const uint8_t *codes, int64_t width, int C, int L, int K, int S, int n_bits, int threads) {
+    int64_t bad = -1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int t = 0; t < threads; t++) {
         int first = (int64_t)C * L * t / threads, last = (int64_t)C * L * (t + 1) / threads;
-        if (L == 1 && n_bits == 8 && S == 4) add_codewords(grad, g, ids, is_int64, B, codes, width, first, last, C, 1, K, 4, 8);
-        else if (L == 1 && n_bits == 4 && S == 4) add_codewords(grad, g, ids, is_int64, B, codes, width, first, last, C, 1, K, 4, 4);
-        else if (n_bits == 8) add_codewords(grad, g, ids, is_int64, B, codes, width, first, last, C, L, K, S, 8);
-        else add_codewords(grad, g, ids, is_int64, B, codes, width, first, last, C, L, K, S, n_bits);
+        report(&bad,
+            L == 1 && n_bits == 8 && S == 4
+                ? add_codewords(grad, g, ids, is_int64, B, N, codes, width, first, last, C, 1, K, 4, 8)
+            : L == 1 && n_bits == 4 && S == 4
+                ? add_codewords(grad, g, ids, is_int64, B, N, codes, width, first, last, C, 1, K, 4, 4)
+            : n_bits == 8
+                ? add_codewords(grad, g, ids, is_int64, B, N, codes, width, first, last, C, L, K, S, 8)
+                : add_codewords(grad, g, ids, is_int64, B, N, codes, width, first, last, C, L, K, S, n_bits));
     }
+    return bad;
 }
 
 INLINE float half_at(const void *values, int is_half, int64_t i) {
     return is_half ? half_1((const half *)values + i) : ((const float *)values)[i];
 }
 
-INLINE void integer_rows(float *out, const void *ids, int is_int64, int64_t a, int64_t b, const uint8_t *codes,
-                         int64_t width, const void *scale, const void *offset, int is_half, int D, int n_bits) {
+INLINE int64_t integer_rows(float *out, const void *ids, int is_int64, int64_t a, int64_t b, int64_t N,
+                            const uint8_t *codes, int64_t width, const void *scale, const void *offset, int is_half,
+                            int D, int n_bits) {
     for (int64_t i = a; i < b; i++) {
         if (i + AHEAD < b) {
             int64_t next = id_at(ids, is_int64, i + AHEAD);
-            for (int64_t byte = 0; byte < width; byte += 64) __builtin_prefetch(codes + next * width + byte);
-            __builtin_prefetch((const char *)scale + next * (is_half ? 2 : 4));
-            __builtin_prefetch((const char *)offset + next * (is_half ? 2 : 4));
+            for (int64_t byte = 0; byte < width; byte += 64) prefetch(codes + byte, next, width);
+            prefetch(scale, next, is_half ? 2 : 4);
+            prefetch(offset, next, is_half ? 2 : 4);
         }
         int64_t id = id_at(ids, is_int64, i);
+        if (!is_row(id, N)) return i;
         const uint8_t *row = codes + id * width;
         float *to = out + i * D, step = half_at(scale, is_half, id), low = half_at(offset, is_half, id);
         for (int d = 0; d < D; d++) to[d] = low + step * (float)code_at(row, d, n_bits);
     }
+    return -1;
 }
 
-/* out (B, D) = offset + scale * integers of n_bits 8 or 4. Returns the index of a bad id, or -1. */
+/* out (B, D) = offset + scale * integers of n_bits 8 or 4. */
 int64_t lookup_integers(float *out, const void *ids, int is_int64, int64_t B, int64_t N, const uint8_t *codes,
                      int64_t width, const void *scale, const void *offset, int is_half, int D, int n_bits,
                      int threads) {
-    int64_t bad = first_bad_id(ids, is_int64, B, N);
-    if (bad >= 0) return bad;
-    int64_t step = (B + threads - 1) / threads;
+    int64_t bad = -1, step = (B + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int t = 0; t < threads; t++) {
         int64_t a = t * step, b = a + step < B ? a + step : B;
-        if (n_bits == 8) integer_rows(out, ids, is_int64, a, b, codes, width, scale, offset, is_half, D, 8);
-        else integer_rows(out, ids, is_int64, a, b, codes, width, scale, offset, is_half, D, 4);
+        report(&bad, n_bits == 8
+            ? integer_rows(out, ids, is_int64, a, b, N, codes, width, scale, offset, is_half, D, 8)
+            : integer_rows(out, ids, is_int64, a, b, N, codes, width, scale, offset, is_half, D, 4));
     }
-    return -1;
+    return bad;
 }
 
 #define PRIME 2147483647ll /* 2**31 - 1 */
 
 /* all (B, n) = all codes of the rows: the hashes of hashing.py with coefficients (n, 3), or, where those are
- * zeros, the next packed code of the row. Returns the index of a bad id, or -1. */
+ * zeros, the next packed code of the row. */
 int64_t all_codes(int32_t *all, const void *ids, int is_int64, int64_t B, int64_t N, const uint8_t *codes,
                   int64_t width, int n_bits, const int64_t *coefficients, int n, int64_t K, int threads) {
-    int64_t bad = first_bad_id(ids, is_int64, B, N);
-    if (bad >= 0) return bad;
+    int64_t bad = -1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t i = 0; i < B; i++) {
         int64_t id = id_at(ids, is_int64, i), low = id & ((1 << 30) - 1), high = id >> 30;
+        if (!is_row(id, N)) {
+            report(&bad, i);
+            continue;
+        }
         for (int j = 0, stored = 0; j < n; j++) {
             const int64_t *h = coefficients + 3 * j;
             if (h[1]) {
@@ -230,5 +253,5 @@ int64_t all_codes(int32_t *all, const void *ids, int is_int64, int64_t B, int64_
             } else all[i * n + j] = code_at(codes + id * width, stored++, n_bits);
         }
     }
-    return -1;
+    return bad;
 }

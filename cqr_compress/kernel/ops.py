@@ -1,4 +1,7 @@
-"""Bindings of the compiled lookups for the CPU."""
+"""Bindings of the compiled lookups for the CPU.
+
+Another thread may change the ids during a call: each value that is used has been checked.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cqr_compress.errors import ShapeError
+from cqr_compress.errors import RowIndexError, ShapeError
 from cqr_compress.kernel.build import native
 from cqr_compress.table.hashing import hash_coefficients
 from cqr_compress.table.spec import HASHED, CodebookSpec
@@ -66,14 +69,22 @@ def lookup_backward(
 
     Returns:
         (C, L, K, S) float32; independent of the number of threads.
+
+    Raises:
+        RowIndexError: an id is outside the codes: another thread changed the ids after the lookup.
     """
     C, L, K, S = shape
     B = ids.shape[0]
     grad = torch.zeros(shape, **_FLOAT)
-    _library().lookup_backward(
-        grad.data_ptr(), grad_rows.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B,
+    bad = _library().lookup_backward(
+        grad.data_ptr(), grad_rows.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B, len(codes),
         codes.data_ptr(), codes.shape[1], C, L, K, S, n_bits, min(_threads(B), C * L),
     )  # fmt: skip
+    if bad >= 0:
+        raise RowIndexError(
+            f"position {bad} of the ids is outside the table of {len(codes)} rows: the ids were changed between "
+            "forward and backward"
+        )
     return grad
 
 

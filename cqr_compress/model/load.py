@@ -16,6 +16,7 @@ from cqr_compress.checkpoint.base import Checkpoint, read_blocks
 from cqr_compress.checkpoint.compressed_file import CompressedFile, is_compressed
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import SwapError
+from cqr_compress.model.skip import log_skipped, names_to_skip
 from cqr_compress.model.swap import (
     Swap,
     TensorSlot,
@@ -44,11 +45,14 @@ class LoadReport:
         tables: names of the tensors that are decoded from tables, tied ones included.
         missing: names of the model's tensors that the file does not have.
         unexpected: names of the file's tensors that the model does not have.
+        skipped: names of the file's tensors that the model computes itself or ignores: its non-persistent buffers,
+            such as `position_ids`, and names in a `_keys_to_ignore_on_load_unexpected` of transformers.
     """
 
     tables: tuple[str, ...]
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
 
 def load_compressed(
@@ -73,12 +77,13 @@ def load_compressed(
             allocated (see `init_empty_weights`).
         path: a file, index or folder that `convert` wrote.
         device: device to move the model to; if None, tensors stay on their device (the CPU for the meta device).
-        strict: raise an error unless the file and the model have the same tensors.
+        strict: raise an error unless the file and the model have the same tensors, apart from those that the
+            model computes itself (see `LoadReport.skipped`).
         prefix: prefix to remove from the file's names; if None, the prefixes "module." and "_orig_mod." of
             wrappers are removed.
 
     Returns:
-        Names of the loaded tables, and of missing and unexpected tensors.
+        Names of the loaded tables, and of missing, unexpected and skipped tensors.
 
     Raises:
         FormatError: not a compressed file, or a damaged one.
@@ -98,7 +103,8 @@ def load_compressed(
     if device is not None:
         model.to(device)
     tables = tuple(slot.name for swap in plan.swaps for slot in swap.slots)
-    return LoadReport(tables, tuple(plan.missing), tuple(plan.unexpected))
+    log_skipped(plan.skipped)
+    return LoadReport(tables, tuple(plan.missing), tuple(plan.unexpected), tuple(plan.skipped))
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -124,6 +130,8 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     aliases = {name: to for name, to in checkpoint.aliases.items() if name not in checkpoint.outside_model}
     names = {name: name for name in checkpoint.entries if name not in checkpoint.outside_model} | aliases
     entries = {name: checkpoint.entries[source] for name, source in _renamed(names, slots, None).items()}
+    skipped = names_to_skip(model, {name: entry.shape for name, entry in entries.items() if name not in slots})
+    entries = {name: entry for name, entry in entries.items() if name not in skipped}
     large = {
         name: entry
         for name, entry in entries.items()
@@ -143,6 +151,7 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     for name, entry in large.items():
         for start, block in read_blocks(entry, BLOCK_BYTES):
             slots[name].tensor[start : start + len(block)] = block
+    log_skipped(skipped)
 
 
 @contextlib.contextmanager
@@ -185,6 +194,7 @@ class _LoadPlan:
         separated: slots that the model ties to a table, but the file does not.
         missing: tensors of the model that the file does not have.
         unexpected: tensors of the file that the model does not have.
+        skipped: tensors of the file that the model computes itself or ignores.
     """
 
     swaps: list[Swap]
@@ -192,6 +202,7 @@ class _LoadPlan:
     separated: list[TensorSlot]
     missing: list[str]
     unexpected: list[str]
+    skipped: list[str]
 
 
 def _plan(model: nn.Module, opened: CompressedFile, strict: bool, prefix: str | None) -> _LoadPlan:
@@ -213,7 +224,9 @@ def _plan(model: nn.Module, opened: CompressedFile, strict: bool, prefix: str | 
     separated = [slots[name] for name in dense if slots[name].key in held]
     tied = [name for name, slot in slots.items() if slot.key in held]
     missing = sorted(set(slots) - set(tied) - set(dense))
-    unexpected = [name for name in sources if name not in slots]
+    not_held = {name: _shape(opened, source) for name, source in sources.items() if name not in slots}
+    skipped = names_to_skip(model, not_held)
+    unexpected = [name for name in not_held if name not in skipped]
     problems = []
     if strict:
         lost = [name for name in unexpected if sources[name] in opened.specs]
@@ -221,9 +234,7 @@ def _plan(model: nn.Module, opened: CompressedFile, strict: bool, prefix: str | 
         problems += _list("the model does not have these tensors of the file", sorted({*unexpected} - {*lost}))
         problems += _list("the file does not have these tensors of the model", missing)
     for name, source in dense.items():
-        spec = opened.specs.get(source)
-        shape = (spec.num_embeddings, spec.embedding_dim) if spec else opened.dense_entries[source].shape
-        have = tuple(slots[name].tensor.shape)
+        shape, have = _shape(opened, source), tuple(slots[name].tensor.shape)
         if shape != have:
             problems.append(f"{name!r} is {list(shape)} in the file and {list(have)} in the model")
     filled = {*tied, *dense}
@@ -235,7 +246,7 @@ def _plan(model: nn.Module, opened: CompressedFile, strict: bool, prefix: str | 
         listed = "\n  ".join(problems)
         advice = _advice(model, sources, slots) if missing or unexpected else ""
         raise SwapError(f"{opened.name!r} does not match the model:\n  {listed}{advice}")
-    return _LoadPlan(swaps, dense, separated, missing, unexpected)
+    return _LoadPlan(swaps, dense, separated, missing, unexpected, skipped)
 
 
 def model_tensors(model: nn.Module, opened: CompressedFile, prefix: str | None = None) -> dict[str, TensorSlot]:
@@ -262,6 +273,12 @@ def _sources(opened: CompressedFile) -> dict[str, str]:
     outside_model = set(opened.header.outside_model)
     own = {name: name for name in (*opened.specs, *opened.dense_entries) if name not in outside_model}
     return own | {alias: target for alias, target in opened.aliases.items() if alias not in outside_model}
+
+
+def _shape(opened: CompressedFile, source: str) -> tuple[int, ...]:
+    """Return the shape of a tensor of the file, or of a table when decoded."""
+    spec = opened.specs.get(source)
+    return tuple(opened.dense_entries[source].shape) if spec is None else (spec.num_embeddings, spec.embedding_dim)
 
 
 def _assign(

@@ -75,6 +75,7 @@ def _computed(spec: CodebookSpec, codes: Tensor | None, ids: Tensor) -> Tensor |
     if set(spec.code_sources) <= {STORED, HASHED} and spec.codebook_size < 2**31:
         found = ops.all_codes(spec, ids, codes)
         return None if found is None else found.view(torch.uint8)
+    ids = ids.clone()  # another thread must not change them after the check
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= N):
         return None
     packed = None if codes is None else codes.index_select(0, ids)

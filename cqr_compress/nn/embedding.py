@@ -18,7 +18,12 @@ class CompressedEmbedding(TableLayer, nn.Embedding):
 
     Unlike in nn.Embedding, `max_norm` renormalizes the returned rows and does not modify the table, and
     `sparse=True` is refused, because a lookup uses a large part of the small codebooks. torch.compile
-    is supported, torch.jit.script is not.
+    is supported, torch.jit.script is not. From torch 2.7 on, torch exports a model to ONNX with its codes:
+
+        any_size = torch.export.Dim.DYNAMIC
+        torch.onnx.export(model.eval(), (ids,), "model.onnx", dynamo=True, dynamic_shapes=({0: any_size},))
+
+    In an exported program `weight` decodes the whole table, `scores` and `topk` do not, and ids are not checked.
 
     Shapes: N rows, D dimensions; ids (...) of any shape, rows (..., D).
     """

@@ -9,7 +9,7 @@ are contiguous, so that the sum over a row's codes is one embedding_bag.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from cqr_compress.errors import ShapeError
 from cqr_compress.table.codes import flat_codes, row_codes
-from cqr_compress.table.decode import at_least_float32, decode_rows
+from cqr_compress.table.decode import at_least_float32, decode_rows, sum_codewords
 from cqr_compress.table.spec import AnySpec, CodebookSpec
-from cqr_compress.table.tracing import is_tracing
+from cqr_compress.table.tracing import is_exporting, is_tracing
 
 BLOCK_ROWS = 16_384
 BLOCK_QUERIES = 64
@@ -47,14 +47,14 @@ def search_scores(spec: AnySpec, tensors: Mapping[str, Tensor], h: Tensor) -> Te
     """
     queries, shape = _queries(spec, h), (*h.shape[:-1], spec.num_embeddings)
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in (h, *tensors.values()))
-    if graph:
+    if graph or is_exporting():
         parts = [
             torch.cat([scores for _, scores in _blocks(spec, tensors, part)]).t()
-            for part in torch.split(queries, BLOCK_QUERIES)
+            for part in _query_blocks(queries)
         ]
         return torch.cat(parts).to(h.dtype).view(shape)
     out = torch.empty(len(queries), spec.num_embeddings, dtype=h.dtype, device=h.device)
-    for part, into in zip(torch.split(queries, BLOCK_QUERIES), torch.split(out, BLOCK_QUERIES), strict=True):
+    for part, into in zip(_query_blocks(queries), _query_blocks(out), strict=True):
         for start, scores in _blocks(spec, tensors, part):
             into[:, start : start + len(scores)] = scores.t()
     return out.view(shape)
@@ -75,7 +75,7 @@ def search_topk(spec: AnySpec, tensors: Mapping[str, Tensor], h: Tensor, k: int)
     queries, shape = _queries(spec, h), (*h.shape[:-1], k)
     if queries.shape[0] == 0:
         return TopK(h.new_empty(shape), torch.empty(shape, dtype=torch.int64, device=h.device))
-    found = [_best_of(spec, tensors, part, k) for part in torch.split(queries, BLOCK_QUERIES)]
+    found = [_best_of(spec, tensors, part, k) for part in _query_blocks(queries)]
     return TopK(
         torch.cat([values for values, _ in found]).to(h.dtype).view(shape),
         torch.cat([indices for _, indices in found]).view(shape),
@@ -84,8 +84,8 @@ def search_topk(spec: AnySpec, tensors: Mapping[str, Tensor], h: Tensor, k: int)
 
 def _best_of(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the k best rows; from each block only rows that exceed some query's k-th product are merged."""
-    values = queries.new_empty(len(queries), 0)
-    indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    values = queries.new_empty(queries.shape[0], 0)
+    indices = torch.empty(queries.shape[0], 0, dtype=torch.int64, device=queries.device)
     for start, scores in _blocks(spec, tensors, queries):
         rows = torch.arange(start, start + len(scores), device=queries.device)
         if values.shape[1] == k:
@@ -95,7 +95,7 @@ def _best_of(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor, k: i
                 continue
             scores, rows = scores[beats], rows[beats]
         values = torch.cat([values, scores.t()], 1)
-        indices = torch.cat([indices, rows.expand(len(queries), -1)], 1)
+        indices = torch.cat([indices, rows.expand(queries.shape[0], -1)], 1)
         values, best = values.topk(min(k, values.shape[1]), dim=1)
         indices = indices.gather(1, best)
     return values, indices
@@ -106,6 +106,11 @@ def _queries(spec: AnySpec, h: Tensor) -> Tensor:
     if h.ndim == 0 or h.shape[-1] != spec.embedding_dim:
         raise ShapeError(f"queries of shape {tuple(h.shape)} do not match rows of {spec.embedding_dim} dimensions")
     return at_least_float32(h.reshape(-1, spec.embedding_dim))
+
+
+def _query_blocks(queries: Tensor) -> Sequence[Tensor]:
+    """Split queries into blocks; an exported program has one, because its number of queries varies."""
+    return (queries,) if is_exporting() else torch.split(queries, BLOCK_QUERIES)
 
 
 def _blocks(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -119,7 +124,7 @@ def _blocks(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor) -> It
             assert products is not None
             packed = tensors["codes"][start : start + rows] if "codes" in tensors else None
             flat = flat_codes(row_codes(spec, packed, ids), spec.codebook_size).flatten(1)
-            scores = F.embedding_bag(flat, products, mode="sum")[:, :Q]
+            scores = sum_codewords(flat, products, flat.shape[1])[:, :Q]
         else:
             here = {short: tensors[short][start : start + rows] for short in spec.body_shapes()}
             scores = decode_rows(spec, here, ids).to(queries.dtype) @ queries.t()
@@ -132,8 +137,9 @@ def _codeword_products(spec: CodebookSpec, tensors: Mapping[str, Tensor], querie
     codebooks = tensors["codebooks"].to(queries.dtype)
     if "rotation" in tensors:  # (x R) . h = x . (h R^T)
         queries = queries @ tensors["rotation"].to(queries.dtype).t()
-    Q = queries.shape[0]
-    queries = F.pad(queries, (0, 0, 0, -Q % _ALIGNED if Q else _ALIGNED))
+    if not is_exporting():
+        Q = queries.shape[0]
+        queries = F.pad(queries, (0, 0, 0, -Q % _ALIGNED if Q else _ALIGNED))
     products = torch.einsum("clks,qcs->clkq", codebooks, queries.view(queries.shape[0], C, S))
     return products.reshape(spec.num_levels * C * spec.codebook_size, queries.shape[0])
 

@@ -15,7 +15,7 @@ from cqr_compress.nn.autograd import lookup_cpu
 from cqr_compress.nn.search import TopK, search_scores, search_topk
 from cqr_compress.nn.table_weight import TableWeight
 from cqr_compress.table.blocks import row_blocks
-from cqr_compress.table.decode import PER_ROW, decode, decode_rows, rotated, with_exact_rows
+from cqr_compress.table.decode import PER_ROW, decode, decode_all, decode_rows, rotated, with_exact_rows
 from cqr_compress.table.spec import HASHED, AnySpec, CodebookSpec, dtype_name
 from cqr_compress.table.table import CompressedTable
 from cqr_compress.table.tracing import is_intercepted, is_tracing
@@ -165,6 +165,8 @@ class TableLayer(nn.Module):
         if rows is not None:
             rows = rotated(tensors, rows).to(self.dtype)
             return with_exact_rows(self.spec, tensors, ids, rows) if "kept_ids" in tensors else rows
+        if ids.is_cpu and not is_tracing():
+            ids = ids.clone()  # another thread must not change them after a check
         if "codes" not in tensors and not is_tracing():
             self._check_range(ids)
         if "codes" in tensors and tensors["codes"].dtype != torch.uint8:
@@ -211,7 +213,9 @@ class TableLayer(nn.Module):
         Without gradients, rows are decoded in blocks, which bounds the memory in addition to the result.
         """
         if is_tracing():
-            return self.lookup_rows(torch.arange(self.num_embeddings, device=self.device))
+            rows, observer = decode_all(self.spec, self.table_tensors(), self.dtype), self.owner.observer
+            ids = torch.arange(self.num_embeddings, device=self.device)
+            return rows if observer is None else observer.on_lookup(ids, rows)
         blocks = (self.lookup_rows(torch.arange(a, b, device=self.device)) for a, b in self._row_blocks())
         if torch.is_grad_enabled() and any(t.requires_grad for t in self.table_tensors().values()):
             return torch.cat(list(blocks))
@@ -309,6 +313,9 @@ class TableLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Load the seed of the hash functions with the tensors that were trained with it."""
+        marker = state_dict.get(prefix + "weight")
+        if marker is not None and marker.numel() == 0:  # of a compressed file
+            del state_dict[prefix + "weight"]
         seed = state_dict.get(prefix + _SEED)
         if seed is not None and self.owner is self:
             self.reseed(int(seed))

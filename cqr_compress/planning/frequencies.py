@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint.formats.open import open_checkpoint
-from cqr_compress.errors import CheckpointError, ShapeError, SpecError, TableNotFoundError
+from cqr_compress.checkpoint.json_file import require_file
+from cqr_compress.errors import CheckpointError, ShapeError, SpecError, TableNotFoundError, brief
 
 Frequencies = Mapping[str, Tensor] | str | Path | Sequence[str | Path]
 
@@ -60,12 +61,17 @@ def _split(text: str) -> tuple[str | None, Path]:
 
 
 def _read(path: Path, name: str | None, num_rows: Mapping[str, int]) -> dict[str, Tensor]:
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"no such file of frequencies: {str(path)!r}")
+    require_file(path)
     if path.suffix == ".npy":
         try:
-            counts = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float64))
-        except (ValueError, OSError, TypeError, EOFError) as e:
+            # a map, so that an array is as large as its file, whatever its header says
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+                raise TypeError("it is no array of numbers")
+            counts = torch.from_numpy(array.astype(np.float64))
+        except Exception as e:  # numpy evaluates the header, which can raise almost anything
             raise CheckpointError(f"cannot read numbers from {str(path)!r}: {e}") from e
         return {name or _only_table(path, num_rows, len(counts) if counts.ndim == 1 else None): counts}
     if path.suffix == ".safetensors":
@@ -110,7 +116,7 @@ def _read_csv(path: Path, name: str | None, num_rows: Mapping[str, int]) -> dict
                 if row:
                     *names, id_, count = row
                     to = names[0].strip() if names else only
-                    ids.setdefault(to, []).append(int(id_))
+                    ids.setdefault(to, []).append(_id(id_))
                     counts.setdefault(to, []).append(float(count))
     except (ValueError, csv.Error, OSError) as e:
         raise e if isinstance(e, CheckpointError) else CheckpointError(f"cannot read {str(path)!r}: {e}") from e
@@ -128,6 +134,13 @@ def _read_csv(path: Path, name: str | None, num_rows: Mapping[str, int]) -> dict
     if not found:
         raise CheckpointError(f"{str(path)!r} contains no counts")
     return found
+
+
+def _id(text: str) -> int:
+    number = int(text)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"the id {brief(number)} does not fit in 64 bits")
+    return number
 
 
 def _rows_of(table: str, num_rows: Mapping[str, int], where: str) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cqr_compress.errors import ShapeError
+from cqr_compress.table.tracing import is_exporting
 
 
 def packed_width(num_codes: int, n_bits: int) -> int:
@@ -53,7 +54,7 @@ def unpack_codes(packed: Tensor, num_codes: int, n_bits: int) -> Tensor:
         n_bits: 1 to 16.
 
     Returns:
-        (N, M) on the same device, uint8 for 4 and 8 bits, otherwise int32; all values are in [0, 2**n_bits).
+        (N, M) uint8 or int32 on the same device; all values are in [0, 2**n_bits).
 
     Raises:
         ShapeError: the width of `packed` does not match M codes of `n_bits`, or n_bits is outside 1 to 16.
@@ -67,14 +68,14 @@ def unpack_codes(packed: Tensor, num_codes: int, n_bits: int) -> Tensor:
     if n_bits == 8:
         return packed
     if n_bits == 4:
-        return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)[:, :num_codes]
+        wide = packed.to(torch.int32) if is_exporting() else packed  # ONNX shifts of bytes are signed
+        return torch.stack((wide & 15, torch.bitwise_right_shift(wide, 4)), dim=2).flatten(1)[:, :num_codes]
     first_byte, shift = _positions(num_codes, n_bits, packed.device)
-    wide = torch.nn.functional.pad(packed, (0, 2)).to(torch.int32)
-    codes = wide[:, first_byte] >> shift
-    codes |= wide[:, first_byte + 1] << (8 - shift)
+    padded = torch.nn.functional.pad(packed, (0, 2)).to(torch.int32)
+    wide = padded.index_select(1, first_byte) + padded.index_select(1, first_byte + 1) * 2**8
     if n_bits > 9:  # only then a code can span three bytes
-        codes |= wide[:, first_byte + 2] << (16 - shift)
-    return codes.bitwise_and_(2**n_bits - 1)
+        wide = wide + padded.index_select(1, first_byte + 2) * 2**16
+    return torch.bitwise_right_shift(wide, shift).bitwise_and_(2**n_bits - 1)
 
 
 def _positions(num_codes: int, n_bits: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cqr_compress.table.bitpack import unpack_codes
 from cqr_compress.table.codes import flat_codes, row_codes
 from cqr_compress.table.spec import AnySpec, CodebookSpec
-from cqr_compress.table.tracing import is_tracing
+from cqr_compress.table.tracing import is_exporting, is_tracing
 
 PER_ROW = frozenset({"codes", "row_scale", "row_offset"})
 """Tensors with one entry for each row of the table."""
@@ -31,6 +31,27 @@ def decode(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, dtype: tor
     """
     dtype = dtype or spec.torch_dtype
     return with_exact_rows(spec, tensors, ids, decode_rows(spec, tensors, ids).to(dtype))
+
+
+def decode_all(spec: AnySpec, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Decode all rows of a table in one block, as a graph that is traced has to; differentiable.
+
+    Args:
+        spec: the table's spec.
+        tensors: all of `spec.tensor_shapes()`.
+        dtype: dtype of the result.
+
+    Returns:
+        (N, D) in `dtype`.
+    """
+    device = next(iter(tensors.values())).device
+    rows = decode_rows(spec, tensors, torch.arange(spec.num_embeddings, device=device)).to(dtype)
+    if "kept_ids" not in tensors:
+        return rows
+    kept, zero = tensors["kept_ids"].to(torch.int64).tensor_split([spec.num_kept_rows])
+    if spec.num_kept_rows:
+        rows = rows.index_copy(0, kept, tensors["kept_rows"].to(dtype))
+    return rows.index_fill(0, zero, 0.0) if spec.num_zero_rows else rows
 
 
 def with_exact_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, rows: Tensor) -> Tensor:
@@ -62,9 +83,20 @@ def with_exact_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, r
 def _find(sorted_ids: Tensor, length: int, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Find the position of each id in a sorted list, and whether the list contains it."""
     if length == 1:
-        return torch.zeros_like(ids), sorted_ids == ids
+        return torch.zeros_like(ids), sorted_ids.to(ids.dtype) == ids
+    if is_exporting():
+        return _bisect(sorted_ids.to(torch.int64), length, ids.to(torch.int64))
     at = torch.searchsorted(sorted_ids, ids.to(sorted_ids.dtype)).clamp_max(length - 1)
     return at, sorted_ids[at] == ids
+
+
+def _bisect(sorted_ids: Tensor, length: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Do the same as `_find` by an unrolled binary search for the last entry that is not larger than the id."""
+    at = torch.zeros_like(ids)
+    for bit in reversed(range((length - 1).bit_length())):
+        probe = (at + 2**bit).clamp_max(length - 1)
+        at = torch.where(sorted_ids.index_select(0, probe) <= ids, probe, at)
+    return at, sorted_ids.index_select(0, at) == ids
 
 
 def decode_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
@@ -115,7 +147,14 @@ def sum_codewords(flat: Tensor, table: Tensor, num_levels: int) -> Tensor:
     """Look up codewords and sum those of each column: indices (B, C, L) into `table` (R, S) to (B * C, S)."""
     if num_levels == 1:
         return F.embedding(flat.view(-1), table)
-    return F.embedding_bag(flat.view(-1, num_levels), table, mode="sum")
+    flat = flat.view(-1, num_levels)
+    if is_exporting():
+        first, *others = flat.unbind(1)
+        rows = F.embedding(first, table)
+        for level in others:
+            rows = rows + F.embedding(level, table)
+        return rows
+    return F.embedding_bag(flat, table, mode="sum")
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

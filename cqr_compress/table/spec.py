@@ -12,9 +12,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from cqr_compress.errors import SpecError
+from cqr_compress.errors import SpecError, brief
 from cqr_compress.table.bitpack import packed_width
 
+_MAX_SIZE = 2**48
+_MAX_LEVELS = 256
+_MAX_DIVISOR = 4096
 STORED, HASHED = "stored", "hashed"
 
 
@@ -72,8 +75,11 @@ class TableSpec:
     def __post_init__(self) -> None:
         if self.num_embeddings < 1 or self.embedding_dim < 1:
             raise SpecError(f"a table of {self.num_embeddings} x {self.embedding_dim} is empty")
+        if self.num_embeddings * self.embedding_dim > _MAX_SIZE:
+            rows, columns = brief(self.num_embeddings), brief(self.embedding_dim)
+            raise SpecError(f"a table of {rows} x {columns} has more than 2^48 values")
         if self.dtype not in FLOAT_DTYPES:
-            raise SpecError(f"dtype {self.dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
+            raise SpecError(f"dtype {brief(self.dtype)} is not one of {', '.join(FLOAT_DTYPES)}")
         special = self.num_kept_rows + self.num_zero_rows
         if min(self.num_kept_rows, self.num_zero_rows) < 0 or special > self.num_embeddings:
             raise SpecError(
@@ -158,21 +164,22 @@ class CodebookSpec(TableSpec):
                 f"rank is {self.rank}: it requires a rotation, and has to be from 1 to {self.embedding_dim - 1}"
             )
         if self.width % self.num_columns:
-            divisors = [str(c) for c in range(1, self.width + 1) if self.width % c == 0]
+            divisors = [str(c) for c in range(1, min(self.width, _MAX_DIVISOR) + 1) if self.width % c == 0]
             raise SpecError(
                 f"cannot split rows of {self.width} into {self.num_columns} columns: "
                 f"{self.width} is not divisible by {self.num_columns}. "
                 f"Choose num_columns from {', '.join(divisors)}."
             )
-        if len(self.code_sources) != self.num_levels or not set(self.code_sources) <= set(CODE_SOURCES):
+        known = all(source in CODE_SOURCES for source in self.code_sources)
+        if len(self.code_sources) != self.num_levels or not known or self.num_levels > _MAX_LEVELS:
             raise SpecError(
-                f"code_sources is {self.code_sources!r}: give one of {', '.join(CODE_SOURCES)} for each of "
-                f"{self.num_levels} levels"
+                f"code_sources is {', '.join(map(brief, self.code_sources[:8]))}: give one of "
+                f"{', '.join(CODE_SOURCES)} for each of {self.num_levels} levels"
             )
         if self.codebook_dtype not in FLOAT_DTYPES:
-            raise SpecError(f"codebook_dtype {self.codebook_dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
+            raise SpecError(f"codebook_dtype {brief(self.codebook_dtype)} is not one of {', '.join(FLOAT_DTYPES)}")
         if self.rotation not in (None, "opq", "pca"):
-            raise SpecError(f"rotation {self.rotation!r} is neither 'opq' nor 'pca'")
+            raise SpecError(f"rotation {brief(self.rotation)} is neither 'opq' nor 'pca'")
         K = self.codebook_size
         if self.num_stored_levels and (K < 2 or K & (K - 1) or self.n_bits > 16):
             raise SpecError(f"codebook_size {K} is not a power of two from 2 to 65536")
@@ -181,11 +188,16 @@ class CodebookSpec(TableSpec):
                 f"quotient and remainder with codebook_size {self.codebook_size} distinguish "
                 f"{self.codebook_size**2} rows, fewer than the table's {self.num_embeddings}"
             )
-        if DIGIT in self.code_sources and self.num_embeddings > self.codebook_size**self.num_columns:
+        if DIGIT in self.code_sources and self.num_embeddings > self._num_digit_codes():
             raise SpecError(
                 f"{self.num_columns} digits with codebook_size {self.codebook_size} distinguish "
-                f"{self.codebook_size**self.num_columns} rows, fewer than the table's {self.num_embeddings}"
+                f"{self._num_digit_codes()} rows, fewer than the table's {self.num_embeddings}"
             )
+
+    def _num_digit_codes(self) -> int:
+        """Return K**C, or any number of at least N where that is greater."""
+        digits = math.ceil(math.log2(self.num_embeddings)) if self.codebook_size > 1 else 1
+        return int(self.codebook_size ** min(self.num_columns, max(digits, 1)))
 
     @property
     def n_bits(self) -> int:
@@ -262,7 +274,7 @@ class RowwiseSpec(TableSpec):
         if self.n_bits not in (4, 8):
             raise SpecError(f"n_bits is {self.n_bits}: give 4 or 8 for row-wise integers")
         if self.scale_dtype not in FLOAT_DTYPES:
-            raise SpecError(f"scale_dtype {self.scale_dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
+            raise SpecError(f"scale_dtype {brief(self.scale_dtype)} is not one of {', '.join(FLOAT_DTYPES)}")
 
     def body_shapes(self) -> dict[str, TensorShape]:
         """Return `codes` (N, ceil(D * n_bits / 8)), `row_scale` (N,) and `row_offset` (N,)."""
@@ -297,24 +309,30 @@ def spec_from_json(values: Mapping[str, Any]) -> AnySpec:
         SpecError: an unknown kind, a missing or unknown field, a field of the wrong type, or inconsistent values.
     """
     if not isinstance(values, Mapping):
-        raise SpecError(f"a spec is a JSON object, not {values!r}")
-    cls = _KINDS.get(str(values.get("kind")))
+        raise SpecError(f"a spec is a JSON object, not {brief(values)}")
+    kind = values.get("kind")
+    cls = _KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise SpecError(f"kind {values.get('kind')!r} is not one of {', '.join(_KINDS)}")
+        raise SpecError(f"kind {brief(values.get('kind'))} is not one of {', '.join(_KINDS)}")
     known = {f.name: f for f in fields(cls)}
     given = {name: value for name, value in values.items() if name != "kind"}
     if unknown := sorted(set(given) - set(known)):
-        raise SpecError(f"a {cls.kind} spec has no field {', '.join(unknown)}")
-    for name, value in given.items():
+        raise SpecError(f"a {cls.kind} spec has no field {', '.join(unknown[:5])[:200]}")
+    for name, value in list(given.items()):
         annotation = str(known[name].type)
         optional = annotation == "int | None" and value is None
         if "int" in annotation and not optional and (not isinstance(value, int) or isinstance(value, bool)):
-            raise SpecError(f"field {name} is {value!r}, not an integer")
-        if annotation == "str" and not isinstance(value, str):
-            raise SpecError(f"field {name} is {value!r}, not a string")
-    if isinstance(given.get("code_sources"), list):
-        given["code_sources"] = tuple(given["code_sources"])
+            raise SpecError(f"field {name} is {brief(value)}, not an integer")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise SpecError(f"field {name} is {brief(value)}, which 64 bits cannot hold")
+        optional = annotation == "str | None" and value is None
+        if annotation in ("str", "str | None") and not optional and not isinstance(value, str):
+            raise SpecError(f"field {name} is {brief(value)}, not a string")
+        if annotation == "tuple[str, ...]":
+            if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) for part in value):
+                raise SpecError(f"field {name} is {brief(value)}, not a list of strings")
+            given[name] = tuple(value)
     try:
         return cls(**given)
     except TypeError as e:
-        raise SpecError(f"a {cls.kind} spec cannot be made of {given!r}: {e}") from e
+        raise SpecError(f"a {cls.kind} spec cannot be made of these fields: {e}") from e

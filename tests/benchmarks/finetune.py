@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import sys
 import tempfile
@@ -71,6 +72,9 @@ class Bench:
     everything: Mapping[str, Any] = field(default_factory=dict)
 
     def is_better(self, a: float, b: float) -> bool:
+        """Whether figure `a` is better than `b`; NaN is worse than any number."""
+        if math.isnan(a) or math.isnan(b):
+            return not math.isnan(a)
         return a > b if self.mode == "max" else a < b
 
     def tuning_task(self, arch: nn.Module, dropout: bool = True) -> cqr.Task:

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 import cqr_compress as cqr
 from cqr_compress import ClusterOptions, ClusterSchedule, CompressedEmbedding, CQREmbedding, sketch_table
 from cqr_compress.clustering.cluster import clusterable_layers
+from cqr_compress.tasks.metrics import auc, ranking_metrics
 
 Batch = tuple[Tensor, ...]
 MakeTable = Callable[[int, int, int], nn.Module]
@@ -127,15 +128,6 @@ def predict(model: nn.Module, ids: Tensor) -> Tensor:
     return torch.cat([model(part) for part in ids.split(16384)])
 
 
-def auc(scores: Tensor, labels: Tensor) -> float:
-    """Area under the ROC curve by ranks; equal scores share theirs."""
-    _, at, count = torch.unique(scores, return_inverse=True, return_counts=True)
-    rank = (count.cumsum(0).double() - (count.double() - 1) / 2)[at]
-    positive = labels > 0
-    n1, n0 = int(positive.sum()), int((~positive).sum())
-    return float((rank[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
-
-
 def movielens(path: Path) -> Task:
     """MovieLens-100k: ratings of 4 and 5 are positive, 3 is dropped, the last two of each user are held out."""
     values = np.genfromtxt(path, skip_header=1)
@@ -206,25 +198,26 @@ def padded(items: list[int], length: int) -> list[int]:
 
 @torch.no_grad()
 def rank_last(model: nn.Module, lines: list[list[int]], length: int) -> tuple[float, float]:
-    """Rank the last item of each line among all that are not before it: NDCG@10 and HR@10."""
+    """Rank the last item of each line among all that are not before it: NDCG@10 and HR@10, equal scores counted half."""
     model.eval()
     history, last = (
         torch.tensor(x) for x in zip(*((padded(line[:-1], length), line[-1]) for line in lines), strict=True)
     )
-    gain = hits = 0.0
+    ranks = []
     rows = model.item.weight
     table = rows.detach() if type(rows) is nn.Parameter else model.item.decode()
     for a in range(0, len(lines), 512):
         scores = model(history[a : a + 512])[:, -1] @ table.T
         scores[:, 0] = -torch.inf
         mine = scores.gather(1, last[a : a + 512, None])
+        broken = scores.isnan().any(1)
         for i, line in enumerate(lines[a : a + 512]):
-            scores[i, line[:-1]] = -torch.inf
-        rank = (scores > mine).sum(1).double()
-        gain += float((1 / (rank + 2).log2())[rank < 10].sum())
-        hits += float((rank < 10).sum())
+            scores[i, line] = -torch.inf
+        rank = (scores > mine).sum(1) + (scores == mine).sum(1) / 2
+        ranks.append(rank.where(~broken, torch.nan))
     model.train()
-    return gain / len(lines), hits / len(lines)
+    found = ranking_metrics(torch.cat(ranks))
+    return found["ndcg@10"], found["hr@10"]
 
 
 def sasrec(path: Path, length: int = 20, held_out: int = 1) -> Task:

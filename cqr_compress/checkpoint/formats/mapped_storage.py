@@ -1,49 +1,69 @@
-"""Tensors of torch files, copied from a memory-mapped file."""
+"""Bytes of checkpoint files, and the tensors of torch files over them."""
 
 from __future__ import annotations
 
-import mmap
+import math
+import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from cqr_compress.errors import CheckpointError
+from cqr_compress.checkpoint.formats.budget import MAX_SIZE
+from cqr_compress.errors import CheckpointError, brief
 
 
-class MappedFile:
-    """A read-only memory map of a file, whose pages are released after each copy."""
+class SourceFile:
+    """A file that is read in ranges, and refused once its size or time of modification has changed.
+
+    Ranges are read rather than memory-mapped: touching a mapped page beyond the end of a file that was truncated
+    after it was opened kills the process with SIGBUS.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = path.open("rb", buffering=0)
+        self._opened = self._state()
+        self._lock = threading.Lock()  # a read is a seek and a read
 
     def copy(self, offset: int, nbytes: int) -> Tensor:
-        """Copy bytes to a new uint8 tensor, and release the mapped pages.
+        """Copy bytes to a new uint8 tensor.
 
         Raises:
-            CheckpointError: the range is outside the file.
+            CheckpointError: the range is outside the file, the file was changed, or it cannot be read.
         """
-        if offset < 0 or nbytes < 0 or offset + nbytes > len(self._map):
+        size = self._opened[0]
+        if offset < 0 or nbytes < 0 or offset + nbytes > size:
             raise CheckpointError(
                 f"{str(self.path)!r} is truncated: bytes {offset} to {offset + nbytes} are required, but the "
-                f"file has {len(self._map)}"
+                f"file has {size}"
             )
         out = torch.empty(nbytes, dtype=torch.uint8)
-        view = np.frombuffer(self._map, np.uint8, nbytes, offset)
-        np.copyto(out.numpy(), view)
-        del view
-        first_page = offset - offset % mmap.PAGESIZE
-        if nbytes and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, first_page, offset + nbytes - first_page)
+        rest = out.numpy().data
+        try:
+            with self._lock:
+                self._file.seek(offset)
+                while len(rest) and (read := self._file.readinto(rest)):
+                    rest = rest[read:]
+            now = self._state()
+        except OSError as e:
+            raise CheckpointError(f"{str(self.path)!r} cannot be read: {e.strerror}") from e
+        if len(rest) or now != self._opened:
+            raise CheckpointError(
+                f"{str(self.path)!r} was changed while it was read: it had {size} bytes and has {now[0]}. "
+                "Run the command again when the file is complete."
+            )
         return out
 
     def close(self) -> None:
-        """Unmap the file."""
-        self._map.close()
+        """Close the file."""
+        self._file.close()
+
+    def _state(self) -> tuple[int, int]:
+        about = os.fstat(self._file.fileno())
+        return about.st_size, about.st_mtime_ns
 
 
 @dataclass(eq=False)
@@ -60,7 +80,7 @@ class LazyStorage:
 
     key: str
     num_elements: int
-    file: MappedFile
+    file: SourceFile
     offset: int
     nbytes: int
 
@@ -94,11 +114,16 @@ class StridedTensor:
             CheckpointError: invalid sizes, or sizes that exceed the storage.
         """
         numbers = (self.storage_offset, *self.shape, *self.stride)
-        plain = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
+        plain = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MAX_SIZE for n in numbers)
         if not plain or len(self.shape) != len(self.stride):
+            shape, stride = (", ".join(map(brief, sizes)) for sizes in (self.shape, self.stride))
             raise CheckpointError(
-                f"a tensor has the invalid shape {self.shape!r}, stride {self.stride!r} or offset "
-                f"{self.storage_offset!r} in {str(self.storage.file.path)!r}"
+                f"a tensor has the invalid shape ({shape}), stride ({stride}) or offset "
+                f"{brief(self.storage_offset)} in {str(self.storage.file.path)!r}"
+            )
+        if math.prod(max(n, 1) for n in self.shape) > MAX_SIZE:
+            raise CheckpointError(
+                f"a tensor of {str(self.storage.file.path)!r} has the impossible shape {self.shape}"
             )
         if self._span() and (self.storage_offset + self._span()) * self.dtype.itemsize > self.storage.nbytes:
             raise CheckpointError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from cqr_compress.checkpoint.base import Checkpoint, Format, TensorEntry
 from cqr_compress.checkpoint.formats.safetensors_files import SAFETENSORS
 from cqr_compress.checkpoint.formats.torch_files import BARE_PICKLE, TORCH_LEGACY, TORCH_TAR, TORCH_ZIP
-from cqr_compress.errors import CheckpointError
+from cqr_compress.checkpoint.json_file import read_json, require_file
+from cqr_compress.errors import CheckpointError, brief
 
 _HEAD_BYTES = 512
 
@@ -38,10 +38,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: no such file, an unknown format, or a damaged file.
     """
     path = Path(path)
-    if path.is_dir():
-        path = _in_folder(path)
-    if not path.exists():
-        raise CheckpointError(f"no such file or folder: {str(path)!r}")
+    try:
+        if path.is_dir():
+            path = _in_folder(path)
+    except OSError as e:
+        raise CheckpointError(f"{brief(str(path))} cannot be read: {e.strerror}") from e
+    return _open_file(path, FORMATS)
+
+
+def _open_file(path: Path, formats: tuple[Format, ...]) -> Checkpoint:
+    require_file(path)
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
@@ -49,7 +55,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{str(path)!r} cannot be read: {e.strerror}") from e
     if not head:
         raise CheckpointError(f"{str(path)!r} is empty")
-    for form in FORMATS:
+    for form in formats:
         if form.matches(path, head):
             return form.open(path)
     raise CheckpointError(
@@ -84,22 +90,48 @@ def _known_suffixes() -> str:
 
 def _open_sharded(index: Path) -> Checkpoint:
     """Open the shards of an index's weight_map as one checkpoint."""
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        weight_map = {str(name): str(shard) for name, shard in content["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{str(index)!r} is not an index of shards: it needs a 'weight_map' object") from e
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{str(index)!r} is not an index of shards: it needs a 'weight_map' object")
+    for shard in weight_map.values():
+        if not isinstance(shard, str):
+            raise CheckpointError(f"{str(index)!r} lists {brief(shard)} in place of the name of a shard")
     shards: dict[str, Checkpoint] = {}
     try:
         for shard in sorted(set(weight_map.values())):
-            if Path(shard).name != shard:
-                raise CheckpointError(f"{str(index)!r} lists the shard {shard!r} outside its folder")
-            shards[shard] = open_checkpoint(index.parent / shard)
+            shards[shard] = _open_file(_shard_path(index, shard), FORMATS_OF_FILES)
         return _merge(index, weight_map, shards, content.get("metadata"))
     except BaseException:
         for opened in shards.values():
             opened.close_files()
         raise
+
+
+def _shard_path(index: Path, shard: str) -> Path:
+    """Return the path of a shard: a file in the folder of the index.
+
+    An index of a stranger can name any path, and an unpacked archive can contain links. Links that leave the
+    folder are followed into the store of a Hugging Face cache only, where `snapshots/REVISION/NAME` is a link to
+    `blobs/DIGEST`.
+
+    Raises:
+        CheckpointError: a name with a folder, or a link that leaves the folder.
+    """
+    if shard in ("", ".", "..") or any(letter in shard for letter in "/\\\0"):
+        raise CheckpointError(f"{str(index)!r} lists the shard {brief(shard)}, which is no plain file name")
+    path = index.parent / shard
+    try:
+        folder, target = index.parent.resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError) as e:
+        raise CheckpointError(f"{str(index)!r} lists the shard {brief(shard)}, which cannot be read: {e}") from e
+    stores = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
+    if not any(target.is_relative_to(allowed) for allowed in (folder, *stores)):
+        raise CheckpointError(
+            f"{str(index)!r} lists the shard {brief(shard)}, a link to {str(target)!r} outside its folder: copy "
+            "the file into the folder if you trust it"
+        )
+    return path
 
 
 def _merge(index: Path, weight_map: dict[str, str], shards: dict[str, Checkpoint], metadata: object) -> Checkpoint:
@@ -113,7 +145,7 @@ def _merge(index: Path, weight_map: dict[str, str], shards: dict[str, Checkpoint
         elif name in opened.aliases:
             aliases[name] = opened.aliases[name]
         else:
-            missing.append(f"{name!r} in {shard}")
+            missing.append(f"{brief(name)} in {shard}")
     if missing:
         raise CheckpointError(
             f"{str(index)!r} lists tensors that the shards do not have: {', '.join(missing[:5])}"
@@ -143,5 +175,6 @@ INDEX = Format(
     matches=lambda path, head: path.name.endswith(".index.json"),
     open=_open_sharded,
 )
-FORMATS = (INDEX, SAFETENSORS, TORCH_ZIP, TORCH_LEGACY, TORCH_TAR, BARE_PICKLE)
+FORMATS_OF_FILES = (SAFETENSORS, TORCH_ZIP, TORCH_LEGACY, TORCH_TAR, BARE_PICKLE)
+FORMATS = (INDEX, *FORMATS_OF_FILES)
 """All formats, in the order in which they are tried, for files and for the files of a folder."""

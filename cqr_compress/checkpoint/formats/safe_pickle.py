@@ -2,7 +2,8 @@
 
 A pickle is a program that can call any function by name. Here every name is resolved either to one of a few
 rebuild functions of this module, which only describe tensors, or to an inert placeholder class, which has no
-effect when it is called, subclassed, given state or filled. A file cannot cause the import of a module.
+effect when it is called, subclassed, given state or filled. A file cannot cause the import of a module. What the
+objects may cost is limited, see `budget`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import IO, Any
+from functools import lru_cache
+from typing import Any
 
 import torch
 
+from cqr_compress.checkpoint.formats.budget import MAX_DIMENSIONS, MAX_NAME, Meter
+from cqr_compress.checkpoint.formats.budgeted_unpickler import BudgetedUnpickler, Readable, check_keys
 from cqr_compress.checkpoint.formats.mapped_storage import LazyStorage, StridedTensor
-from cqr_compress.errors import CheckpointError
+from cqr_compress.errors import CheckpointError, FormatError, brief
 
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -32,6 +36,23 @@ _STORAGE_DTYPES = {
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }
+_QUANTIZED_STORAGE_DTYPES = {
+    "QInt8Storage": torch.int8,
+    "QUInt8Storage": torch.uint8,
+    "QInt32Storage": torch.int32,
+    "QUInt4x2Storage": torch.uint8,
+    "QUInt2x4Storage": torch.uint8,
+}
+"""Storages of quantized tensors: their bytes are skipped, and the tensors become placeholders."""
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in (
+        "float64", "float32", "float16", "bfloat16", "complex128", "complex64", "complex32", "bool",
+        "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8",
+        "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+    )
+}  # fmt: skip
+"""Dtypes that a pickle can name; getattr(torch, name) of a name in a file can import a part of torch."""
 
 
 class Placeholder:
@@ -48,7 +69,7 @@ class Placeholder:
         self.__dict__["_args"] = args
 
     def __call__(self, *args: Any, **kwargs: Any) -> Placeholder:
-        return placeholder_class(f"{self.class_name}()")(*args)
+        return placeholder_class(f"{self.class_name.removesuffix('()')}()")(*args)
 
     def __setstate__(self, state: Any) -> None:
         self.__dict__["_state"] = state
@@ -91,23 +112,32 @@ class Placeholder:
         return found
 
 
+@lru_cache(maxsize=1024)
 def placeholder_class(class_name: str) -> type[Placeholder]:
-    """Create the inert substitute of the class `class_name` (module and qualified name)."""
+    """Return the inert substitute of the class `class_name` (module and qualified name).
+
+    Raises:
+        FormatError: a name of more than 1,000 letters.
+    """
+    if len(class_name) > MAX_NAME:
+        raise FormatError(f"the pickle names a class of {len(class_name)} letters: {brief(class_name)}")
     return type("Placeholder", (Placeholder,), {"class_name": class_name})
 
 
-class StructureUnpickler(pickle.Unpickler):
+class StructureUnpickler(BudgetedUnpickler):
     """Unpickler of containers, plain values and descriptions of tensors; other objects become placeholders.
 
     Args:
         file: the pickle.
-        load_storage: maps a persistent id (a tuple) to its LazyStorage.
+        load_storage: maps a persistent id (a tuple with a string at 2 and an integer at 4) to its LazyStorage.
+        meter: what is left of the file's budget.
     """
 
-    def __init__(self, file: IO[bytes], load_storage: Callable[[tuple[Any, ...]], LazyStorage]) -> None:
-        super().__init__(file, encoding="utf-8", errors="surrogateescape")
+    def __init__(
+        self, file: Readable, load_storage: Callable[[tuple[Any, ...]], LazyStorage], meter: Meter
+    ) -> None:
+        super().__init__(file, meter)
         self._load_storage = load_storage
-        self._dtypes: dict[str, torch.dtype] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """Resolve a name from tables only, without imports."""
@@ -115,17 +145,32 @@ class StructureUnpickler(pickle.Unpickler):
             return known
         if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
             return StorageType(_STORAGE_DTYPES[name])
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
+        if module in ("torch", "torch.storage") and name in _QUANTIZED_STORAGE_DTYPES:
+            return StorageType(_QUANTIZED_STORAGE_DTYPES[name], quantized=name)
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
         return placeholder_class(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
-        """Convert torch's ('storage', type, key, location, num_elements, ...) to a lazy storage."""
+        """Convert torch's ('storage', type, key, location, num_elements, ...) to a lazy storage.
+
+        In a legacy file, a class of a module is ('module', class, source file, source).
+        """
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module" and isinstance(pid[1], type):
+            return pid[1]
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-            raise CheckpointError(f"the pickle refers to {str(pid)[:80]!r}, which is not a torch storage")
+            raise CheckpointError(f"the pickle refers to {brief(pid)}, which is not a torch storage")
         if not isinstance(pid[1], StorageType):
             return placeholder_class(describe(pid[1]))()
-        return TypedStorage(pid[1].dtype, self._load_storage(pid))
+        _, _, key, _, num_elements, *_ = pid
+        if not isinstance(key, str) or len(key) > MAX_NAME:
+            raise FormatError(f"a storage has the key {brief(key)}")
+        if not isinstance(num_elements, int) or isinstance(num_elements, bool) or not 0 <= num_elements < 2**63:
+            raise FormatError(f"storage {brief(key)} declares {brief(num_elements)} elements")
+        storage = self._load_storage(pid)
+        if pid[1].quantized is not None:
+            return placeholder_class(f"torch.{pid[1].quantized}")()
+        return TypedStorage(pid[1].dtype, storage)
 
 
 class Sealed:
@@ -146,10 +191,11 @@ class KnownFunction(Sealed):
 
 
 class StorageType(Sealed):
-    """A storage class such as torch.FloatStorage, represented by its dtype."""
+    """A storage class such as torch.FloatStorage: its dtype, and its name if it is of quantized tensors."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, quantized: str | None = None) -> None:
         self.dtype = dtype
+        self.quantized = quantized
 
 
 class TypedStorage(Sealed):
@@ -167,14 +213,20 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
-def load_structure(file: IO[bytes], load_storage: Callable[[tuple[Any, ...]], LazyStorage], where: str) -> Any:
+def load_structure(file: Readable, load_storage: Callable[[tuple[Any, ...]], LazyStorage], meter: Meter) -> Any:
     """Unpickle the next object of `file` safely.
 
+    Args:
+        file: the pickle.
+        load_storage: see `StructureUnpickler`.
+        meter: what is left of the file's budget.
+
     Raises:
-        CheckpointError: the bytes are not a pickle, or the pickle describes invalid objects.
+        CheckpointError: not a pickle, a pickle that describes invalid objects, or one that exceeds the budget.
     """
+    where = meter.where
     try:
-        return StructureUnpickler(file, load_storage).load()
+        return StructureUnpickler(file, load_storage, meter).load()
     except CheckpointError:
         raise
     except RecursionError as e:
@@ -188,11 +240,14 @@ def load_structure(file: IO[bytes], load_storage: Callable[[tuple[Any, ...]], La
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Any:
     if len(rest) > 2 and isinstance(rest[2], dict) and rest[2]:
         raise CheckpointError(
-            f"a tensor of shape {tuple(shape)} is stored conjugated or negated ({sorted(map(str, rest[2]))}): "
+            f"a tensor is stored conjugated or negated ({', '.join(map(brief, list(rest[2])[:4]))}): "
             "save it again with .resolve_conj().resolve_neg()"
         )
     if not isinstance(storage, TypedStorage):
         return placeholder_class("torch._utils._rebuild_tensor_v2")(storage)
+    for sizes in (shape, stride):
+        if not isinstance(sizes, (tuple, list)) or len(sizes) > MAX_DIMENSIONS:
+            raise FormatError(f"a tensor has {brief(sizes)} of sizes, or more than {MAX_DIMENSIONS} dimensions")
     tensor = StridedTensor(storage.storage, storage.dtype, offset, tuple(shape), tuple(stride))
     tensor.check()
     return tensor
@@ -217,6 +272,8 @@ def _rebuild_from_type(function: Any, _type: Any, args: Any, _state: Any = None)
 
 def _inert_getattr(owner: Any, name: Any, *_: Any) -> type[Placeholder]:
     """Return a placeholder class for a nested class, which pickle protocol 2 resolves with getattr."""
+    if not isinstance(name, str):
+        raise FormatError(f"the pickle looks up an attribute by {brief(name)}")
     return placeholder_class(f"{describe(owner)}.{name}")
 
 
@@ -230,11 +287,20 @@ def _tuple(values: Any = ()) -> tuple[Any, ...]:
 
 
 def _set(values: Any = ()) -> Any:
-    return set(values) if isinstance(values, (list, tuple)) else set()
+    if not isinstance(values, (list, tuple)):
+        return set()
+    check_keys(values)
+    return set(values)
+
+
+def _ordered_dict(pairs: Any = ()) -> OrderedDict[Any, Any]:
+    pairs = [pair for pair in pairs if isinstance(pair, (list, tuple))] if isinstance(pairs, (list, tuple)) else []
+    check_keys(pair[0] for pair in pairs if pair)
+    return OrderedDict(pairs)
 
 
 _KNOWN: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): KnownFunction(_ordered_dict),
     ("collections", "defaultdict"): KnownFunction(_plain_dict),
     ("torch", "Size"): KnownFunction(_tuple),
     ("torch._utils", "_rebuild_tensor"): KnownFunction(_rebuild_tensor),

@@ -13,15 +13,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import DTYPES, Checkpoint, Format, TensorEntry
-from cqr_compress.checkpoint.formats.mapped_storage import MappedFile
-from cqr_compress.errors import CheckpointError
+from cqr_compress.checkpoint.formats.budget import MAX_DIMENSIONS, MAX_SIZE
+from cqr_compress.checkpoint.formats.mapped_storage import SourceFile
+from cqr_compress.errors import CheckpointError, brief
 
 
 @dataclass(frozen=True)
 class SafetensorsSlice:
     """A `StoredTensor` over the bytes of an open safetensors file."""
 
-    file: MappedFile
+    file: SourceFile
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -47,38 +48,50 @@ def open_safetensors(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: the header does not match the file, or a dtype is not supported.
     """
+    source = SourceFile(path)
     try:
-        with safe_open(path, "pt") as checked:
-            entries = {name: checked.get_slice(name) for name in checked.keys()}  # noqa: SIM118
-            dtypes = {name: str(entry.get_dtype()) for name, entry in entries.items()}
+        return _opened(source)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _opened(source: SourceFile) -> Checkpoint:
+    where = repr(str(source.path))
+    try:
+        with safe_open(source.path, "pt") as checked:
+            slices = {name: checked.get_slice(name) for name in checked.keys()}  # noqa: SIM118
+            shapes = {name: (tuple(found.get_shape()), str(found.get_dtype())) for name, found in slices.items()}
             metadata = dict(checked.metadata() or {})
     except SafetensorError as e:
         raise CheckpointError(
-            f"{str(path)!r} is not a valid safetensors file: {e}. It is truncated, damaged or of another format."
+            f"{where} is not a valid safetensors file: {e}. It is truncated, damaged or of another format."
         ) from e
-    for name, dtype in dtypes.items():
+    for name, (_, dtype) in shapes.items():
         if dtype not in DTYPES:
-            raise CheckpointError(f"tensor {name!r} of {str(path)!r} has dtype {dtype}, which is not supported")
+            raise CheckpointError(f"tensor {name!r} of {where} has dtype {dtype}, which is not supported")
     # the library has validated the header; bytes are copied from its offsets, so that no tensor maps the file
-    with path.open("rb") as raw:
-        length = int.from_bytes(raw.read(8), "little")
-        header: dict[str, Any] = json.loads(raw.read(length))
-    file = MappedFile(path)
+    length = int.from_bytes(source.copy(0, 8).numpy().tobytes(), "little")
+    header: dict[str, Any] = json.loads(source.copy(8, length).numpy().tobytes())
+    if not shapes.keys() <= header.keys():
+        raise CheckpointError(f"{where} was replaced while it was opened")
+    for name in shapes:
+        shape = header[name]["shape"]
+        if len(shape) > MAX_DIMENSIONS or math.prod(max(size, 1) for size in shape) > MAX_SIZE:
+            raise CheckpointError(f"tensor {brief(name)} of {where} has an impossible shape")
     return Checkpoint(
-        path=path,
+        path=source.path,
         format="safetensors",
         entries={
             name: TensorEntry(
                 name,
-                SafetensorsSlice(
-                    file, 8 + length + header[name]["data_offsets"][0], tuple(header[name]["shape"]), DTYPES[dtype]
-                ),
+                SafetensorsSlice(source, 8 + length + header[name]["data_offsets"][0], shape, DTYPES[dtype]),
             )
-            for name, dtype in dtypes.items()
+            for name, (shape, dtype) in shapes.items()
         },
-        files=(path,),
+        files=(source.path,),
         metadata=metadata,
-        close_files=file.close,
+        close_files=source.close,
     )
 
 

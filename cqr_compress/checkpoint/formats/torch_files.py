@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import io
+import lzma
 import struct
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from cqr_compress.checkpoint.base import Checkpoint, Format
-from cqr_compress.checkpoint.formats.mapped_storage import LazyStorage, MappedFile
+from cqr_compress.checkpoint.formats.budget import Budget, Meter
+from cqr_compress.checkpoint.formats.mapped_storage import LazyStorage, SourceFile
 from cqr_compress.checkpoint.formats.nesting import checkpoint_from_tree
 from cqr_compress.checkpoint.formats.safe_pickle import describe, load_structure
-from cqr_compress.errors import CheckpointError
+from cqr_compress.errors import CheckpointError, FormatError, brief
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _LEGACY_PROTOCOL = 1001
-_MAX_PICKLE_BYTES = 2**31
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # APPNOTE.TXT 4.3.7
 _RESAVE = "Open it once with torch.load in an environment you trust and save it again with torch.save."
 
 
 def open_torch_zip(path: Path) -> Checkpoint:
-    """Open a zip file of torch.save; tensors are memory-mapped, not read.
+    """Open a zip file of torch.save; tensors are not read yet.
 
     Raises:
         CheckpointError: not a torch zip file, or a damaged one.
     """
+    meter = Meter(Budget.for_file(path.stat().st_size), str(path))
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as e:
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, struct.error) as e:
         raise CheckpointError(
             f"{str(path)!r} starts like a zip file, but cannot be opened as one ({e}): it is truncated or damaged"
         ) from e
-    mapped = MappedFile(path)
     with archive:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
@@ -47,23 +49,26 @@ def open_torch_zip(path: Path) -> Checkpoint:
                 f"{str(path)!r} is a TorchScript archive. Save its state_dict: "
                 "torch.save(torch.jit.load(path).state_dict(), 'ckpt.pt')."
             )
-        if f"{prefix}byteorder" in members and _read(archive, members[f"{prefix}byteorder"]) != b"little":
+        if f"{prefix}byteorder" in members and _read(archive, members[f"{prefix}byteorder"], 16) != b"little":
             raise CheckpointError(f"{str(path)!r} was written big-endian. {_RESAVE}")
-        structure = _read(archive, members[pickles[0]])
+        structure = _read(archive, members[pickles[0]], meter.budget.pickle_bytes)
+    source = SourceFile(path)
 
     def load_storage(pid: tuple[Any, ...]) -> LazyStorage:
         info = members.get(f"{prefix}data/{pid[2]}")
         if info is None:
-            raise CheckpointError(f"{str(path)!r} has no storage {pid[2]!r}: the file is damaged")
+            raise CheckpointError(f"{str(path)!r} has no storage {brief(pid[2])}: the file is damaged")
         if info.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f"storage {pid[2]!r} of {str(path)!r} is compressed inside the zip. {_RESAVE}")
-        return LazyStorage(str(pid[2]), pid[4], mapped, _data_offset(mapped, info), info.file_size)
+            raise CheckpointError(
+                f"storage {brief(pid[2])} of {str(path)!r} is compressed inside the zip. {_RESAVE}"
+            )
+        return LazyStorage(pid[2], pid[4], source, _data_offset(source, info), info.file_size)
 
     try:
-        root = load_structure(io.BytesIO(structure), load_storage, str(path))
-        return checkpoint_from_tree(root, path, "torch-zip", mapped.close)
+        root = load_structure(io.BytesIO(structure), load_storage, meter)
+        return checkpoint_from_tree(root, path, "torch-zip", source.close, meter)
     except BaseException:
-        mapped.close()
+        source.close()
         raise
 
 
@@ -73,71 +78,91 @@ def open_torch_legacy(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: a damaged file.
     """
-    mapped = MappedFile(path)
+    nbytes = path.stat().st_size
+    meter = Meter(Budget.for_file(nbytes), str(path))
+    source = SourceFile(path)
     storages: dict[str, LazyStorage] = {}
 
     def load_storage(pid: tuple[Any, ...]) -> LazyStorage:
         if len(pid) > 5 and pid[5] is not None:
             raise CheckpointError(f"{str(path)!r} has storages that are views, from torch 0.3. {_RESAVE}")
-        key, num_elements = str(pid[2]), pid[4]
-        if not isinstance(num_elements, int) or num_elements < 0:
-            raise CheckpointError(f"storage {key!r} of {str(path)!r} declares {num_elements!r} elements")
+        key, num_elements = pid[2], pid[4]
         if key not in storages:
-            nbytes = num_elements * pid[1].dtype.itemsize
-            storages[key] = LazyStorage(key, num_elements, mapped, -1, nbytes)
+            storages[key] = LazyStorage(key, num_elements, source, -1, num_elements * pid[1].dtype.itemsize)
         return storages[key]
 
     def no_storage(pid: tuple[Any, ...]) -> LazyStorage:
         raise CheckpointError(f"{str(path)!r} refers to a storage outside its objects")
 
     try:
-        with path.open("rb") as file:
-            _magic, protocol, _system = (load_structure(file, no_storage, str(path)) for _ in range(3))
+        with path.open("rb") as opened:
+            file = _BoundedReader(opened, nbytes)
+            _magic, protocol, _system = (load_structure(file, no_storage, meter) for _ in range(3))
             if protocol != _LEGACY_PROTOCOL:
                 raise CheckpointError(f"{str(path)!r} has protocol {describe(protocol)}, not {_LEGACY_PROTOCOL}")
-            root = load_structure(file, load_storage, str(path))
-            keys = load_structure(file, no_storage, str(path))
-            offset = file.tell()
-        if not isinstance(keys, list) or {str(key) for key in keys} != set(storages):
+            root = load_structure(file, load_storage, meter)
+            keys = load_structure(file, no_storage, meter)
+            offset = opened.tell()
+        if (
+            not isinstance(keys, list)
+            or not all(isinstance(key, str) for key in keys)
+            or (len(keys), set(keys)) != (len(storages), set(storages))
+        ):
             raise CheckpointError(f"{str(path)!r} does not list the storages that its tensors use")
-        for key in map(str, keys):  # each: int64 number of elements, then the values
+        for key in keys:  # each: int64 number of elements, then the values
             storage = storages[key]
-            (found,) = struct.unpack("<q", bytes(mapped.copy(offset, 8).numpy()))
+            (found,) = struct.unpack("<q", bytes(source.copy(offset, 8).numpy()))
             if found != storage.num_elements:
                 raise CheckpointError(
                     f"storage {key!r} of {str(path)!r} has {found} elements, not {storage.num_elements}"
                 )
             storage.offset = offset + 8
             offset = storage.offset + storage.nbytes
-        if offset > path.stat().st_size:
+        if offset > nbytes:
             raise CheckpointError(
-                f"{str(path)!r} is truncated: its tensors end at byte {offset}, but the file has "
-                f"{path.stat().st_size} bytes"
+                f"{str(path)!r} is truncated: its tensors end at byte {offset}, but the file has {nbytes} bytes"
             )
-        return checkpoint_from_tree(root, path, "torch-legacy", mapped.close)
+        return checkpoint_from_tree(root, path, "torch-legacy", source.close, meter)
     except BaseException:
-        mapped.close()
+        source.close()
         raise
 
 
-def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    if info.file_size > _MAX_PICKLE_BYTES:
-        raise CheckpointError(
-            f"{info.filename!r} of {archive.filename!r} declares {info.file_size} bytes, more than "
-            f"{_MAX_PICKLE_BYTES}: the file is damaged"
+class _BoundedReader:
+    """A file that is read up to a number of bytes, so that a declared length does not allocate more."""
+
+    def __init__(self, file: IO[bytes], nbytes: int) -> None:
+        self._file, self._left = file, nbytes
+
+    def read(self, nbytes: int, /) -> bytes:
+        data = self._file.read(min(nbytes, self._left))
+        self._left -= len(data)
+        return data
+
+    def readline(self) -> bytes:
+        data = self._file.readline(self._left)
+        self._left -= len(data)
+        return data
+
+
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, max_bytes: int) -> bytes:
+    if info.file_size > max_bytes:
+        raise FormatError(
+            f"{info.filename!r} of {archive.filename!r} declares {info.file_size} bytes, out of proportion to its "
+            f"file (at most {max_bytes}): it is damaged or made to exhaust memory"
         )
     try:
         return archive.read(info)
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as e:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError, ValueError) as e:
         raise CheckpointError(f"{info.filename!r} of {archive.filename!r} cannot be read: {e}") from e
 
 
-def _data_offset(mapped: MappedFile, info: zipfile.ZipInfo) -> int:
+def _data_offset(source: SourceFile, info: zipfile.ZipInfo) -> int:
     """Find the offset of a stored member's bytes; the local header may be longer than the central one."""
-    header = bytes(mapped.copy(info.header_offset, _LOCAL_HEADER.size).numpy())
+    header = bytes(source.copy(info.header_offset, _LOCAL_HEADER.size).numpy())
     magic, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
     if magic != b"PK\x03\x04":
-        raise CheckpointError(f"member {info.filename!r} of {str(mapped.path)!r} has no header: damaged zip")
+        raise CheckpointError(f"member {info.filename!r} of {str(source.path)!r} has no header: damaged zip")
     return info.header_offset + _LOCAL_HEADER.size + int(name_length) + int(extra_length)
 
 

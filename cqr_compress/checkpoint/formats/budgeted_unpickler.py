@@ -1,0 +1,200 @@
+"""An unpickler that counts what each opcode costs, and refuses a pickle that costs more than a budget.
+
+The unpickler in C cannot be limited: one opcode allocates a memo of 2^28 entries, and the hash of a dict's key
+that is a tuple of shared tuples takes exponential time inside one call. This one is the standard library's
+implementation in Python, which takes about three times as long for the opcodes.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any, Protocol
+
+from cqr_compress.checkpoint.formats.budget import MAX_INTEGER_BYTES, MAX_KEY_INTEGER, MAX_KEY_PARTS, Meter
+from cqr_compress.errors import FormatError
+
+_COSTS = {
+    **dict.fromkeys((pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT1, pickle.DUP), 16),
+    **dict.fromkeys((pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.EMPTY_DICT, pickle.LIST, pickle.MARK), 80),
+    **dict.fromkeys((pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), 80),
+    **dict.fromkeys((pickle.DICT, pickle.EMPTY_SET, pickle.FROZENSET), 240),
+    **dict.fromkeys((pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.UNICODE, pickle.BINUNICODE8), 64),
+    **dict.fromkeys((pickle.BINPUT, pickle.LONG_BINPUT, pickle.PUT, pickle.MEMOIZE), 96),
+    **dict.fromkeys((pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.OBJ, pickle.INST), 320),
+    **dict.fromkeys((pickle.REDUCE, pickle.BINPERSID, pickle.PERSID), 640),
+    **dict.fromkeys((pickle.GLOBAL, pickle.STACK_GLOBAL), 2000),
+}
+_OTHER_COST = 32
+_COST = [_COSTS.get(bytes([opcode]), _OTHER_COST) for opcode in range(256)]
+"""Bytes of memory of the object that an opcode makes, on a 64-bit machine, rounded up."""
+
+
+def check_key(key: Any) -> None:
+    """Refuse a key of a dict, or a member of a set, whose hash or comparison could take long.
+
+    Raises:
+        FormatError: more than 1,000 parts, or an integer of more than 60 bits.
+    """
+    stack, parts = [key], 0
+    while stack:
+        part = stack.pop()
+        parts += 1
+        if isinstance(part, int) and not -MAX_KEY_INTEGER < part < MAX_KEY_INTEGER:
+            raise FormatError(f"a key of a dict is an integer of {part.bit_length()} bits")
+        if isinstance(part, tuple):
+            stack.extend(islice(part, MAX_KEY_PARTS))
+        if parts > MAX_KEY_PARTS:
+            raise FormatError(f"a key of a dict has more than {MAX_KEY_PARTS} parts")
+
+
+def check_keys(keys: Iterable[Any]) -> None:
+    """Call `check_key` for each key; strings need no check."""
+    for key in keys:
+        if type(key) is not str:
+            check_key(key)
+
+
+class Readable(Protocol):
+    """A file that a pickle is read from."""
+
+    def read(self, nbytes: int, /) -> bytes:
+        """Read `nbytes` bytes, or those that are left."""
+
+    def readline(self) -> bytes:
+        """Read a line."""
+
+
+class _CountingDispatch(dict[int, Callable[[Any], None]]):
+    """The functions of the opcodes; each look-up is counted."""
+
+    def __init__(self, functions: dict[int, Callable[[Any], None]], meter: Meter) -> None:
+        super().__init__(functions)
+        self._meter = meter
+
+    def __getitem__(self, opcode: int) -> Callable[[Any], None]:
+        meter = self._meter
+        meter.memory -= _COST[opcode]
+        if meter.memory < 0:
+            meter.spend(0)
+        return _get_function(self, opcode)
+
+
+_FUNCTIONS: dict[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
+_get_function = dict.__getitem__
+
+
+class BudgetedUnpickler(pickle._Unpickler):
+    """The unpickler of the standard library with a budget.
+
+    Args:
+        file: the pickle; exactly its bytes are read. Its `read` of a declared length must not allocate more than
+            there is.
+        meter: what is left of the budget.
+    """
+
+    def __init__(self, file: Readable, meter: Meter) -> None:
+        super().__init__(file, encoding="utf-8", errors="surrogateescape")
+        self.meter = meter
+        self.dispatch = _CountingDispatch(_DISPATCH, meter)  # type: ignore[misc]  # of this file's meter
+
+
+def _load_long4(self: Any) -> None:
+    nbytes = int.from_bytes(self.read(4), "little", signed=True)
+    if not 0 <= nbytes <= MAX_INTEGER_BYTES:
+        raise FormatError(f"the pickle in {self.meter.where!r} has an integer of {nbytes} bytes")
+    self.append(pickle.decode_long(self.read(nbytes)))
+
+
+def _load_bytearray8(self: Any) -> None:
+    self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+
+def _load_setitem(self: Any) -> None:
+    value, key = self.stack.pop(), self.stack.pop()
+    check_keys((key,))
+    self.stack[-1][key] = value
+
+
+def _load_setitems(self: Any) -> None:
+    items = self.pop_mark()
+    check_keys(items[::2])
+    target = self.stack[-1]
+    for i in range(0, len(items), 2):
+        target[items[i]] = items[i + 1]
+
+
+def _load_dict(self: Any) -> None:
+    items = self.pop_mark()
+    check_keys(items[::2])
+    self.append({items[i]: items[i + 1] for i in range(0, len(items), 2)})
+
+
+def _load_additems(self: Any) -> None:
+    items = self.pop_mark()
+    check_keys(items)
+    for item in items:
+        self.stack[-1].add(item)
+
+
+def _load_frozenset(self: Any) -> None:
+    items = self.pop_mark()
+    check_keys(items)
+    self.append(frozenset(items))
+
+
+def _check_call(self: Any) -> None:
+    """Refuse a call whose arguments are no tuple, and count what it copies of them."""
+    function, arguments = self.stack[-2:]
+    if not isinstance(arguments, tuple):
+        raise FormatError(f"the pickle in {self.meter.where!r} calls with arguments that are no tuple")
+    copied = len(arguments)
+    if not isinstance(function, type):  # functions of the reader make sets and tuples of their arguments
+        copied += 10 * sum(len(argument) for argument in arguments if isinstance(argument, (list, tuple)))
+    self.meter.spend(8 * copied)
+
+
+def _load_reduce(self: Any) -> None:
+    _check_call(self)
+    _FUNCTIONS[pickle.REDUCE[0]](self)
+
+
+def _load_newobj(self: Any) -> None:
+    _check_call(self)
+    _FUNCTIONS[pickle.NEWOBJ[0]](self)
+
+
+def _load_newobj_ex(self: Any) -> None:
+    self.stack.pop()  # keyword arguments, which no object of the reader has
+    _load_newobj(self)
+
+
+def _load_build(self: Any) -> None:
+    state, target = self.stack.pop(), self.stack[-1]
+    if isinstance(target, OrderedDict):  # attributes such as `_metadata` of a state_dict
+        return
+    target.__setstate__(state)
+
+
+def _refuse(self: Any) -> None:
+    raise FormatError(f"the pickle in {self.meter.where!r} uses extension codes or buffers outside the pickle")
+
+
+_DISPATCH: dict[int, Callable[[Any], None]] = {
+    **_FUNCTIONS,
+    pickle.LONG4[0]: _load_long4,
+    pickle.BYTEARRAY8[0]: _load_bytearray8,
+    pickle.SETITEM[0]: _load_setitem,
+    pickle.SETITEMS[0]: _load_setitems,
+    pickle.DICT[0]: _load_dict,
+    pickle.ADDITEMS[0]: _load_additems,
+    pickle.FROZENSET[0]: _load_frozenset,
+    pickle.REDUCE[0]: _load_reduce,
+    pickle.NEWOBJ[0]: _load_newobj,
+    pickle.NEWOBJ_EX[0]: _load_newobj_ex,
+    pickle.BUILD[0]: _load_build,
+    **dict.fromkeys((code[0] for code in (pickle.EXT1, pickle.EXT2, pickle.EXT4)), _refuse),
+    **dict.fromkeys((code[0] for code in (pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)), _refuse),
+}

@@ -1,0 +1,51 @@
+"""JSON files of strangers: indexes of shards and reports."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from cqr_compress.errors import CheckpointError, brief
+
+MAX_JSON_BYTES = 64 * 2**20
+"""The index of a checkpoint of 10^5 tensors has 10 MB."""
+
+
+def require_file(path: Path) -> None:
+    """Refuse what is not a regular file: reading a FIFO or a device could wait for ever.
+
+    Raises:
+        CheckpointError: no such file, a name that the system refuses, or something else than a file.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise CheckpointError(f"no such file or folder: {str(path)!r}") from None
+    except (OSError, ValueError) as e:  # too long a name, a loop of links, a null character
+        raise CheckpointError(f"{brief(str(path))} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise CheckpointError(f"{str(path)!r} is {what}, not a regular file")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        CheckpointError: not a regular file of JSON, more than 64 MiB, or nested too deeply.
+    """
+    require_file(path)
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{str(path)!r} has more than {MAX_JSON_BYTES >> 20} MiB of JSON")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise CheckpointError(f"{str(path)!r} is JSON that is nested too deeply") from None
+    except OSError as e:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {e.strerror}") from e
+    except CheckpointError:
+        raise
+    except ValueError as e:  # no UTF-8, no JSON, or an integer of more than 4,300 digits
+        raise CheckpointError(f"{str(path)!r} is not JSON: {e}") from e
