@@ -498,6 +498,48 @@ def test_a_late_error_writes_nothing_where_nothing_is_better(small: Path, tmp_pa
     assert not (tmp_path / "out.safetensors").exists() and not (tmp_path / "out.report.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": lambda m, b: loss(m, b).detach()}, "without a gradient"),
+        ({"loss": lambda m, b: loss(m, b).long()}, "torch.int64"),
+        ({"loss": lambda m, b: loss(m, b) * 1j}, "torch.complex64"),
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS"),
+    ],
+)
+def test_losses_and_optimizers_that_cannot_train_are_refused(
+    small: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TaskError, match=message):
+        finetune(small, tmp_path / "out.safetensors", task(**changes), options(codes="frozen"))
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_task_that_disables_gradients_is_trained(small: Path, tmp_path: Path) -> None:
+    def disabling(model: nn.Module) -> dict[str, float]:
+        torch.set_grad_enabled(False)
+        return bce(model)
+
+    try:
+        report = finetune(small, tmp_path / "out.safetensors", task(evaluate=disabling), options(codes="frozen"))
+    finally:
+        torch.set_grad_enabled(True)
+    assert report.improved
+
+
+@pytest.mark.parametrize(
+    "lacks", ["identity", "position", "random", "early_stopping", "tuned", "optimizer", "log"]
+)
+def test_a_state_that_lacks_a_part_is_refused(small: Path, tmp_path: Path, lacks: str) -> None:
+    output = tmp_path / "out.safetensors"
+    with pytest.raises(TaskError):
+        finetune(small, output, task(train_batches=lambda e: iter(() if e else batches(0))), options())
+    state = torch.load(state_path(output))
+    torch.save({name: value for name, value in state.items() if name != lacks}, state_path(output))
+    with pytest.raises(StateError, match="damaged"):
+        finetune(small, output, task(), options(), resume=True)
+
+
 def test_steps_patience_and_evaluations_are_counted(small: Path, tmp_path: Path) -> None:
     report = finetune(small, tmp_path / "a.safetensors", task(), options(max_steps=33, eval_every=10))
     assert report.steps == 33 and [e.step for e in report.history] == [0, 10, 20, 30, 33]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,18 @@ def save_state(path: Path, identity: dict[str, Any], position: Position, parts: 
     }  # fmt: skip
     with atomic_file(path) as file:
         torch.save(state, file)
+
+
+@contextmanager
+def damaged_state(path: Path) -> Iterator[None]:
+    """Raise errors of missing or invalid values of a state as `StateError`."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise StateError(
+            f"{str(path)!r} is damaged: it has no valid value where a state has one ({type(e).__name__}: {e})"
+            f"{_START_OVER}"
+        ) from e
 
 
 def load_state(path: Path, identity: dict[str, Any]) -> tuple[Position, dict[str, Any]]:

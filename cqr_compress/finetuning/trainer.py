@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ from cqr_compress.finetuning.early_stopping import EarlyStopping
 from cqr_compress.finetuning.fisher import measure_fisher
 from cqr_compress.finetuning.fisher_fit import FisherFit
 from cqr_compress.finetuning.options import FinetuneOptions
-from cqr_compress.finetuning.resume_state import Position, load_state, save_state
+from cqr_compress.finetuning.resume_state import Position, damaged_state, load_state, save_state
 from cqr_compress.finetuning.rng import PASS, TRAINING, RandomStream
 from cqr_compress.finetuning.task import Task
 from cqr_compress.finetuning.task_model import evaluate_task
@@ -186,6 +187,8 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for batch in step.batches:
             loss = self._loss_of(batch)
+            if not loss.requires_grad:
+                raise TaskError("loss returned a value without a gradient: it has to depend on the parameters")
             self._scaler.scale(loss / step.count).backward()  # type: ignore[no-untyped-call]
             total += loss.detach() / step.count
         _add_up_gradients(parameters)
@@ -206,7 +209,7 @@ class Trainer:
         """Compute the mean loss of a batch, including the weighted distillation loss."""
         enabled = self._precision is not torch.float32
         cast: Any = torch.autocast(self.device.type, self._precision) if enabled else nullcontext()
-        with cast:
+        with cast, torch.enable_grad():  # user code may have disabled gradients
             if self.distillation is None:
                 return _losses(self.task, self.tuned.model, batch).mean()
             losses, extra = self.distillation.loss(batch)
@@ -292,6 +295,12 @@ class Trainer:
             raise TaskError(
                 f"optimizer returned a {type(optimizer).__name__}: it has to return a torch.optim.Optimizer"
             )
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TaskError(
+                f"optimizer returned {type(optimizer).__name__}, whose steps need a closure: give "
+                "one that needs none, such as torch.optim.AdamW"
+            )
         return optimizer
 
     def _save_is_due(self) -> bool:
@@ -311,13 +320,15 @@ class Trainer:
         save_state(self.state_file, self.identity, self.position, parts)
 
     def _load(self) -> None:
-        self.position, state = load_state(self.state_file, self.identity)
-        self.early_stopping.load_plain(state["early_stopping"])
-        self.tuned.restore(state["tuned"])
+        with damaged_state(self.state_file):
+            self.position, state = load_state(self.state_file, self.identity)
+            self.early_stopping.load_plain(state["early_stopping"])
+            self.tuned.restore(state["tuned"])
         self._begin_optimizer()
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
-        self.log = list(state["log"])
+        with damaged_state(self.state_file):
+            self._optimizer.load_state_dict(state["optimizer"])
+            self._scaler.load_state_dict(state["scaler"])
+            self.log = list(state["log"])
 
     def _log(self, line: str) -> None:
         if line:
@@ -338,6 +349,8 @@ def _losses(task: Task, model: nn.Module, batch: Any) -> Tensor:
         raise TaskError(
             f"loss returned {shape}: it has to return the losses of a batch's examples (B,), or their mean"
         )
+    if not losses.is_floating_point():
+        raise TaskError(f"loss returned {losses.dtype}: it has to return real floating-point losses")
     return losses
 
 
