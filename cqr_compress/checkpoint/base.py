@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -108,7 +109,14 @@ class Checkpoint:
 
     def aliases_of(self, name: str) -> list[str]:
         """Return the other names of the tensor `name`."""
-        return [alias for alias, canonical in self.aliases.items() if canonical == name]
+        return list(self._aliases_by_name.get(name, ()))
+
+    @cached_property
+    def _aliases_by_name(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for alias, name in self.aliases.items():
+            found.setdefault(name, []).append(alias)
+        return found
 
     def __enter__(self) -> Checkpoint:
         return self
