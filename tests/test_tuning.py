@@ -911,6 +911,17 @@ def test_a_task_file_without_its_functions_says_which(tmp_path: Path) -> None:
         load_task_file(tmp_path / "none.py")
 
 
+@pytest.mark.parametrize("length", ["raise OSError('no disk')", "return -1"])
+def test_a_length_that_fails_is_the_users_own_error(small: Path, task_file: Path, cli: Cli, length: str) -> None:
+    loader = f"class Loader(list):\n    def __len__(self):\n        {length}\n"
+    source = task_file.read_text().replace("def train_batches(epoch):", "def examples(epoch):")
+    task_file.write_text(f"{source}\n{loader}\ndef train_batches(epoch):\n    return Loader(examples(epoch))\n")
+    output = task_file.with_name("out.safetensors")
+    shown = cli("finetune", small, "--task", task_file, "-o", output, code=1).stderr
+    assert "Traceback" in shown and "in __len__" in shown and "weights are kept" not in shown
+    assert shown.rstrip().endswith(("no disk", "should return >= 0")) and not output.exists()
+
+
 def test_the_template_is_a_task_file(tmp_path: Path, cli: Cli) -> None:
     cli("finetune", "--init-task", "my_task.py")
     assert (tmp_path / "my_task.py").read_text() == TEMPLATE

@@ -179,7 +179,8 @@ class _Run:
                 history=stopping.history, log=trainer.log,
                 options=options.to_json(), seconds=round(time.monotonic() - began, 1),
             )  # fmt: skip
-            distributed.log_on_first(report.summary)
+            if trainer.failure is None:
+                distributed.log_on_first(report.summary)
             first = distributed.rank() == 0
             qualities = _qualities(tuned.tables, self.original, counts, self.progress) if first else {}
 

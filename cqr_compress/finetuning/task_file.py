@@ -141,7 +141,12 @@ class _UserBatches:
         self._batches, self._path = batches, path
 
     def __len__(self) -> int:
-        return len(self._batches)  # a TypeError if they have none, as len() requires
+        try:
+            return len(self._batches)  # a TypeError if they have none, as len() requires
+        except TypeError:
+            raise
+        except Exception as e:
+            raise UserCodeError(_own_traceback(e, self._path)) from e
 
     def __iter__(self) -> Iterator[Any]:
         iterator = _of_user(lambda: iter(self._batches), self._path)()
