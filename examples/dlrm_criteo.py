@@ -305,10 +305,8 @@ def task_of(data: Data, args: argparse.Namespace) -> cqr.Task:
 def quantized(data: Data, codewords: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """PQ of the trained full model's tables, before and after fine-tuning."""
     small, tuned = (args.folder / f"pq-{codewords}{end}.safetensors" for end in ("", ".tuned"))
-    request = cqr.ConvertOptions(
-        method="pq", num_columns=4, n_bits=codewords.bit_length() - 1, min_rows=codewords + 1
-    )
-    tables = [f"emb_l.{field}.weight" for field in range(NUM_IDS)]
+    request = cqr.ConvertOptions(method="pq", num_columns=4, n_bits=codewords.bit_length() - 1)
+    tables = [f"emb_l.{field}.weight" for field, rows in enumerate(data.sizes) if rows > codewords]
     cqr.convert(args.folder / "full.pt", small, request, tables=tables, force=True)
     report = cqr.finetune(
         small, tuned, task_of(data, args), original=args.folder / "full.pt", device=args.device, force=True
