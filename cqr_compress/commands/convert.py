@@ -14,7 +14,7 @@ from cqr_compress.checkpoint.base import DTYPES, Checkpoint, TensorEntry
 from cqr_compress.checkpoint.compressed_file import CompressedFile, is_compressed, stored_name, stored_shapes
 from cqr_compress.checkpoint.compressed_writer import CompressedOutput, Destination
 from cqr_compress.checkpoint.formats.nesting import is_text
-from cqr_compress.checkpoint.formats.open import files_of, open_checkpoint
+from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.checkpoint.header import Header, SourceRecord
 from cqr_compress.checkpoint.parts import Part, Put, copied_part
 from cqr_compress.checkpoint.size_report import SizeReport, report_path
@@ -86,9 +86,9 @@ def convert(
     """
     source, options = Path(source), merged(ConvertOptions, options, option_fields)
     output = default_output(source) if output is None else Path(output)
-    if not dry_run:
-        check_outputs([output, report_path(output)], force, files_of(source))
     with shown(progress) as progress, open_checkpoint(source) as opened:
+        if not dry_run:
+            check_outputs([output, report_path(output)], force, opened.files)
         if is_compressed(opened):
             raise CheckpointError(
                 f"{str(source)!r} is already compressed. Convert the checkpoint that it was made of."

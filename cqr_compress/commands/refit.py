@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.compressed_writer import CompressedOutput, Destination
-from cqr_compress.checkpoint.formats.open import files_of, open_checkpoint
+from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.checkpoint.parts import Part, copied_part, table_part
 from cqr_compress.checkpoint.size_report import SizeReport, report_path
 from cqr_compress.checkpoint.streaming_writer import check_outputs
@@ -60,8 +60,8 @@ def refit(
     source, output, original = Path(source), Path(output), Path(original)
     if refine_rounds < 1:
         raise SpecError(f"refine_rounds is {refine_rounds}: give at least 1")
-    check_outputs([output, report_path(output)], force, files_of(source, original))
     with shown(progress) as progress, open_checkpoint(source) as compressed, open_checkpoint(original) as dense:
+        check_outputs([output, report_path(output)], force, [*compressed.files, *dense.files])
         opened = CompressedFile.from_checkpoint(compressed)
         counts = read_frequencies(frequencies, {n: s.num_embeddings for n, s in opened.specs.items()})
         records, parts = dict(opened.header.tables), list[Part]()
