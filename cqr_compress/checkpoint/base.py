@@ -86,7 +86,8 @@ class Checkpoint:
         unbuilt_objects: objects that were not instantiated.
         optimizer_bytes: bytes of optimizer state, which is not in `entries`.
         files: all files of the checkpoint.
-        metadata: safetensors metadata.
+        metadata: safetensors metadata; of shards, that of the first one.
+        checksums: CRC-32 of the bytes of tensors, for files that have them (see `checksums`).
         close_files: closes the files.
     """
 
@@ -100,6 +101,7 @@ class Checkpoint:
     optimizer_bytes: int = 0
     files: tuple[Path, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    checksums: Mapping[str, int] = field(default_factory=dict)
     close_files: Callable[[], None] = lambda: None
 
     @property

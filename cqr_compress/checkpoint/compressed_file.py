@@ -11,17 +11,19 @@ transformers fail with a size mismatch, also where they ignore missing tensors; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from cqr_compress.checkpoint.base import Checkpoint, TensorEntry
+from cqr_compress.checkpoint.base import Checkpoint, TensorEntry, read_blocks
+from cqr_compress.checkpoint.checksums import checksum_of
 from cqr_compress.checkpoint.formats.nesting import check_structure
 from cqr_compress.checkpoint.header import METADATA_KEY, Header
 from cqr_compress.errors import FormatError, brief
+from cqr_compress.table.blocks import BLOCK_BYTES
 from cqr_compress.table.spec import AnySpec, TensorShape
 from cqr_compress.table.table import CompressedTable
 
@@ -121,6 +123,23 @@ class CompressedFile:
         """Tensors that are not part of a table."""
         stored = {each for name, spec in self.specs.items() for each in stored_shapes(name, spec)}
         return {name: entry for name, entry in self.checkpoint.entries.items() if name not in stored}
+
+    def verify(self, step: Callable[[int], None] = lambda nbytes: None) -> None:
+        """Read all tensors and compare them with their checksums, which files of format version 1 do not have.
+
+        Args:
+            step: called with the number of bytes of each block.
+
+        Raises:
+            FormatError: a tensor differs: the file was damaged after it was written.
+        """
+        for name, expected in self.checkpoint.checksums.items():
+            blocks = read_blocks(self.checkpoint.entries[name], BLOCK_BYTES)
+            if checksum_of(blocks, step) != expected:
+                raise FormatError(
+                    f"{name!r} of {self.name!r} does not have its checksum: the file was damaged after it was "
+                    "written. Copy it again or convert the checkpoint again."
+                )
 
     def table(self, name: str) -> CompressedTable:
         """Read the compressed tensors of a table into memory.

@@ -16,10 +16,11 @@ from torch import Tensor
 from cqr_compress.checkpoint.base import Checkpoint
 from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.header import METADATA_KEY, Header
+from cqr_compress.checkpoint.output_files import atomic_file, check_outputs
 from cqr_compress.checkpoint.parts import Part
-from cqr_compress.checkpoint.shards import Output, shard_paths
+from cqr_compress.checkpoint.shards import Output, index_path, split_shards
 from cqr_compress.checkpoint.size_report import SizeReport, report_path, size_report
-from cqr_compress.checkpoint.streaming_writer import atomic_file, check_outputs
+from cqr_compress.errors import OutputError
 from cqr_compress.progress import Progress
 from cqr_compress.table.spec import TensorShape
 
@@ -40,6 +41,18 @@ class Destination:
     force: bool = False
     reading: Sequence[Path] = ()
 
+    def check(self, with_report: bool = True) -> None:
+        """Check the paths of the file, its index and its report before any work is done; see `check_outputs`.
+
+        Raises:
+            OutputError: also if the path does not end in .safetensors.
+        """
+        check_outputs([self.path], self.force, self.reading)
+        if self.path.suffix != ".safetensors":
+            raise OutputError(f"{str(self.path)!r} does not end in .safetensors, the format of the output")
+        reports = [report_path(self.path)] if with_report else []
+        check_outputs([index_path(self.path), *reports], self.force, self.reading)
+
 
 @dataclass(frozen=True)
 class CompressedOutput:
@@ -59,7 +72,7 @@ class CompressedOutput:
 
     @cached_property
     def _output(self) -> Output:
-        return _output(self.destination, self.parts, _with_header(self.metadata, self.header))
+        return _output(self.destination, self.parts, _with_header(self.metadata, self.header), with_checksums=True)
 
     def predicted(self) -> SizeReport:
         """Create the report without writing anything; its sizes are exact."""
@@ -80,7 +93,7 @@ class CompressedOutput:
 
         Raises:
             VerificationError: the file differs when read back; nothing is left at the destination.
-            OutputError: the file cannot be written.
+            OutputError: the file cannot be written; or it is complete, but its report cannot be written.
         """
         out, held = self._output, self.header
 
@@ -94,9 +107,14 @@ class CompressedOutput:
             for part in self.parts:
                 part.check(compressed)
 
-        _write(out, self.destination, self.parts, metadata, check, progress)
+        path = report_path(self.destination.path)
+        self.destination.check()
+        _write(out, self.parts, metadata, check, lambda: path.unlink(missing_ok=True), progress)
         report = size_report(held, str(out.final_path), out.file_bytes, measured=True)
-        write_report(report_path(self.destination.path), report)
+        try:
+            write_report(path, report)
+        except OutputError as e:
+            raise OutputError(f"{str(out.final_path)!r} is written and complete, but not its report: {e}") from e
         return report
 
 
@@ -109,8 +127,9 @@ def write_dense(
         Total bytes of its files.
     """
     metadata = {**metadata, "format": "pt"}
-    out = _output(destination, parts, metadata)
-    _write(out, destination, parts, lambda: metadata, lambda opened: None, progress)
+    out = _output(destination, parts, metadata, with_checksums=False)
+    destination.check(with_report=False)
+    _write(out, parts, lambda: metadata, lambda opened: None, lambda: None, progress)
     return out.file_bytes
 
 
@@ -120,13 +139,13 @@ def write_report(path: Path, report: SizeReport) -> None:
         file.write((json.dumps(report.to_json(), indent=2) + "\n").encode())
 
 
-def _output(destination: Destination, parts: Sequence[Part], metadata: Mapping[str, str]) -> Output:
+def _output(
+    destination: Destination, parts: Sequence[Part], metadata: Mapping[str, str], with_checksums: bool
+) -> Output:
     shapes: dict[str, TensorShape] = {}
     for part in parts:
         shapes.update(part.shapes)
-    return Output(
-        destination.path, shapes, shard_paths(destination.path, shapes, destination.shard_bytes), metadata
-    )
+    return Output(destination.path, split_shards(shapes, destination.shard_bytes), metadata, with_checksums)
 
 
 def _with_header(metadata: Mapping[str, str], header: Header) -> dict[str, str]:
@@ -135,13 +154,12 @@ def _with_header(metadata: Mapping[str, str], header: Header) -> dict[str, str]:
 
 def _write(
     out: Output,
-    destination: Destination,
     parts: Sequence[Part],
     metadata: Callable[[], Mapping[str, str]],
     check: Callable[[Checkpoint], None],
+    before_commit: Callable[[], None],
     progress: Progress,
 ) -> None:
-    check_outputs([*out.paths, out.final_path], destination.force, destination.reading)
     silent = [part for part in parts if not part.shows_progress]
 
     def put(name: str, values: Tensor) -> None:
@@ -158,4 +176,5 @@ def _write(
         with out.reopen() as opened:
             out.verify(opened, progress.advance)
             check(opened)
+        before_commit()
         out.commit()

@@ -1,33 +1,49 @@
-"""A safetensors output of one file or several shards, renamed into place when complete."""
+"""A safetensors output of one file or several shards, which replaces an earlier output when it is complete.
+
+The shards of a write have names of their own, with a digest of their content: an interrupted write leaves the
+earlier output as it was, its shards and its index. The index is renamed last; then the shards that it does not
+list are removed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from cqr_compress.checkpoint.base import Checkpoint, TensorEntry, read_blocks
+from cqr_compress.checkpoint.base import Checkpoint, read_blocks
+from cqr_compress.checkpoint.checksums import (
+    CHECKSUMS_KEY,
+    WRITE_DIGITS,
+    WRITE_KEY,
+    checksum_of,
+    checksums_to_text,
+)
 from cqr_compress.checkpoint.formats.safetensors_files import open_safetensors
-from cqr_compress.checkpoint.streaming_writer import SafetensorsWriter, atomic_file, lay_out
-from cqr_compress.errors import VerificationError
+from cqr_compress.checkpoint.json_file import read_json
+from cqr_compress.checkpoint.output_files import atomic_file, remove_abandoned
+from cqr_compress.checkpoint.streaming_writer import SafetensorsWriter, lay_out
+from cqr_compress.errors import CheckpointError, VerificationError
 from cqr_compress.table.blocks import BLOCK_BYTES
 from cqr_compress.table.spec import TensorShape
 
-PathShapes = dict[Path, dict[str, TensorShape]]
+_DIGITS_IN_NAMES = 8
+_UNKNOWN_WRITE = "0" * WRITE_DIGITS
 
 
-def shard_paths(output: Path, shapes: Mapping[str, TensorShape], shard_bytes: int | None) -> PathShapes:
-    """Distribute tensors to files of at most `shard_bytes`, in order; a larger tensor has its own file.
+def index_path(output: Path) -> Path:
+    """Return the path of the index of an output, if it has several shards."""
+    return output.with_name(f"{output.name.removesuffix('.safetensors')}.safetensors.index.json")
 
-    Returns:
-        The tensors of each file, which is `output` itself if one file suffices.
-    """
+
+def split_shards(shapes: Mapping[str, TensorShape], shard_bytes: int | None) -> list[dict[str, TensorShape]]:
+    """Distribute tensors to shards of at most `shard_bytes`, in order; a larger tensor has its own shard."""
     groups: list[dict[str, TensorShape]] = [{}]
     size = 0
     for name, shape in shapes.items():
@@ -36,57 +52,78 @@ def shard_paths(output: Path, shapes: Mapping[str, TensorShape], shard_bytes: in
             size = 0
         groups[-1][name] = shape
         size += shape.nbytes
-    if len(groups) == 1:
-        return {output: groups[0]}
-    stem = output.name.removesuffix(".safetensors")
-    return {
-        output.with_name(f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors"): group
-        for i, group in enumerate(groups, start=1)
-    }
+    return groups
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Names of the files of an output."""
+
+    output: Path
+    num_shards: int
+
+    @property
+    def stem(self) -> str:
+        return self.output.name.removesuffix(".safetensors")
+
+    def shard(self, number: int, write: str) -> Path:
+        """Path of a shard of a write; its temporary name has the digits of `_UNKNOWN_WRITE`."""
+        if self.num_shards == 1:
+            return self.output
+        digits = write[:_DIGITS_IN_NAMES]
+        count = f"{number + 1:05d}-of-{self.num_shards:05d}"
+        return self.output.with_name(f"{self.stem}-{digits}-{count}.safetensors")
+
+    def patterns(self) -> list[str]:
+        """Regular expressions of the names of all files, with one group: the digits of the write of a shard."""
+        shard = rf"{re.escape(self.stem)}-([0-9a-f]{{{_DIGITS_IN_NAMES}}})-\d+-of-\d+\.safetensors"
+        return [shard, re.escape(self.output.name), re.escape(index_path(self.output).name)]
 
 
 class Output:
     """Writer of all files of an output; a context manager, which removes files that were not committed.
 
     Args:
-        output: output path of the user.
-        shapes: shapes of all tensors.
-        paths: files from `shard_paths`.
+        path: output path of the user.
+        shards: tensors of each file, from `split_shards`.
         metadata: metadata of the first file with `format`, not shorter than that passed to `finish`.
+        with_checksums: whether to store the checksums of the tensors.
     """
 
     def __init__(
-        self, output: Path, shapes: Mapping[str, TensorShape], paths: PathShapes, metadata: Mapping[str, str]
+        self,
+        path: Path,
+        shards: Sequence[Mapping[str, TensorShape]],
+        metadata: Mapping[str, str],
+        with_checksums: bool,
     ) -> None:
-        self.shapes = shapes
-        self.paths = list(paths)
+        self.shapes = {name: shape for shard in shards for name, shape in shard.items()}
+        self.final_path = path if len(shards) == 1 else index_path(path)
+        self._names = _Names(path, len(shards))
+        self._with_checksums = with_checksums
         self._writers: list[SafetensorsWriter] = []
-        self._writer_of: dict[str, SafetensorsWriter] = {}
-        for path, group in paths.items():
-            layout = lay_out(group, metadata if not self._writers else _of_other_shards(metadata))
-            writer = SafetensorsWriter(path, layout)
+        for number, shard in enumerate(shards):
+            blank = self._metadata(number, metadata, dict.fromkeys(shard, 0), _UNKNOWN_WRITE)
+            writer = SafetensorsWriter(self._names.shard(number, _UNKNOWN_WRITE), lay_out(shard, blank))
             self._writers.append(writer)
-            self._writer_of.update(dict.fromkeys(group, writer))
-        self._index = None
-        self.final_path = output
-        if len(self._writers) > 1:
-            self.final_path = output.with_name(
-                f"{output.name.removesuffix('.safetensors')}.safetensors.index.json"
-            )
-            weight_map = {name: writer.path.name for name, writer in self._writer_of.items()}
-            total = {"total_size": sum(shape.nbytes for shape in shapes.values())}
-            self._index = (json.dumps({"metadata": total, "weight_map": weight_map}, indent=2) + "\n").encode()
+        self._writer_of = {
+            name: writer for writer, shard in zip(self._writers, shards, strict=True) for name in shard
+        }
+        self._write_id = _UNKNOWN_WRITE
         self._stack = contextlib.ExitStack()
 
     @property
     def file_bytes(self) -> int:
         """Total size of all files, known before anything is written."""
-        return sum(writer.layout.file_bytes for writer in self._writers) + len(self._index or b"")
+        index = 0 if len(self._writers) == 1 else len(self._index())
+        return sum(writer.layout.file_bytes for writer in self._writers) + index
 
     def __enter__(self) -> Output:
         with contextlib.ExitStack() as stack:
             for writer in self._writers:
                 stack.enter_context(writer)
+            own = [writer.partial_path for writer in self._writers]
+            remove_abandoned(self.final_path.parent, self._names.patterns(), own)
             self._stack = stack.pop_all()
         return self
 
@@ -99,8 +136,14 @@ class Output:
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Complete all temporary files."""
-        for writer in self._writers:
-            writer.finish(metadata if writer is self._writers[0] else _of_other_shards(metadata))
+        unsigned = [
+            self._metadata(number, metadata, writer.checksums, _UNKNOWN_WRITE)
+            for number, writer in enumerate(self._writers)
+        ]
+        content = json.dumps([unsigned, {name: str(shape) for name, shape in self.shapes.items()}])
+        self._write_id = hashlib.sha256(content.encode()).hexdigest()[:WRITE_DIGITS]
+        for number, writer in enumerate(self._writers):
+            writer.finish(self._metadata(number, metadata, writer.checksums, self._write_id))
 
     def reopen(self) -> Checkpoint:
         """Open the temporary files that `finish` completed."""
@@ -125,28 +168,85 @@ class Output:
             VerificationError: a tensor differs.
         """
         for name in self.shapes:
-            written = self._writer_of[name].checksums.get(name, 0)
-            if _checksum_of(opened.entries[name], step) != written:
+            written = self._writer_of[name].checksums[name]
+            if checksum_of(read_blocks(opened.entries[name], BLOCK_BYTES), step) != written:
                 raise VerificationError(f"tensor {name!r} of {str(self.final_path)!r} differs when read back")
 
     def commit(self) -> None:
-        """Rename the files into place, the index last."""
-        for writer in self._writers:
-            writer.commit()
-        if self._index is not None:
+        """Rename the files into place, the index last, and remove the files of the output that this replaces."""
+        if len(self._writers) == 1:
+            self._writers[0].commit()
+        else:
+            self._commit_shards()
+        with contextlib.suppress(OSError):  # the output is complete; what cannot be removed stays
+            for path in self._replaced():
+                path.unlink()
+
+    def _commit_shards(self) -> None:
+        renamed: list[Path] = []
+        try:
+            for number, writer in enumerate(self._writers):
+                target = self._names.shard(number, self._write_id)
+                existed = target.exists()  # with the same content
+                writer.commit(target)
+                renamed += [] if existed else [target]
             with atomic_file(self.final_path) as file:
-                file.write(self._index)
+                file.write(self._index())
+        except BaseException:
+            for path in renamed:
+                path.unlink(missing_ok=True)
+            raise
+
+    def _replaced(self) -> Iterator[Path]:
+        """List the files of earlier outputs at the path: shards of other writes, and the other kind of output.
+
+        A shard is one of ours if its metadata has the write of its name; an index, if it has a write.
+        """
+        folder, index = self.final_path.parent, index_path(self._names.output)
+        if self.final_path == index and self._names.output.is_file():
+            yield self._names.output
+        if self.final_path != index and _has_write(index):
+            yield index
+        pattern = re.compile(self._names.patterns()[0])
+        current = self._write_id[:_DIGITS_IN_NAMES] if self.final_path == index else ""
+        for path in sorted(folder.iterdir()):
+            found = pattern.fullmatch(path.name)
+            if found and found[1] != current and _write_of(path).startswith(found[1]):
+                yield path
+
+    def _index(self) -> bytes:
+        numbers = {id(writer): number for number, writer in enumerate(self._writers)}
+        weight_map = {
+            name: self._names.shard(numbers[id(writer)], self._write_id).name
+            for name, writer in self._writer_of.items()
+        }
+        total = sum(shape.nbytes for shape in self.shapes.values())
+        metadata = {"total_size": total, WRITE_KEY: self._write_id}
+        return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n").encode()
+
+    def _metadata(
+        self, number: int, metadata: Mapping[str, str], checksums: Mapping[str, int], write: str
+    ) -> dict[str, str]:
+        """Return the metadata of a file: all of it in the first, the format in the others."""
+        chosen = {k: v for k, v in metadata.items() if number == 0 or k == "format"}
+        own = {CHECKSUMS_KEY: checksums_to_text(checksums) if self._with_checksums else None}
+        own[WRITE_KEY] = write if self._names.num_shards > 1 else None
+        return {k: v for k, v in {**chosen, **own}.items() if v is not None}
 
 
-def _of_other_shards(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of the shards after the first: its format."""
-    return {"format": metadata["format"]}
+def _write_of(shard: Path) -> str:
+    """Return the write that a safetensors file belongs to, or an empty text."""
+    try:
+        with open_safetensors(shard) as opened:
+            return opened.metadata.get(WRITE_KEY, "")
+    except (CheckpointError, OSError):
+        return ""
 
 
-def _checksum_of(entry: TensorEntry, step: Callable[[int], None]) -> int:
-    """Compute the CRC-32 of a tensor's bytes, read in blocks."""
-    checksum = 0
-    for _, block in read_blocks(entry, BLOCK_BYTES):
-        checksum = zlib.crc32(block.contiguous().reshape(-1).view(torch.uint8).numpy().data, checksum)
-        step(block.nbytes)
-    return checksum
+def _has_write(index: Path) -> bool:
+    try:
+        content = read_json(index)
+    except CheckpointError:
+        return False
+    metadata = content.get("metadata") if isinstance(content, dict) else None
+    return isinstance(metadata, dict) and WRITE_KEY in metadata

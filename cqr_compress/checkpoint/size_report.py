@@ -104,6 +104,11 @@ class SizeReport:
         """Convert to a JSON object with the schema's name and version."""
         return {"kind": "size_report", "schema_version": SCHEMA_VERSION, **asdict(self)}
 
+    @staticmethod
+    def is_one(values: Any) -> bool:
+        """Return whether a value read from JSON is a size report of any schema version."""
+        return isinstance(values, dict) and values.get("kind") == "size_report"
+
     @classmethod
     def from_json(cls, values: Any, where: str) -> SizeReport:
         """Restore a report from its JSON object.
@@ -111,11 +116,7 @@ class SizeReport:
         Raises:
             FormatError: not a size report, a damaged one, or one of another schema version.
         """
-        if (
-            not isinstance(values, dict)
-            or values.get("kind") != "size_report"
-            or not isinstance(values.get("schema_version"), int)
-        ):
+        if not cls.is_one(values) or not isinstance(values.get("schema_version"), int):
             raise FormatError(f"{where!r} is JSON, but not a size report: give a report that `convert` wrote")
         if values["schema_version"] != SCHEMA_VERSION:
             raise FormatError(

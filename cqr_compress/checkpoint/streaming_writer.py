@@ -11,8 +11,7 @@ import errno
 import json
 import os
 import struct
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -21,7 +20,9 @@ import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import DTYPES
-from cqr_compress.errors import OutputError, OutputExistsError, ShapeError
+from cqr_compress.checkpoint.checksums import checksum
+from cqr_compress.checkpoint.output_files import create_partial, output_errors, rename, sync
+from cqr_compress.errors import ShapeError
 from cqr_compress.table.spec import TensorShape
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -74,25 +75,25 @@ class SafetensorsWriter:
     """Writer of one file, to be used as a context manager, which removes a file that was not committed.
 
     Attributes:
-        path: final path of the file.
+        path: path of the file, which determines its temporary name.
         layout: layout from `lay_out`.
         checksums: CRC-32 of the bytes written to each tensor.
+        partial_path: path of the temporary file, once the context is entered.
     """
 
     path: Path
     layout: HeaderLayout
-    checksums: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, int] = field(init=False)
+    partial_path: Path = Path()
     _file: IO[bytes] | None = None
     _written: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def partial_path(self) -> Path:
-        """Path of the temporary file, in the folder of the target."""
-        return self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+    def __post_init__(self) -> None:
+        self.checksums = dict.fromkeys(self.layout.shapes, 0)
 
     def __enter__(self) -> SafetensorsWriter:
-        with _output_errors(self.path, self.layout.file_bytes):
-            self._file = self.partial_path.open("wb")
+        with output_errors(self.path, self.layout.file_bytes):
+            self.partial_path, self._file = create_partial(self.path)
             try:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(self._file.fileno(), 0, self.layout.file_bytes)
@@ -123,11 +124,11 @@ class SafetensorsWriter:
             )
         content = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
         assert self._file is not None
-        with _output_errors(self.path, self.layout.file_bytes):
+        with output_errors(self.path, self.layout.file_bytes):
             self._file.seek(8 + self.layout.header_bytes + self.layout.offsets[name] + start)
             self._file.write(content)
         self._written[name] = start + values.nbytes
-        self.checksums[name] = zlib.crc32(content, self.checksums.get(name, 0))
+        self.checksums[name] = checksum(values, self.checksums[name])
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the header and flush to disk, which completes the temporary file.
@@ -142,90 +143,20 @@ class SafetensorsWriter:
         if len(header) > self.layout.header_bytes:
             raise ShapeError(f"a header of {len(header)} bytes does not fit in {self.layout.header_bytes}")
         assert self._file is not None
-        with _output_errors(self.path, self.layout.file_bytes):
+        with output_errors(self.path, self.layout.file_bytes):
             self._file.seek(0)
             self._file.write(struct.pack("<Q", self.layout.header_bytes) + header.ljust(self.layout.header_bytes))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            sync(self._file)
 
-    def commit(self) -> None:
-        """Rename the finished file into place."""
+    def commit(self, target: Path | None = None) -> None:
+        """Rename the finished file into place: to `path`, or to another name in its folder."""
         assert self._file is not None
         self._file.close()
-        with _output_errors(self.path, self.layout.file_bytes):
-            self.partial_path.replace(self.path)
-            _sync_folder(self.path.parent)
+        with output_errors(self.path, self.layout.file_bytes):
+            rename(self.partial_path, target or self.path)
 
     def _discard(self) -> None:
         if self._file is not None:
             self._file.close()
         with contextlib.suppress(FileNotFoundError):
             self.partial_path.unlink()
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file for writing, which is renamed to `path` if the block ends without an error."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with _output_errors(path, None):
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            _sync_folder(path.parent)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
-
-
-def check_outputs(paths: list[Path], force: bool, sources: Sequence[Path] = ()) -> None:
-    """Check output paths before any work is done.
-
-    Args:
-        paths: files to write.
-        force: whether existing files may be replaced.
-        sources: files that are read, which must not be replaced.
-
-    Raises:
-        OutputExistsError: a file exists, and `force` is False.
-        OutputError: the folder does not exist, the path is a folder, or it is one of the sources.
-    """
-    reading = {source.resolve() for source in sources}
-    for path in paths:
-        if path.resolve() in reading:
-            raise OutputError(f"{str(path)!r} is the checkpoint itself, or a part of it: give another output")
-        if path.is_dir():
-            raise OutputError(f"{str(path)!r} is a folder: give a file")
-        if path.exists() and not force:
-            raise OutputExistsError(f"{str(path)!r} already exists. Pass --force to replace it.")
-        if not path.parent.is_dir():
-            raise OutputError(f"no such folder: {str(path.parent)!r}, to write {path.name!r} to. Create it first.")
-
-
-@contextlib.contextmanager
-def _output_errors(path: Path, wanted: int | None) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        if isinstance(e, OutputError):
-            raise
-        need = f" of {wanted:,} bytes" if wanted is not None else ""
-        hint = {
-            errno.ENOSPC: "the disk is full",
-            errno.EDQUOT: "the disk quota is exceeded",
-            errno.EFBIG: "the file size limit is exceeded (see ulimit -f)",
-            errno.EACCES: "permission denied",
-            errno.EROFS: "the file system is read-only",
-        }.get(e.errno or 0, e.strerror or str(e))
-        raise OutputError(f"cannot write {str(path)!r}{need}: {hint}. No partial file is left.") from e
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -17,6 +17,7 @@ from cqr_compress.cli.evaluate import evaluate
 from cqr_compress.cli.export import export
 from cqr_compress.cli.finetune import finetune
 from cqr_compress.cli.inspect import inspect
+from cqr_compress.cli.options import TERMINATED
 from cqr_compress.cli.refit import refit
 from cqr_compress.quantize.registry import METHODS
 
@@ -52,7 +53,7 @@ app.command()(export)
 
 def main() -> None:
     """Run the command line; SIGTERM raises SystemExit, so that temporary files are removed."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     app()
 
 

@@ -23,6 +23,9 @@ def export(
     output: Annotated[Path, output_option(help="File to write: .pt .pth .ckpt .bin or .safetensors.")],
     shard_size: ShardOption = None,
     force: ForceOption = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare the tensors with their checksums.")
+    ] = False,
     debug: DebugOption = False,
 ) -> None:
     """Export a compressed file to a dense checkpoint.
@@ -39,7 +42,12 @@ def export(
 
         with ProgressBars() as progress:
             nbytes = export_file(
-                compressed, output, shard_bytes=parse_size(shard_size), force=force, progress=progress
+                compressed,
+                output,
+                shard_bytes=parse_size(shard_size),
+                force=force,
+                verify=not no_verify,
+                progress=progress,
             )
         typer.echo(f"wrote {output} ({nbytes:,} bytes)")
 

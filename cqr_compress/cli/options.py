@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
+from cqr_compress.checkpoint import output_files
 from cqr_compress.cli.printable import printable
 from cqr_compress.errors import CqrCompressError, CqrCompressWarning, UserCodeError
 from cqr_compress.option_fields import OptionInfo, option_infos
@@ -162,6 +164,10 @@ def _plain(value: Any, kind: str) -> Any:
     return value
 
 
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code after SIGTERM."""
+
+
 def run(work: Callable[[], None], debug: bool) -> None:
     """Run a command; an error of this package prints one message, without traceback, and exits with code 1."""
     try:
@@ -177,9 +183,19 @@ def run(work: Callable[[], None], debug: bool) -> None:
             raise
         _fail(str(e))
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", code=130)
+        _fail(f"interrupted; {_completed()}", code=130)
+    except SystemExit as e:
+        if e.code != TERMINATED:
+            raise
+        _fail(f"terminated; {_completed()}", code=TERMINATED)
     except BrokenPipeError:
         raise SystemExit(1) from None
+
+
+def _completed() -> str:
+    """Say which files an interrupted command has written."""
+    files = [str(path) for path in dict.fromkeys(output_files.completed) if path.exists()]
+    return f"written and complete: {', '.join(files)}" if files else "nothing was written"
 
 
 @contextmanager

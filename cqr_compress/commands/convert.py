@@ -17,8 +17,7 @@ from cqr_compress.checkpoint.formats.nesting import is_text
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.checkpoint.header import Header, SourceRecord
 from cqr_compress.checkpoint.parts import Part, Put, copied_part
-from cqr_compress.checkpoint.size_report import SizeReport, report_path
-from cqr_compress.checkpoint.streaming_writer import check_outputs
+from cqr_compress.checkpoint.size_report import SizeReport
 from cqr_compress.errors import CheckpointError, ShapeError, TableNotFoundError, VerificationError
 from cqr_compress.option_fields import merged
 from cqr_compress.planning.encode import exact_rows_of
@@ -87,8 +86,9 @@ def convert(
     source, options = Path(source), merged(ConvertOptions, options, option_fields)
     output = default_output(source) if output is None else Path(output)
     with shown(progress) as progress, open_checkpoint(source) as opened:
+        destination = Destination(path=output, shard_bytes=shard_bytes, force=force, reading=opened.files)
         if not dry_run:
-            check_outputs([output, report_path(output)], force, opened.files)
+            destination.check()
         if is_compressed(opened):
             raise CheckpointError(
                 f"{str(source)!r} is already compressed. Convert the checkpoint that it was made of."
@@ -114,7 +114,6 @@ def convert(
             else copied_part(entry)
             for name, entry in checkpoint.entries.items()
         ]
-        destination = Destination(path=output, shard_bytes=shard_bytes, force=force, reading=opened.files)
         out = CompressedOutput(destination, header, parts, checkpoint.metadata)
         if dry_run:
             return out.predicted()

@@ -15,8 +15,10 @@ from cqr_compress.checkpoint.base import Checkpoint
 from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.compressed_writer import write_report
 from cqr_compress.checkpoint.formats.open import open_checkpoint
-from cqr_compress.checkpoint.size_report import report_of, report_path
-from cqr_compress.errors import CqrCompressWarning, OutputError
+from cqr_compress.checkpoint.json_file import read_json
+from cqr_compress.checkpoint.output_files import check_outputs
+from cqr_compress.checkpoint.size_report import SizeReport, report_of, report_path
+from cqr_compress.errors import CheckpointError, CqrCompressWarning, OutputError
 from cqr_compress.finetuning.task import Task
 from cqr_compress.finetuning.task_file import load_task_file
 from cqr_compress.finetuning.task_model import evaluate_task, load_model, own_device
@@ -156,7 +158,7 @@ def evaluate(
     for one in found:
         try:
             _complete(Path(one.file), report, one)
-        except OutputError as e:
+        except (OutputError, CheckpointError) as e:
             message = f"the report next to {one.file!r} was not updated: {e}"
             warnings.warn(message, CqrCompressWarning, stacklevel=2)
     return report
@@ -174,6 +176,7 @@ def _file_evaluation(
     tables: list[TableEvaluation] = []
     with open_checkpoint(path) as compressed:
         opened = CompressedFile.from_checkpoint(compressed)
+        opened.verify()
         file_bytes = compressed.file_bytes
         if original is not None:
             with open_checkpoint(original) as dense:
@@ -258,5 +261,8 @@ def _complete(path: Path, report: EvaluationReport, mine: FileEvaluation) -> Non
     """Write the evaluation into the report next to the file."""
     with open_checkpoint(path) as compressed:
         size, target = report_of(CompressedFile.from_checkpoint(compressed)), report_path(compressed.path)
+    check_outputs([target], force=True)
+    if target.exists() and not SizeReport.is_one(read_json(target)):
+        raise OutputError(f"{str(target)!r} is no size report: it was not replaced")
     values = {key: value for key, value in report.to_json().items() if key not in ("files", "kind")}
     write_report(target, replace(size, evaluation={**values, **asdict(mine)}))

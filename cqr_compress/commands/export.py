@@ -14,8 +14,9 @@ from cqr_compress.checkpoint.compressed_writer import Destination, write_dense
 from cqr_compress.checkpoint.formats.nesting import flat_structure, restore_tree
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.checkpoint.header import METADATA_KEY
+from cqr_compress.checkpoint.output_files import check_outputs
 from cqr_compress.checkpoint.parts import Part, Put, copied_part
-from cqr_compress.checkpoint.streaming_writer import atomic_file, check_outputs
+from cqr_compress.checkpoint.torch_writer import save_torch
 from cqr_compress.errors import FormatError, OutputError
 from cqr_compress.progress import NoProgress, Progress, shown
 from cqr_compress.table.blocks import row_blocks
@@ -24,7 +25,7 @@ from cqr_compress.table.spec import TensorShape
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
 
-def load_dense_state_dict(path: str | Path) -> dict[str, Tensor]:
+def load_dense_state_dict(path: str | Path, *, verify: bool = True) -> dict[str, Tensor]:
     """Decode a compressed file to the model's dense state_dict, in memory at its full size.
 
     Tensors outside the model's state_dict in the source, such as a trainer's, are omitted; `export` includes them.
@@ -32,6 +33,7 @@ def load_dense_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: a file, index or folder that `convert` wrote.
+        verify: whether to compare the tensors with the checksums in the file.
 
     Returns:
         Tensors by name, with the names, dtypes and shapes of the source.
@@ -41,6 +43,8 @@ def load_dense_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     with open_checkpoint(path) as checkpoint:
         opened = CompressedFile.from_checkpoint(checkpoint)
+        if verify:
+            opened.verify()
         state = _state_dict(opened, NoProgress())
         return {name: tensor for name, tensor in state.items() if name not in opened.header.outside_model}
 
@@ -51,6 +55,7 @@ def export(
     *,
     shard_bytes: int | None = None,
     force: bool = False,
+    verify: bool = True,
     progress: Progress | None = None,
 ) -> int:
     """Write a dense checkpoint with the names, dtypes, shapes, nesting and aliases of the source.
@@ -64,6 +69,7 @@ def export(
         output: path that ends in .pt, .pth, .ckpt, .bin or .safetensors.
         shard_bytes: split a safetensors output into files of about this size.
         force: replace an existing file.
+        verify: whether to compare the tensors with the checksums in the file first.
         progress: receives the progress of the work; if None, bars if stderr is a terminal.
 
     Returns:
@@ -80,12 +86,17 @@ def export(
         )
     if shard_bytes is not None and output.suffix != ".safetensors":
         raise OutputError(f"only a .safetensors output can be sharded, not {str(output)!r}")
-    check_outputs([output], force)
     with shown(progress) as progress, open_checkpoint(source) as checkpoint:
-        opened = CompressedFile.from_checkpoint(checkpoint)
-        check_outputs([output], force, checkpoint.files)
+        destination = Destination(path=output, shard_bytes=shard_bytes, force=force, reading=checkpoint.files)
         if output.suffix == ".safetensors":
-            destination = Destination(path=output, shard_bytes=shard_bytes, force=force, reading=checkpoint.files)
+            destination.check(with_report=False)
+        else:
+            check_outputs([output], force, checkpoint.files)
+        opened = CompressedFile.from_checkpoint(checkpoint)
+        if verify:
+            progress.start("verifying", sum(entry.nbytes for entry in checkpoint.entries.values()), "bytes")
+            opened.verify(progress.advance)
+        if output.suffix == ".safetensors":
             metadata = {k: v for k, v in checkpoint.metadata.items() if k != METADATA_KEY}
             return write_dense(destination, _dense_parts(opened), metadata, progress)
         state = _state_dict(opened, progress)
@@ -94,8 +105,7 @@ def export(
             tree = restore_tree(structure, state.__getitem__)
         except (TypeError, ValueError, KeyError, StopIteration, AttributeError, RecursionError) as e:
             raise FormatError(f"the nesting in the header of {str(source)!r} is damaged: {e}") from e
-        with atomic_file(output) as file:
-            torch.save(tree, file)
+        save_torch(tree, output)
     return output.stat().st_size
 
 

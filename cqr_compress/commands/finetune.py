@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from cqr_compress import distributed
 from cqr_compress.checkpoint.compressed_file import CompressedFile
+from cqr_compress.checkpoint.compressed_writer import Destination
 from cqr_compress.checkpoint.formats.open import files_of, open_checkpoint
 from cqr_compress.checkpoint.header import Header
-from cqr_compress.checkpoint.size_report import report_path
-from cqr_compress.checkpoint.streaming_writer import check_outputs
 from cqr_compress.errors import OutputExistsError, SpecError
 from cqr_compress.finetuning.code_updates import CodeUpdates
 from cqr_compress.finetuning.distill import OutputDistillation, RowDistillation
@@ -99,7 +98,7 @@ def finetune(
             "--force"
         )
     force = force or (resume and state.exists())  # an existing output is then that of the interrupted run
-    check_outputs([output, report_path(output)], force, files_of(source, original))
+    Destination(path=output, force=force, reading=files_of(source, original)).check()
     first = distributed.rank() == 0
     with shown(progress if first else NoProgress()) as progress:
         run = _Run(source, task, options, original, chosen, state, progress)

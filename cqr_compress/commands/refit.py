@@ -11,8 +11,7 @@ from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.compressed_writer import CompressedOutput, Destination
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.checkpoint.parts import Part, copied_part, table_part
-from cqr_compress.checkpoint.size_report import SizeReport, report_path
-from cqr_compress.checkpoint.streaming_writer import check_outputs
+from cqr_compress.checkpoint.size_report import SizeReport
 from cqr_compress.errors import CqrCompressWarning, SpecError
 from cqr_compress.planning.frequencies import Frequencies, read_frequencies
 from cqr_compress.planning.scan import ScannedTable, source_rows
@@ -61,8 +60,10 @@ def refit(
     if refine_rounds < 1:
         raise SpecError(f"refine_rounds is {refine_rounds}: give at least 1")
     with shown(progress) as progress, open_checkpoint(source) as compressed, open_checkpoint(original) as dense:
-        check_outputs([output, report_path(output)], force, [*compressed.files, *dense.files])
+        destination = Destination(path=output, force=force, reading=[*compressed.files, *dense.files])
+        destination.check()
         opened = CompressedFile.from_checkpoint(compressed)
+        opened.verify()
         counts = read_frequencies(frequencies, {n: s.num_embeddings for n, s in opened.specs.items()})
         records, parts = dict(opened.header.tables), list[Part]()
         for name, spec in opened.specs.items():
@@ -77,7 +78,6 @@ def refit(
             _log.info("%s %s %s: relative squared error %s", name, spec.method, spec.layout, listed)
         parts += [copied_part(entry) for entry in opened.dense_entries.values()]
         header = replace(opened.header, tables=records)
-        destination = Destination(path=output, force=force, reading=[*compressed.files, *dense.files])
         return CompressedOutput(destination, header, parts, compressed.metadata).write(progress)
 
 

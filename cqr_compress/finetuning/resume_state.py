@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cqr_compress import distributed
-from cqr_compress.checkpoint.streaming_writer import atomic_file
+from cqr_compress.checkpoint.torch_writer import save_torch
 from cqr_compress.errors import StateError
 from cqr_compress.finetuning.rng import RandomState
 
@@ -59,8 +59,7 @@ def save_state(path: Path, identity: dict[str, Any], position: Position, parts: 
         "version": STATE_VERSION, "identity": identity, "position": asdict(position), "random": random_states,
         **parts,
     }  # fmt: skip
-    with atomic_file(path) as file:
-        torch.save(state, file)
+    save_torch(state, path)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cqr_compress.checkpoint.streaming_writer import atomic_file, check_outputs
+from cqr_compress.checkpoint.output_files import atomic_file, check_outputs
 from cqr_compress.errors import TaskError, UserCodeError
 from cqr_compress.finetuning.task import Task
 

@@ -62,6 +62,7 @@ def load_compressed(
     device: torch.device | str | None = None,
     strict: bool = True,
     prefix: str | None = None,
+    verify: bool = True,
 ) -> LoadReport:
     """Load a compressed file into a model in place: the model then runs on the compressed tables.
 
@@ -81,6 +82,7 @@ def load_compressed(
             model computes itself (see `LoadReport.skipped`).
         prefix: prefix to remove from the file's names; if None, the prefixes "module." and "_orig_mod." of
             wrappers are removed.
+        verify: whether to compare all tensors with the checksums in the file first.
 
     Returns:
         Names of the loaded tables, and of missing, unexpected and skipped tensors.
@@ -92,6 +94,8 @@ def load_compressed(
     model = _unwrapped(model)
     with open_checkpoint(path) as checkpoint:
         opened = CompressedFile.from_checkpoint(checkpoint)
+        if verify:
+            opened.verify()
         plan = _plan(model, opened, strict, prefix)
         fill = device or ("cpu" if any(slot.tensor.is_meta for _, slot in slots_of(model)) else None)
         for slot in plan.separated:

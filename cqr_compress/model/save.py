@@ -13,8 +13,7 @@ from cqr_compress.checkpoint.compressed_writer import CompressedOutput, Destinat
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.checkpoint.header import Header, SourceRecord, TableRecord
 from cqr_compress.checkpoint.parts import Part, copied_part, table_part, tensor_part, trained_part
-from cqr_compress.checkpoint.size_report import SizeReport, report_path
-from cqr_compress.checkpoint.streaming_writer import check_outputs
+from cqr_compress.checkpoint.size_report import SizeReport
 from cqr_compress.errors import SwapError, TableNotFoundError
 from cqr_compress.model.load import model_tensors
 from cqr_compress.model.surgery import table_attributes
@@ -63,7 +62,7 @@ def save_compressed(
     """
     destination = Destination(path=Path(output), shard_bytes=shard_bytes, force=force)
     refuse_wrapper(model)
-    check_outputs([destination.path, report_path(destination.path)], force)
+    destination.check()
     with shown(progress) as progress:
         if template is None:
             header, parts = _from_model(model)

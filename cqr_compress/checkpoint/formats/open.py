@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from cqr_compress.checkpoint.base import Checkpoint, Format, TensorEntry
+from cqr_compress.checkpoint.checksums import WRITE_KEY
 from cqr_compress.checkpoint.formats.safetensors_files import SAFETENSORS
 from cqr_compress.checkpoint.formats.torch_files import BARE_PICKLE, TORCH_LEGACY, TORCH_TAR, TORCH_ZIP
 from cqr_compress.checkpoint.json_file import read_json, require_file
@@ -135,23 +137,10 @@ def _shard_path(index: Path, shard: str) -> Path:
 
 
 def _merge(index: Path, weight_map: dict[str, str], shards: dict[str, Checkpoint], metadata: object) -> Checkpoint:
-    entries: dict[str, TensorEntry] = {}
-    aliases: dict[str, str] = {}
-    missing = []
-    for name, shard in weight_map.items():
-        opened = shards[shard]
-        if name in opened.entries:
-            entries[name] = opened.entries[name]
-        elif name in opened.aliases:
-            aliases[name] = opened.aliases[name]
-        else:
-            missing.append(f"{brief(name)} in {shard}")
-    if missing:
-        raise CheckpointError(
-            f"{str(index)!r} lists tensors that the shards do not have: {', '.join(missing[:5])}"
-        )
-    first = next(iter(shards.values()))
     strings = {str(k): v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
+    _check_writes(index, strings, shards)
+    entries, aliases = _listed(index, weight_map, shards)
+    first = next(iter(shards.values()))
 
     def close() -> None:
         for opened in shards.values():
@@ -166,8 +155,59 @@ def _merge(index: Path, weight_map: dict[str, str], shards: dict[str, Checkpoint
         optimizer_bytes=sum(opened.optimizer_bytes for opened in shards.values()),
         files=(index, *(file for opened in shards.values() for file in opened.files)),
         metadata={**first.metadata, **strings},
+        checksums={
+            name: shards[weight_map[name]].checksums[name]
+            for name in entries
+            if name in shards[weight_map[name]].checksums
+        },
         close_files=close,
     )
+
+
+def _check_writes(index: Path, metadata: dict[str, str], shards: dict[str, Checkpoint]) -> None:
+    """Refuse shards of different writes: their tensors do not belong together."""
+    writes = {name: opened.metadata.get(WRITE_KEY) for name, opened in shards.items()}
+    if WRITE_KEY in metadata:
+        writes[index.name] = metadata[WRITE_KEY]
+    if len(set(writes.values())) > 1:
+        listed = ", ".join(f"{name} of {brief(write)}" for name, write in list(writes.items())[:5])
+        raise CheckpointError(
+            f"{str(index)!r} has shards of different writes, which do not belong together: {listed}. Copy all "
+            "files of one write again."
+        )
+
+
+def _listed(
+    index: Path, weight_map: dict[str, str], shards: dict[str, Checkpoint]
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Look up the tensors of an index and their aliases; an alias is one of a tensor in its own shard.
+
+    Where the index lists aliases of a tensor but not the tensor's own name, the first of them takes its place.
+    """
+    entries: dict[str, TensorEntry] = {}
+    names_in_shards: dict[tuple[str, str], str] = {}
+    for name, shard in weight_map.items():
+        if name in shards[shard].entries:
+            entries[name] = shards[shard].entries[name]
+            names_in_shards[shard, name] = name
+    aliases: dict[str, str] = {}
+    missing = []
+    for name, shard in weight_map.items():
+        if name in entries:
+            continue
+        target = shards[shard].aliases.get(name)
+        if target is None:
+            missing.append(f"{brief(name)} in {shard}")
+        elif (shard, target) in names_in_shards:
+            aliases[name] = names_in_shards[shard, target]
+        else:
+            entries[name] = replace(shards[shard].entries[target], name=name)
+            names_in_shards[shard, target] = name
+    if missing:
+        raise CheckpointError(
+            f"{str(index)!r} lists tensors that the shards do not have: {', '.join(missing[:5])}"
+        )
+    return entries, aliases
 
 
 INDEX = Format(

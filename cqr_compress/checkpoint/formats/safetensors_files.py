@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import DTYPES, Checkpoint, Format, TensorEntry
+from cqr_compress.checkpoint.checksums import CHECKSUMS_KEY, checksums_from_text
 from cqr_compress.checkpoint.formats.budget import MAX_DIMENSIONS, MAX_SIZE
 from cqr_compress.checkpoint.formats.mapped_storage import SourceFile
 from cqr_compress.errors import CheckpointError, brief
@@ -91,6 +92,9 @@ def _opened(source: SourceFile) -> Checkpoint:
         },
         files=(source.path,),
         metadata=metadata,
+        checksums=checksums_from_text(metadata[CHECKSUMS_KEY], shapes, str(source.path))
+        if CHECKSUMS_KEY in metadata
+        else {},
         close_files=source.close,
     )
 

@@ -1,0 +1,345 @@
+"""Outputs are replaced as a whole or not at all, and damage after writing is noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import cqr_compress as cqr
+from cqr_compress.checkpoint import compressed_writer, output_files, shards
+from cqr_compress.checkpoint.checksums import CHECKSUMS_KEY, WRITE_KEY
+from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.checkpoint.output_files import atomic_file, create_partial
+from cqr_compress.errors import CheckpointError, CqrCompressWarning, FormatError, OutputError, OutputExistsError
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+SHARD_BYTES = 20_000
+
+
+def decoded(path: Path) -> dict[str, torch.Tensor]:
+    return cqr.load_dense_state_dict(path)
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def shards_of(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("s-*.safetensors")}
+
+
+@pytest.fixture
+def two_writes(ckpt: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Two sharded outputs of one name in two folders, with different content."""
+    for folder, method in (("a", "int8"), ("b", "int4")):
+        (tmp_path / folder).mkdir()
+        cqr.convert(ckpt, tmp_path / folder / "s.safetensors", method=method, shard_bytes=SHARD_BYTES)
+    return tmp_path / "a" / "s.safetensors.index.json", tmp_path / "b" / "s.safetensors.index.json"
+
+
+@pytest.mark.parametrize("shard_bytes", [SHARD_BYTES, None])
+def test_a_process_that_dies_between_renames_leaves_the_old_output_or_the_new_one(
+    ckpt: Path, tmp_path: Path, two_writes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, shard_bytes: int
+) -> None:
+    out = tmp_path / "a" / "s.safetensors"
+    if shard_bytes is None:
+        shutil.rmtree(out.parent)
+        out.parent.mkdir()
+        cqr.convert(ckpt, out, method="int8")
+    opened = out if shard_bytes is None else two_writes[0]
+    old = decoded(opened)
+    states: list[Path] = []
+    rename, unlink = output_files.rename, Path.unlink
+
+    def snapshot() -> None:
+        states.append(tmp_path / f"state{len(states)}")
+        shutil.copytree(out.parent, states[-1])
+
+    def rename_and_copy(partial: Path, target: Path) -> None:
+        snapshot()
+        rename(partial, target)
+        snapshot()
+
+    def unlink_and_copy(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok=missing_ok)
+        snapshot()
+
+    for module in ("output_files", "streaming_writer"):
+        monkeypatch.setattr(f"cqr_compress.checkpoint.{module}.rename", rename_and_copy)
+    monkeypatch.setattr(Path, "unlink", unlink_and_copy)
+    cqr.convert(ckpt, out, method="int4", shard_bytes=shard_bytes, force=True)
+    monkeypatch.undo()
+    new = decoded(opened)
+    assert not equal(old, new) and len(states) > 4
+    loaded = [decoded(state / opened.name) for state in states]
+    assert all(equal(state, old) or equal(state, new) for state in loaded)
+    assert equal(loaded[0], old) and equal(loaded[-1], new)
+    for folder, state in zip(states, loaded, strict=True):  # a report never tells of another file
+        report = folder / "s.report.json"
+        if report.exists():
+            written = json.loads(report.read_text())["tables"][0]["method"]
+            assert written == ("int8" if equal(state, old) else "int4")
+    for state in states:  # and the next run cleans up
+        cqr.convert(ckpt, state / "s.safetensors", method="int4", shard_bytes=shard_bytes, force=True)
+        assert sorted(p.name for p in state.iterdir()) == sorted(p.name for p in out.parent.iterdir())
+
+
+def test_an_error_between_renames_takes_the_new_shards_back(
+    ckpt: Path, two_writes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = two_writes[0].parent
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    rename = output_files.rename
+
+    def fail_at_the_index(partial: Path, target: Path) -> None:
+        if target.name.endswith(".json"):
+            raise OSError(28, "No space left on device")
+        rename(partial, target)
+
+    for module in ("output_files", "streaming_writer"):
+        monkeypatch.setattr(f"cqr_compress.checkpoint.{module}.rename", fail_at_the_index)
+    with pytest.raises(OutputError, match="the disk is full. No partial file is left"):
+        cqr.convert(ckpt, folder / "s.safetensors", method="int4", shard_bytes=SHARD_BYTES, force=True)
+    del before["s.report.json"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_shards_of_different_writes_are_refused(two_writes: tuple[Path, Path]) -> None:
+    a, b = two_writes
+    for path in b.parent.glob("s-*.safetensors"):
+        shutil.copy(path, a.parent)
+    index = json.loads(a.read_text())
+    theirs = json.loads(b.read_text())["weight_map"]
+    name = next(reversed(index["weight_map"]))
+    for without_write in (False, True):
+        index["weight_map"][name] = theirs[name]
+        if without_write:
+            del index["metadata"][WRITE_KEY]
+        a.write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match="has shards of different writes, which do not belong together"):
+            open_checkpoint(a)
+
+
+def test_the_same_request_writes_the_same_files(ckpt: Path, two_writes: tuple[Path, Path]) -> None:
+    folder = two_writes[0].parent
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    cqr.convert(ckpt, folder / "s.safetensors", method="int8", shard_bytes=SHARD_BYTES, force=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_shards_that_are_not_of_the_replaced_output_stay(ckpt: Path, two_writes: tuple[Path, Path]) -> None:
+    folder = two_writes[0].parent
+    theirs = [folder / "s-01234567-00001-of-00002.safetensors", folder / "s-00001-of-00002.safetensors"]
+    for path in theirs:
+        save_file({"x": torch.zeros(2)}, path)
+    cqr.convert(ckpt, folder / "s.safetensors", method="int4", force=True)
+    assert {path.name for path in folder.iterdir()} == {
+        "s.safetensors", "s.report.json", *(path.name for path in theirs)
+    }  # fmt: skip
+
+
+def test_an_index_of_other_files_is_not_removed(ckpt: Path, tmp_path: Path) -> None:
+    index = tmp_path / "s.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "x.safetensors"}}))
+    with pytest.raises(OutputExistsError):
+        cqr.convert(ckpt, tmp_path / "s.safetensors", method="int8")
+    cqr.convert(ckpt, tmp_path / "s.safetensors", method="int8", force=True)
+    assert index.exists()
+
+
+def test_temporary_files_of_killed_runs_are_removed_and_those_of_running_ones_are_not(
+    ckpt: Path, tmp_path: Path
+) -> None:
+    (tmp_path / ".s.safetensors.0a1b2c3d.partial").write_bytes(b"x")
+    (tmp_path / ".s-00000000-00002-of-00003.safetensors.0a1b2c3d.partial").write_bytes(b"x")
+    (tmp_path / ".s.report.json.0a1b2c3d.partial").write_bytes(b"x")
+    (tmp_path / ".other.safetensors.0a1b2c3d.partial").write_bytes(b"x")
+    cqr.convert(ckpt, tmp_path / "s.safetensors", method="int8")
+    assert {path.name for path in tmp_path.glob(".*")} == {".other.safetensors.0a1b2c3d.partial"}
+    before = (tmp_path / "s.safetensors").read_bytes()
+    running, file = create_partial(tmp_path / "s.safetensors")
+    with file, pytest.raises(OutputError, match="another process is writing the same output"):
+        cqr.convert(ckpt, tmp_path / "s.safetensors", method="int4", force=True)
+    assert running.exists() and (tmp_path / "s.safetensors").read_bytes() == before
+    cqr.convert(ckpt, tmp_path / "s.safetensors", method="int4", force=True)  # the lock ended with the file
+    assert not running.exists()
+
+
+def test_a_report_that_cannot_be_written_does_not_deny_the_file(
+    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, report: object) -> None:
+        raise OutputError(f"cannot write {str(path)!r}: the disk is full")
+
+    monkeypatch.setattr(compressed_writer, "write_report", full)
+    with pytest.raises(OutputError, match=r"s.safetensors' is written and complete, but not its report: cannot"):
+        cqr.convert(ckpt, tmp_path / "s.safetensors", method="int8")
+    assert decoded(tmp_path / "s.safetensors")
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupted_command_says_what_it_has_written(
+    ckpt: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(output_files, "completed", [])
+    monkeypatch.setattr(compressed_writer, "write_report" if after else "_write", interrupt)
+    shown = cli("convert", "ckpt.pt", "-o", "s.safetensors", "--method", "int8", code=130).stderr
+    assert (tmp_path / "s.safetensors").exists() == after
+    assert "interrupted; " + ("written and complete: s.safetensors" if after else "nothing was written") in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (".", "is a folder|does not name a file"),
+        ("", "is a folder|does not name a file"),
+        ("folder", "is a folder"),
+        ("folder.safetensors", "is a folder"),
+        ("x" * 300 + ".safetensors", "has more than 213 bytes"),
+        ("missing/s.safetensors", "no such folder"),
+        ("s", "does not end in .safetensors"),
+        ("s.pt", "does not end in .safetensors"),
+        ("pipe.safetensors", "is a device, a pipe or a socket"),
+        ("device.safetensors", "is a device, a pipe or a socket"),
+        ("dangling.safetensors", "is a link to a file that does not exist"),
+    ],
+)
+def test_what_is_no_file_is_refused_as_output(
+    ckpt: Path, tmp_path: Path, cli: Cli, name: str, message: str
+) -> None:
+    for folder in ("folder", "folder.safetensors"):
+        (tmp_path / folder).mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "device.safetensors").symlink_to("/dev/null")
+    (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "nothing")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    shown = cli("convert", "ckpt.pt", "-o", name, "--method", "int8", "--force", code=1).stderr
+    assert any(part in " ".join(shown.split()) for part in message.split("|")) and "Traceback" not in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@contextmanager
+def small_files(nbytes: int) -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_torch_file_that_does_not_fit_is_an_error_of_the_output(ckpt: Path, tmp_path: Path) -> None:
+    cqr.convert(ckpt, tmp_path / "s.safetensors", method="int8")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with small_files(4096), pytest.raises(OutputError, match="cannot write .*d.pt.*: the file size limit"):
+        cqr.export(tmp_path / "s.safetensors", tmp_path / "d.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.item_embedding = nn.Embedding(3000, 16)
+        self.user_embedding = nn.Embedding(1500, 16)
+        self.out = nn.Linear(16, 4)
+        self.register_buffer("steps", torch.tensor(0))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("name", ["item_embedding.codes", "out.weight"])
+def test_a_flipped_byte_is_refused(ckpt: Path, tmp_path: Path, cli: Cli, sharded: bool, name: str) -> None:
+    cqr.convert(ckpt, tmp_path / "s.safetensors", method="int8", shard_bytes=SHARD_BYTES if sharded else None)
+    path = tmp_path / ("s.safetensors.index.json" if sharded else "s.safetensors")
+    holder = next(
+        file
+        for file in tmp_path.glob("s*.safetensors")
+        if name in safe_open(file, "pt").keys()  # noqa: SIM118
+    )
+    content = bytearray(holder.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    start = json.loads(content[8 : 8 + length])[name]["data_offsets"][0]
+    content[8 + length + start] ^= 1
+    holder.write_bytes(content)
+    message = f"{name!r} of .* does not have its checksum: the file was damaged after it was written"
+    model = Net()
+    with pytest.raises(FormatError, match=message):
+        cqr.load_compressed(model, path)
+    assert isinstance(model.item_embedding, nn.Embedding)
+    with pytest.raises(FormatError, match=message):
+        cqr.load_dense_state_dict(path)
+    shown = cli("export", path, "-o", "d.pt", code=1).stderr
+    assert "does not have its checksum" in shown and not (tmp_path / "d.pt").exists()
+    cli("export", path, "-o", "d.pt", "--no-verify")
+    cqr.load_compressed(model, path, verify=False)
+
+
+def test_checksums_of_another_length_are_refused(ckpt: Path, tmp_path: Path) -> None:
+    cqr.convert(ckpt, tmp_path / "s.safetensors", method="int8")
+    with safe_open(tmp_path / "s.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / "s.safetensors")
+    for text in ("", metadata[CHECKSUMS_KEY][:-1], "x" * len(metadata[CHECKSUMS_KEY])):
+        save_file(tensors, tmp_path / "s.safetensors", {**metadata, CHECKSUMS_KEY: text})
+        with pytest.raises(CheckpointError, match="the checksums in the metadata of .* are damaged"):
+            open_checkpoint(tmp_path / "s.safetensors")
+
+
+def test_evaluate_keeps_a_report_that_is_not_its_own(ckpt: Path, tmp_path: Path) -> None:
+    cqr.convert(ckpt, tmp_path / "s.safetensors", method="int8")
+    theirs = tmp_path / "s.report.json"
+    for content in ("[1]", "no json", '{"kind": "sales"}'):
+        theirs.write_text(content)
+        with pytest.warns(CqrCompressWarning, match="the report next to .* was not updated"):
+            cqr.evaluate([tmp_path / "s.safetensors"], original=ckpt)
+        assert theirs.read_text() == content
+
+
+def test_an_alias_is_one_of_a_tensor_in_its_own_shard(tmp_path: Path) -> None:
+    a, b = torch.arange(6.0).view(3, 2), torch.arange(6.0, 12).view(3, 2)
+    torch.save({"emb.weight": a, "out.weight": a}, tmp_path / "one.bin")
+    torch.save({"emb.weight": b}, tmp_path / "two.bin")
+    index = tmp_path / "pytorch_model.bin.index.json"
+    for weight_map, tensors, aliases in (
+        ({"emb.weight": "two.bin", "out.weight": "one.bin"}, {"emb.weight": b, "out.weight": a}, {}),
+        ({"out.weight": "one.bin"}, {"out.weight": a}, {}),
+        ({"out.weight": "one.bin", "emb.weight": "one.bin"}, {"emb.weight": a}, {"out.weight": "emb.weight"}),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with open_checkpoint(index) as opened:
+            found = {name: entry.stored.read() for name, entry in opened.entries.items()}
+            assert equal(found, tensors) and dict(opened.aliases) == aliases
+            assert all(entry.name == name for name, entry in opened.entries.items())
+
+
+def test_a_folder_without_locks_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*args: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(output_files.fcntl, "flock", no_locks)
+    left = tmp_path / ".x.01234567.partial"
+    left.write_bytes(b"x")
+    with atomic_file(tmp_path / "x") as file:
+        file.write(b"y")
+    assert (tmp_path / "x").read_bytes() == b"y" and left.exists()  # it cannot be known whether its process runs
+
+
+def test_split_shards_keeps_the_order(ckpt: Path) -> None:
+    with open_checkpoint(ckpt) as opened:
+        shapes = {n: shards.TensorShape(e.shape, e.dtype) for n, e in opened.entries.items()}
+    groups = shards.split_shards(shapes, 100_000)
+    assert len(groups) == 2 and [name for group in groups for name in group] == list(shapes)
