@@ -66,7 +66,7 @@ def options(*train: Path, **more: Any) -> DataOptions:
 def tuned(task: Task, small: Path) -> dict[str, float]:
     """Two steps of fine-tuning: the metrics before."""
     report = cqr.finetune(
-        small, small.with_suffix(".safetensors"), task, cqr.FinetuneOptions(max_steps=2), force=True
+        small, small.with_suffix(".tuned.safetensors"), task, cqr.FinetuneOptions(max_steps=2), force=True
     )
     assert report.steps == 2
     return report.before
