@@ -15,6 +15,7 @@ import torch
 
 import cqr_compress as cqr
 from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.cli.render import print_size_report
 from cqr_compress.cli.tables import fold
 from cqr_compress.errors import CheckpointError, SpecError
 from cqr_compress.finetuning.options import option_names
@@ -291,3 +292,21 @@ def test_an_option_that_has_a_flag_is_not_given_by_option(cli: Cli, ckpt: Path) 
 def test_names_fold_at_dots_and_numbers_stay_whole() -> None:
     assert fold("embeddings.word_embeddings.weight", 22).split() == ["embeddings.", "word_embeddings.", "weight"]
     assert fold("DLRM emb_l.N (0.99)", 12) == "DLRM emb_l.N\n  (0.99)"
+
+
+def test_the_headline_compares_the_model_with_the_model(
+    tmp_path: Path, table: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {"emb.weight": table, "out.weight": torch.randn(300, 150), "out.bias": torch.randn(300)}
+    moments = {i: {"exp_avg": torch.zeros(3000, 16), "exp_avg_sq": torch.zeros(3000, 16)} for i in range(2)}
+    torch.save({"model": state, "optimizer": {"state": moments, "param_groups": []}}, tmp_path / "m.pt")
+    report = cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", method="int8", tables=["emb.weight"])
+    print_size_report(report)
+    shown = " ".join(capsys.readouterr().out.split())
+    model = report.file_bytes_before - 4 * table.nbytes
+    assert report.optimizer_bytes == 4 * table.nbytes and report.model_bytes_before == model
+    assert f"model {model / 2**10:.2f} KiB -> " in shown and f", {model / report.file_bytes_after:.2f}x (" in shown
+    limit = model / (model - table.nbytes)
+    assert 1.9 < limit < 2.1
+    assert f"are {table.nbytes / model:.0%} of the model: at most {limit:.2f}x for the whole file" in shown
+    assert "750.00 KiB of optimizer state, which the ratios do not count" in shown

@@ -502,3 +502,10 @@ def test_a_table_that_is_named_is_compressed_however_few_rows_it_has(tmp_path: P
     torch.save({"user.weight": torch.randn(300, 8), "item_emb.weight": torch.randn(300, 8)}, source)
     report = cqr.convert(source, tmp_path / "c.safetensors", tables=["user.weight"], method="int8")
     assert [table.name for table in report.tables] == ["user.weight"]
+
+
+def test_float64_values_below_the_range_of_float32_are_refused_not_stored_as_zeros(tmp_path: Path) -> None:
+    torch.save({"emb.weight": torch.randn(2000, 8, dtype=torch.float64) * 1e-60}, tmp_path / "m.pt")
+    with pytest.raises(TableRefusedError, match="largest magnitude in 'emb.weight' is .*e-60"):
+        cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", method="int8", tables=["emb.weight"])
+    assert not (tmp_path / "s.safetensors").exists()

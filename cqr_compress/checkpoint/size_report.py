@@ -100,6 +100,16 @@ class SizeReport:
     tuning: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
 
+    @property
+    def model_bytes_before(self) -> int:
+        """Size of the source's files without the optimizer state."""
+        return max(self.file_bytes_before - self.optimizer_bytes, 0)
+
+    @property
+    def largest_ratio(self) -> float:
+        """Bytes of the model / bytes outside its compressed tables: no ratio of the tables exceeds it."""
+        return self.model_bytes_before / max(self.model_bytes_before - self.tables_bytes_before, 1)
+
     def to_json(self) -> dict[str, Any]:
         """Convert to a JSON object with the schema's name and version."""
         return {"kind": "size_report", "schema_version": SCHEMA_VERSION, **asdict(self)}

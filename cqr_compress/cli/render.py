@@ -17,6 +17,8 @@ from cqr_compress.commands.inspect import DenseReport
 from cqr_compress.finetuning.report import TuningReport
 
 _SHOWN_OTHERS = 4
+_LIMIT_TO_SHOW = 20.0
+"""The ratio that the other tensors of a model limit it to is shown below this."""
 _QUALITY = ("relative_mse", "weighted_relative_mse", "mean_cosine", "recall_at_10")
 _HEADINGS = {
     "relative_mse": "relative\nMSE",
@@ -63,10 +65,21 @@ def print_size_report(report: SizeReport) -> None:
     ]
     print_table(console, columns, rows)
     console.print()
-    _line(console, f"tables      {_change(report.tables_bytes_before, report.tables_bytes_after)}")
-    _line(console, f"whole file  {_change(report.file_bytes_before, report.file_bytes_after)}")
+    _line(console, f"tables  {_change(report.tables_bytes_before, report.tables_bytes_after)}")
+    _line(console, f"model   {_change(report.model_bytes_before, report.file_bytes_after)}")
+    if report.largest_ratio < _LIMIT_TO_SHOW:
+        share = report.tables_bytes_before / max(report.model_bytes_before, 1)
+        _line(
+            console,
+            f"the compressed tables are {share:.0%} of the model: at most {report.largest_ratio:.2f}x for the "
+            "whole file, whatever their ratio",
+        )
     if report.optimizer_bytes:
-        _line(console, f"not carried over: {size(report.optimizer_bytes)} of optimizer state")
+        _line(
+            console,
+            f"not carried over: {size(report.optimizer_bytes)} of optimizer state, which the ratios do not count "
+            f"(the source's files have {size(report.file_bytes_before)})",
+        )
     for item in report.left_dense:
         _line(console, f"left dense: {item.name} {item.shape[0]} x {item.shape[1]}: {item.reason}")
     _print_unbuilt(console, report.unbuilt_objects)

@@ -126,7 +126,8 @@ def scan_table(
         if not finite.all():
             bad.append((~finite).nonzero().flatten() + start)
             rows = torch.where(finite[:, None], rows, 0.0)
-        largest = max(largest, float(rows.abs().max()))
+        if finite.any():  # in the source's dtype: a float64 value below the range of float32 is not 0
+            largest = max(largest, float(source[finite].abs().max()))
         total += float(rows.square().sum(dtype=torch.float64))
         a, b = (int(i) for i in torch.searchsorted(ids, torch.tensor([start, stop])))
         sample[a:b] = rows[ids[a:b] - start]
