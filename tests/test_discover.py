@@ -52,13 +52,98 @@ def test_a_false_friend_is_left_with_a_reason(tmp_path: Path, name: str) -> None
 def test_a_bias_beside_it_or_a_single_column_says_linear(tmp_path: Path) -> None:
     state = {
         "user_embed.weight": torch.zeros(900, 4), "user_embed.bias": torch.zeros(900),
-        "linear.item_embedding.weight": torch.zeros(900, 1), "tall.weight": torch.zeros(20_000, 4),
+        "linear.item_embedding.weight": torch.zeros(900, 1), "tall": torch.zeros(20_000, 4),
     }  # fmt: skip
     found = candidates(tmp_path, state)
     assert not any(c.selected for c in found.values())
     assert "it has 'user_embed.bias'" in found["user_embed.weight"].reason
     assert "1 column" in found["linear.item_embedding.weight"].reason
-    assert "--tables" in found["tall.weight"].reason
+    assert "--tables" in found["tall"].reason
+
+
+@pytest.mark.parametrize("name", ["user.weight", "item.weight", "items.weight", "movie_id.weight", "P.weight", "V.weight",
+    "query_feat.weight", "h_user.weight", "encoder.layers.3.attn.rel_pos_emb.weight", "quantizer.1.codebook.weight",
+    "vision.patch_embedder.position_embedding_table.weight"])  # fmt: skip
+def test_a_layer_whose_name_says_little_is_taken_for_its_shape(tmp_path: Path, name: str) -> None:
+    state = {name: torch.zeros(1500, 8), "mlp.0.weight": torch.zeros(16, 8), "mlp.0.bias": torch.zeros(16)}
+    assert [c.name for c in candidates(tmp_path, state).values() if c.selected] == [name]
+
+
+@pytest.mark.parametrize(
+    ("state", "word"),
+    [
+        ({"cond.weight": (1500, 8), "next.weight": (8, 1500)}, "neither"),  # its rows are inputs
+        ({"layers.0.x.weight": (1500, 8)}, "neither"),  # repeated in numbered layers
+        ({"square.weight": (1500, 500)}, "neither"),  # not tall
+        ({"guess.weight": (1500, 8), "item_emb.weight": (1500, 8)}, "neither"),  # a head over the table's ids
+        ({"to_out.weight": (1500, 8)}, "linear"), ({"proj_out.weight": (1500, 8)}, "linear"),
+        ({"unembed.weight": (1500, 8)}, "output head"), ({"time_embed_mapper.weight": (1500, 8)}, "projection"),
+        ({"patch_to_embedding.weight": (1500, 8)}, "patches"), ({"patch_embedding.weight": (1500, 8)}, "patches"),
+        ({"x_embedder.weight": (1500, 8), "attn.weight": (8, 1500)}, "input size of another layer"),
+        ({"conditioning_emb.0.weight": (1500, 8), "conditioning_emb.2.weight": (8, 1500)}, "input size of another"),
+    ],
+)  # fmt: skip
+def test_a_layer_without_bias_that_is_no_lookup_is_left(
+    tmp_path: Path, state: dict[str, tuple[int, int]], word: str
+) -> None:
+    found = candidates(tmp_path, {name: torch.zeros(shape) for name, shape in state.items()})
+    first = found[next(iter(state))]
+    assert not first.selected and word in first.reason
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision.positional_embedding_vlm",
+        "gated_positional_embedding.embedding",
+        "pos_embed",
+        "query_embeddings",
+        "codebook",
+    ],
+)
+def test_a_bare_parameter_is_taken_only_where_its_name_means_a_lookup(tmp_path: Path, name: str) -> None:
+    state = {
+        name: torch.zeros(1500, 8),
+        "entity_embedding": torch.zeros(1500, 8),
+        "d.user_emb": torch.zeros(1600, 8),
+    }
+    found = candidates(tmp_path, state)
+    assert [c.name for c in found.values() if c.selected] == ["entity_embedding", "d.user_emb"]
+    assert "the weight of no layer" in found[name].reason
+
+
+@pytest.mark.parametrize(
+    ("taken", "beside"),
+    [
+        ("codebook.embed", ["codebook.cluster_size", "codebook.inited", "codebook.embed_avg"]),
+        ("codebook.embed_sum", ["codebook.cluster_usage", "codebook.initialized"]),
+        ("vq.embedding.weight", ["vq.ema_cluster_size", "vq.ema_w"]),
+        ("vq.codebook.weight", ["vq.codebook.cluster_size"]),
+    ],
+)
+def test_codebooks_with_running_averages_are_no_tables(tmp_path: Path, taken: str, beside: list[str]) -> None:
+    shapes = {"embed_avg": (1500, 8), "ema_w": (1500, 8), "inited": (1,), "initialized": (1,)}
+    state = {name: torch.zeros(shapes.get(name.rpartition(".")[2], (1500,))) for name in beside}
+    found = candidates(tmp_path, {taken: torch.zeros(1500, 8), **state})
+    assert not any(c.selected for c in found.values())
+    assert f"running average: it has {beside[0]!r}" in found[taken].reason
+
+
+def test_a_weight_with_an_integer_copy_is_no_plain_embedding_layer(tmp_path: Path) -> None:
+    state = {
+        "word_embeddings.weight": torch.zeros(1500, 8), "word_embeddings.weight_integer": torch.zeros(1500, 8),
+        "word_embeddings.weight_scaling_factor": torch.zeros(1), "user_cluster": torch.zeros(1500),
+        "user_embedding.weight": torch.zeros(1500, 8),
+    }  # fmt: skip
+    found = candidates(tmp_path, state)
+    assert [c.name for c in found.values() if c.selected] == ["user_embedding.weight"]
+    assert "it has 'word_embeddings.weight_integer'" in found["word_embeddings.weight"].reason
+
+
+def test_what_is_left_unnamed_is_taken_when_named(tmp_path: Path) -> None:
+    state = {"codebook.embed": torch.zeros(30, 8), "codebook.cluster_size": torch.zeros(30)}
+    found = candidates(tmp_path, state, tables=["codebook.embed"])
+    assert found["codebook.embed"].selected and found["codebook.embed"].named
 
 
 def test_integer_and_3d_tensors_are_no_candidates(tmp_path: Path) -> None:

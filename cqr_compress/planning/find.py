@@ -5,19 +5,34 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from cqr_compress.checkpoint.base import Checkpoint, TensorEntry, read_blocks
 from cqr_compress.errors import TableNotFoundError, TableRefusedError
-from cqr_compress.planning.name_patterns import FOREIGN, NOT_TABLES, REFUSED, TABLES, TIED_PAIRS, stripped
+from cqr_compress.planning.name_patterns import (
+    FOREIGN,
+    LISTED,
+    NOT_TABLES,
+    REFUSED,
+    TABLES,
+    TIED_PAIRS,
+    UNKNOWN,
+    Pattern,
+    stripped,
+)
+from cqr_compress.planning.neighbours import Neighbours
 from cqr_compress.table.blocks import BLOCK_BYTES
 from cqr_compress.table.spec import FLOAT_DTYPES, dtype_name
 
 THRESHOLD = 0.5
 """Smallest confidence at which a tensor is selected as an embedding table."""
+GENERIC = 0.9
+"""Largest confidence from a name that a layer which is no lookup may also have: shapes can contradict it."""
+MIN_UNNAMED_ROWS = 1024
+"""Fewest rows at which the shape alone can make a tensor a table."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,7 @@ def find_tables(
         TableNotFoundError: a pattern matches no 2-D tensor.
         TableRefusedError: an explicitly named table is already compressed by another technique.
     """
-    candidates = [_classify(checkpoint, entry) for entry in _matrices(checkpoint)]
+    candidates = _classified(checkpoint)
     names = {name: c for c in candidates for name in (c.name, *c.aliases)}
     wanted = {names[n].name for n in _matching(tables, list(names), checkpoint)}
     unwanted = {names[n].name for n in _matching(exclude, list(names), checkpoint)}
@@ -91,7 +106,7 @@ def refuse_foreign(checkpoint: Checkpoint) -> None:
         TableRefusedError: a table is quantized; the message lists the tensors and the tool.
     """
     found = []
-    has_table = any(_classify(checkpoint, entry).selected for entry in _matrices(checkpoint))
+    has_table = any(candidate.selected for candidate in _classified(checkpoint))
     for name in checkpoint.entries:
         for pattern in FOREIGN:
             match = pattern.regex.search(stripped(name))
@@ -164,31 +179,70 @@ def _matrices(checkpoint: Checkpoint) -> list[TensorEntry]:
     ]
 
 
-def _classify(checkpoint: Checkpoint, entry: TensorEntry) -> Candidate:
-    aliases = tuple(checkpoint.aliases_of(entry.name))
+def _classified(checkpoint: Checkpoint) -> list[Candidate]:
+    matrices = _matrices(checkpoint)
+    neighbours = Neighbours.of(checkpoint.entries.values())
+    judged = {entry.name: _judge(entry, neighbours) for entry in matrices}
+    table_shapes = {entry.shape for entry in matrices if judged[entry.name][0] >= THRESHOLD}
+    candidates = []
+    for entry in matrices:
+        confidence, reason = judged[entry.name]
+        if reason == "":
+            confidence, reason = _by_shape(entry, neighbours, table_shapes)
+        rows, columns = entry.shape
+        candidates.append(
+            Candidate(
+                name=entry.name,
+                shape=(rows, columns),
+                dtype=dtype_name(entry.dtype),
+                nbytes=entry.nbytes,
+                confidence=confidence,
+                reason=reason,
+                selected=confidence >= THRESHOLD,
+                aliases=tuple(checkpoint.aliases_of(entry.name)),
+            )
+        )
+    return candidates
+
+
+def _judge(entry: TensorEntry, neighbours: Neighbours) -> tuple[float, str]:
+    """Confidence and reason from the name and what contradicts it; no reason if the name says nothing."""
     confidence, reason = _by_name(entry.name)
-    rows, columns = entry.shape
-    bias = entry.name.removesuffix("weight") + "bias"
     if refusal := _refusal(entry.name):
-        confidence, reason = 0.0, refusal
-    elif columns == 1:
-        confidence, reason = 0.0, "1 column: a linear term for each id, with nothing to compress"
-    elif entry.name.endswith("weight") and bias in checkpoint.entries:
-        confidence, reason = min(confidence, 0.05), f"a linear layer or norm: it has {bias!r}"
-    elif confidence < THRESHOLD and reason == "" and rows >= 10_000 and rows >= 50 * columns:
-        confidence, reason = 0.4, "has the shape of a table, but not the name of one; pass --tables to select it"
-    elif reason == "":
-        reason = "neither its name nor its shape is that of an embedding table"
-    return Candidate(
-        name=entry.name,
-        shape=(rows, columns),
-        dtype=dtype_name(entry.dtype),
-        nbytes=entry.nbytes,
-        confidence=confidence,
-        reason=reason,
-        selected=confidence >= THRESHOLD,
-        aliases=aliases,
-    )
+        return 0.0, refusal
+    if entry.shape[1] == 1:
+        return 0.0, "1 column: a linear term for each id, with nothing to compress"
+    if average := neighbours.running_average(entry):
+        return min(confidence, 0.05), f"a codebook, or its running average: it has {average!r}"
+    if other := neighbours.in_same_layer(entry):
+        what = "a linear layer or norm" if other.endswith("bias") else "no plain embedding layer"
+        return min(confidence, 0.05), f"{what}: it has {other!r}"
+    if THRESHOLD <= confidence <= GENERIC and neighbours.is_width(entry):
+        return 0.3, f"{reason}, but {entry.shape[0]} is the input size of another layer: a projection"
+    return confidence, reason
+
+
+def _by_shape(
+    entry: TensorEntry, neighbours: Neighbours, table_shapes: Collection[tuple[int, ...]]
+) -> tuple[float, str]:
+    """Confidence and reason for a tensor whose name says nothing.
+
+    A linear layer without bias is stored as an embedding layer is. But it is seldom so tall, its rows are the
+    inputs of the next layer, it repeats in the numbered layers of a model, and an output head has the shape of the
+    table of its ids.
+    """
+    rows, columns = entry.shape
+    tall = rows >= MIN_UNNAMED_ROWS and rows >= 4 * columns
+    if (
+        not tall
+        or neighbours.is_width(entry)
+        or entry.shape in table_shapes
+        or LISTED.search(stripped(entry.name))
+    ):
+        return UNKNOWN.confidence, "neither its name nor its shape is that of an embedding table"
+    if not entry.name.endswith(".weight"):
+        return 0.4, "has the shape of a table, but is the weight of no layer; pass --tables to select it"
+    return 0.6, "has the shape of a table: many rows, which are the inputs of no other layer"
 
 
 def _by_name(name: str) -> tuple[float, str]:
@@ -196,10 +250,14 @@ def _by_name(name: str) -> tuple[float, str]:
     for pattern in NOT_TABLES:
         if pattern.regex.search(short):
             return 0.02, pattern.reason
-    for pattern in TABLES:
-        if pattern.regex.search(short):
-            return pattern.confidence, pattern.reason
-    return 0.1, ""
+    pattern = _table_pattern(short)
+    if pattern is not UNKNOWN and not pattern.parameter and name.rpartition(".")[2] != "weight":
+        return 0.2, f"{pattern.reason}, but the weight of no layer: it may be read otherwise than by ids"
+    return pattern.confidence, pattern.reason
+
+
+def _table_pattern(short: str) -> Pattern:
+    return next((pattern for pattern in TABLES if pattern.regex.search(short)), UNKNOWN)
 
 
 def _refusal(name: str) -> str | None:

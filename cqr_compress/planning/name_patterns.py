@@ -19,38 +19,49 @@ class Pattern:
         regex: searched in the stripped name.
         reason: explanation for the report.
         confidence: confidence that the tensor is an embedding table, 0 to 1.
+        parameter: whether a parameter that is not the weight of a layer may be such a table too. Grids of
+            positions and codebooks are such parameters, with names that contain "embed", and no lookups.
     """
 
     regex: re.Pattern[str]
     reason: str
     confidence: float = 0.0
+    parameter: bool = False
 
 
-def _pattern(regex: str, reason: str, confidence: float = 0.0) -> Pattern:
-    return Pattern(re.compile(regex), reason, confidence)
+def _pattern(regex: str, reason: str, confidence: float = 0.0, parameter: bool = False) -> Pattern:
+    return Pattern(re.compile(regex), reason, confidence, parameter)
 
 
 _START = r"(?:^|\.)"
 TABLES = (
     _pattern(_START + r"emb_l\.\d+$", "DLRM emb_l.N", 0.99),
     _pattern(_START + r"token_embedding_table\.embedding$", "RecBole fused token fields", 0.99),
-    _pattern(_START + r"embedding_dict\.[^.]+$", "DeepCTR embedding_dict", 0.98),
+    _pattern(_START + r"embedding_dict\.[^.]+$", "DeepCTR embedding_dict", 0.98, parameter=True),
     _pattern(_START + r"(?:embedding|fm_embedding|ffm\.embeddings\.\d+)\.embedding$", "fused feature table", 0.97),
     _pattern(
         _START + r"(?:user|item|attribute|category|feature|field|artist|movie|news|tag)s?"
         r"_?(?:id_)?(?:emb|embed|embedding|embeddings)(?:_table|_layer)?$",
         "recommender table",
         0.99,
+        parameter=True,
+    ),
+    _pattern(
+        _START + r"(?:user|item|artist|movie|news|tag|category)s?(?:_ids?)?$",
+        "named like the ids of a recommender table",
+        0.8,
     ),
     _pattern(
         _START + r"(?:embed_tokens|wte|word_embeddings?|tok_embeddings|embed_in|token_embd|shared|"
         r"token_embeddings?|char_embeddings?|src_embed|tgt_embed|embed_out_tied)$",
         "token embeddings of a language model",
         0.98,
+        parameter=True,
     ),
     _pattern(
-        _START + r"(?:wpe|(?:abs_)?positions?_(?:embeddings?|emb)|pos_(?:emb|embed|embedding|embeddings)|"
-        r"embed_positions)$",
+        _START
+        + r"(?:wpe|embed_positions|(?:[a-z0-9_]*_)?(?:pos|positions?|positional)_(?:emb|embeds?|embeddings?)"
+        r"(?:_table|_layer)?)$",
         "position embeddings",
         0.95,
     ),
@@ -64,12 +75,14 @@ TABLES = (
         r"(?:\._embeddings?)?$",
         "knowledge graph embeddings",
         0.98,
+        parameter=True,
     ),
     _pattern(_START + r"(?:entity|relation)_representations\.\d+\._embeddings$", "PyKEEN representation", 0.98),
+    _pattern(_START + r"codebook$", "codebook of a vector quantizer", 0.95),
     _pattern(_START + r"(?:embedding_bags|embeddings)\.[^.]+$", "TorchRec embedding collection", 0.97),
     _pattern(_START + r"embe?d?s?(?:_layers?|_dict)?\.[^.]+$", "a member of a dict of embeddings", 0.85),
     _pattern(_START + r"_embeddings?$", "PyKEEN representation", 0.95),
-    _pattern(r"^(?:embeddings?|emb|vectors|word_vectors)$", "the file's own embedding tensor", 0.95),
+    _pattern(r"^(?:embeddings?|emb|vectors|word_vectors)$", "the file's own embedding tensor", 0.95, True),
     _pattern(
         _START + r"(?:[a-z0-9_]*_)?(?:emb|embs|embed|embeds|embedding|embeddings|lookup|lut)(?:_[a-z]+)?"
         r"(?:\.\d+)?$",
@@ -79,34 +92,38 @@ TABLES = (
     _pattern(r"(?i)embed", "its name contains embed", 0.75),
 )
 """First match wins."""
+UNKNOWN = _pattern("", "", 0.1)
+"""What a name implies that matches nothing."""
+LISTED = re.compile(r"(?:^|\.)\d+(?:\.|$)")
+"""A member of a numbered list of layers, or in one."""
 NOT_TABLES = (
-    _pattern(r"(?i)patch_embed|patch_embedding|conv_embed", "projects image patches"),
+    _pattern(r"(?i)(?:patch|patches|conv)_?(?:to_|linear_)?embed[a-z]*$", "projects image patches"),
     _pattern(
         r"(?i)(?:embed[a-z_]*|emb)[._]?(?:layer_?)?norm|(?:^|[._])(?:layer_?norm|ln|norm)\d*$|_norm$",
         "a normalization layer",
     ),
     _pattern(r"(?i)exp_avg|momentum_buffer|max_exp_avg|(?:^|\.)(?:optimizer|optim)s?\.", "optimizer state"),
     _pattern(
-        _START + r"(?:lm_head|output_projection|embed_out|generator\.proj|decoder|cls\.predictions\.decoder)$",
+        _START + r"(?:lm_head|output_projection|embed_out|un_?embed[a-z]*|generator\.proj|decoder|"
+        r"cls\.predictions\.decoder)$",
         "an output head that shares no memory with a table",
     ),
-    _pattern(r"(?i)rotary|inv_freq|sinusoid|relative_attention_bias|rel_pos", "position arithmetic, not a lookup"),
+    _pattern(r"(?i)rotary|inv_freq|sinusoid|relative_attention_bias", "position arithmetic, not a lookup"),
     _pattern(
         r"(?i)(?:^|[._])(?:t|time|timestep|time_text|guidance|label)_embed(?:der|ding)?\.(?:mlp|linear|proj)",
         "an MLP over embeddings",
     ),
     _pattern(
-        r"(?i)embed[a-z_]*[._](?:proj|projection|linear|dense|fc|mlp|conv|transform|hidden_mapping_in)\w*"
+        r"(?i)embed[a-z_]*[._](?:proj|projection|linear|dense|fc|mlp|conv|transform|mapper|hidden_mapping_in)\w*"
         r"(?:\.\d+)?$",
         "a projection of embeddings",
     ),
     _pattern(
-        r"(?i)(?:^|[._])(?:q|k|v|o|qkv|query|key|value|fc|linear|lin|dense|proj|mlp|ffn|gate|up|down|head|"
-        r"classifier|attention|attn|conv|kernel|top_l|bot_l)(?:_?(?:proj|projection|linear|lin|layer|dense|\d+))*"
-        r"(?:\.\d+)?$",
+        r"(?i)(?:^|[._])(?:qkv|query|key|value|fc|linear|lin|dense|proj|projection|mlp|ffn|gate|router|up|down|"
+        r"heads?|classifier|attention|attn|conv|kernel|top_l|bot_l|out|output|logits)"
+        r"(?:_?(?:proj|projection|linear|lin|layer|dense|in|out|\d+))*(?:\.\d+)?$",
         "a linear layer by its name",
     ),
-    _pattern(_START + r"(?:out|output|logits)$", "a linear layer by its name"),
 )
 """Checked before TABLES: a match here takes precedence."""
 REFUSED = (

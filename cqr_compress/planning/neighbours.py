@@ -1,0 +1,77 @@
+"""Evidence about a tensor from the other tensors of its checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from cqr_compress.checkpoint.base import TensorEntry
+
+_RUNNING = re.compile(r"cluster_(?:size|usage)|(?:^|_)ema(?:_|$)|embed_(?:avg|sum)")
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The tensors of a checkpoint by module and by size.
+
+    Attributes:
+        modules: tensors by the path of the module that holds them, "" for the model itself.
+        widths: input sizes of layers, each with the shapes of the weights that have it.
+    """
+
+    modules: Mapping[str, tuple[TensorEntry, ...]]
+    widths: Mapping[int, frozenset[tuple[int, ...]]]
+
+    @classmethod
+    def of(cls, entries: Iterable[TensorEntry]) -> Neighbours:
+        """Index the tensors of a checkpoint."""
+        modules: dict[str, list[TensorEntry]] = {}
+        widths: dict[int, set[tuple[int, ...]]] = {}
+        for entry in entries:
+            modules.setdefault(entry.name.rpartition(".")[0], []).append(entry)
+            # positions and masks, (1, N) or integers, say nothing about layers
+            if len(entry.shape) >= 2 and entry.shape[0] > 1 and entry.dtype.is_floating_point:
+                for size in entry.shape[1:]:
+                    widths.setdefault(size, set()).add(entry.shape)
+        return cls(
+            {path: tuple(tensors) for path, tensors in modules.items()},
+            {size: frozenset(shapes) for size, shapes in widths.items()},
+        )
+
+    def in_same_layer(self, entry: TensorEntry) -> str | None:
+        """Name a bias, or another tensor with one entry for each row, of the layer whose weight is `entry`.
+
+        An embedding layer holds nothing but its weight. A linear layer has a bias, and a layer for
+        quantization-aware training has a copy of its weight in integers.
+        """
+        path, _, attribute = entry.name.rpartition(".")
+        if attribute != "weight":
+            return None
+        bias = f"{path}.bias" if path else "bias"
+        others = [other for other in self.modules[path] if other.name != entry.name]
+        for other in others:
+            if other.name == bias or (path and other.shape[:1] == entry.shape[:1]):
+                return other.name
+        return None
+
+    def running_average(self, entry: TensorEntry) -> str | None:
+        """Name a running average over the rows of `entry`, which makes it a codebook that is read as a whole.
+
+        It is in the same module, as in SoundStream's quantizer, or in the module above (VQ-VAE with averages).
+        """
+        path = entry.name.rpartition(".")[0]
+        for place in dict.fromkeys((path, path.rpartition(".")[0])):
+            for other in self.modules.get(place, ()):
+                leaf = other.name.rpartition(".")[2]
+                if other is not entry and other.shape[:1] == entry.shape[:1] and _RUNNING.search(leaf):
+                    return other.name
+        return None
+
+    def is_width(self, entry: TensorEntry) -> bool:
+        """Whether a layer of another shape takes vectors of as many values as `entry` has rows.
+
+        The rows of a projection are the inputs of the next layer. Rows of a lookup table are chosen by ids, and no
+        layer has as many inputs, but by coincidence.
+        """
+        return any(shape != entry.shape for shape in self.widths.get(entry.shape[0], ()))
