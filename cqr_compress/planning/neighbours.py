@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cqr_compress.checkpoint.base import TensorEntry
@@ -18,26 +18,29 @@ class Neighbours:
     Attributes:
         modules: tensors by the path of the module that holds them, "" for the model itself.
         widths: input sizes of layers, each with the shapes of the weights that have it.
+        averages: names of running averages, by the module that holds them and their rows.
     """
 
-    modules: Mapping[str, tuple[TensorEntry, ...]]
-    widths: Mapping[int, frozenset[tuple[int, ...]]]
+    modules: Mapping[str, Sequence[TensorEntry]]
+    widths: Mapping[int, Collection[tuple[int, ...]]]
+    averages: Mapping[tuple[str, int], Sequence[str]]
 
     @classmethod
     def of(cls, entries: Iterable[TensorEntry]) -> Neighbours:
         """Index the tensors of a checkpoint."""
         modules: dict[str, list[TensorEntry]] = {}
         widths: dict[int, set[tuple[int, ...]]] = {}
+        averages: dict[tuple[str, int], list[str]] = {}
         for entry in entries:
-            modules.setdefault(entry.name.rpartition(".")[0], []).append(entry)
+            path, _, attribute = entry.name.rpartition(".")
+            modules.setdefault(path, []).append(entry)
             # positions and masks, (1, N) or integers, say nothing about layers
             if len(entry.shape) >= 2 and entry.shape[0] > 1 and entry.dtype.is_floating_point:
                 for size in entry.shape[1:]:
                     widths.setdefault(size, set()).add(entry.shape)
-        return cls(
-            {path: tuple(tensors) for path, tensors in modules.items()},
-            {size: frozenset(shapes) for size, shapes in widths.items()},
-        )
+            if entry.shape and _RUNNING.search(attribute):
+                averages.setdefault((path, entry.shape[0]), []).append(entry.name)
+        return cls(modules, widths, averages)
 
     def in_same_layer(self, entry: TensorEntry) -> str | None:
         """Name a bias, or another tensor with one entry for each row, of the layer whose weight is `entry`.
@@ -61,11 +64,10 @@ class Neighbours:
         It is in the same module, as in SoundStream's quantizer, or in the module above (VQ-VAE with averages).
         """
         path = entry.name.rpartition(".")[0]
-        for place in dict.fromkeys((path, path.rpartition(".")[0])):
-            for other in self.modules.get(place, ()):
-                leaf = other.name.rpartition(".")[2]
-                if other is not entry and other.shape[:1] == entry.shape[:1] and _RUNNING.search(leaf):
-                    return other.name
+        for place in (path, path.rpartition(".")[0]):
+            for name in self.averages.get((place, entry.shape[0]), ())[:2]:
+                if name != entry.name:
+                    return name
         return None
 
     def is_width(self, entry: TensorEntry) -> bool:
