@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -74,10 +74,15 @@ class CompressedOutput:
     def _output(self) -> Output:
         return _output(self.destination, self.parts, _with_header(self.metadata, self.header), with_checksums=True)
 
-    def predicted(self) -> SizeReport:
-        """Create the report without writing anything; its sizes are exact."""
+    def predicted(self, errors: Mapping[str, float | None]) -> SizeReport:
+        """Create the report without writing anything; its sizes are exact.
+
+        Args:
+            errors: estimated relative squared errors by table, where they are known.
+        """
         out = self._output
-        return size_report(self.header, str(out.final_path), out.file_bytes, measured=False)
+        report = size_report(self.header, str(out.final_path), out.file_bytes, measured=False)
+        return replace(report, tables=[replace(t, relative_mse=errors.get(t.name)) for t in report.tables])
 
     def write(
         self, progress: Progress, complete: Callable[[Header], Header] = lambda header: header

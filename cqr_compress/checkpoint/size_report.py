@@ -36,7 +36,7 @@ class TableReport:
         ratio_bytes: bytes_before / bytes_after.
         ratio_parameters: N * D / number of parameters.
         rows_stored_apart: number of exact and all-zero rows.
-        relative_mse: see `quality.Quality`; None in a plan.
+        relative_mse: see `quality.Quality`; in a plan, the estimate of trial fits, or None without trials.
         mean_cosine: see `quality.Quality`; None in a plan.
         recall_at_10: see `quality.Quality`; None in a plan.
         weighted_relative_mse: see `quality.Quality`; None without frequencies.

@@ -22,12 +22,12 @@ from cqr_compress.clustering.targets import Targets
 from cqr_compress.errors import SpecError, TableNotFoundError
 from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.progress import NoProgress, Progress
-from cqr_compress.quantize.base import Effort
+from cqr_compress.quantize.base import FitEffort
 from cqr_compress.quantize.code_search import encode_rows
 from cqr_compress.table.bitpack import pack_codes, unpack_codes
 from cqr_compress.table.spec import STORED
 
-_EFFORT = Effort(refine_rounds=1, restarts=1)
+_EFFORT = FitEffort(refine_rounds=1, restarts=1)
 _FLOOR = 0.1  # keeps the metric positive definite
 
 

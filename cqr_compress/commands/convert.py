@@ -116,7 +116,7 @@ def convert(
         ]
         out = CompressedOutput(destination, header, parts, checkpoint.metadata)
         if dry_run:
-            return out.predicted()
+            return out.predicted({name: table.plan.error for name, table in planned.tables.items()})
 
         def with_quality(header: Header) -> Header:
             records = {name: table.record(meters[name].result()) for name, table in planned.tables.items()}

@@ -136,7 +136,7 @@ def _replanned(
         seed=spec.seed,
     )
     try:
-        found = plan_table(rows, options, progress.advance).spec
+        found = plan_table(rows, options, progress).spec
     except BudgetError:
         return spec
     if not isinstance(found, CodebookSpec) or found.nbytes > budget:

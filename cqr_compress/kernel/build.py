@@ -139,4 +139,6 @@ def _declare(library: ctypes.CDLL) -> None:
     library.all_codes.argtypes = [
         pointer, *batch, long, pointer, long, integer, pointer, integer, long, integer
     ]  # fmt: skip
+    library.nearest.restype = None
+    library.nearest.argtypes = [pointer, pointer, long, pointer, pointer, integer, integer, integer]
     library.lookup_integers.argtypes = [pointer, *batch, long, pointer, long, pointer, pointer, *[integer] * 4]

@@ -231,6 +231,59 @@ int64_t lookup_integers(float *out, const void *ids, int is_int64, int64_t B, in
     return bad;
 }
 
+typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
+
+/* Keep the smaller of two vectors of distances, and the numbers of their centroids. */
+INLINE void keep_nearer(f16 *best, i16 *which, f16 distance, i16 number) {
+    i16 nearer = distance < *best;
+    *best = (f16)(((i16)distance & nearer) | ((i16)*best & ~nearer));
+    *which = (number & nearer) | (*which & ~nearer);
+}
+
+INLINE void nearest_rows(int32_t *codes, const float *rows, int64_t a, int64_t b, const float *centroids,
+                         const float *norms, int K, int S) {
+    for (int64_t i = a; i < b; i += 2) { /* two rows share the loads of the centroids */
+        const float *x = rows + i * S, *y = i + 1 < b ? x + S : x;
+        f16 best_x = float_16(norms), best_y = best_x;
+        i16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, which_x = lanes, which_y = lanes;
+        for (int k = 0; k < K; k += 16) {
+            f16 to_x = float_16(norms + k), to_y = to_x;
+            for (int s = 0; s < S; s++) {
+                f16 c = float_16(centroids + (int64_t)s * K + k);
+                to_x -= c * x[s];
+                to_y -= c * y[s];
+            }
+            if (k == 0) best_x = to_x, best_y = to_y;
+            else keep_nearer(&best_x, &which_x, to_x, lanes + k), keep_nearer(&best_y, &which_y, to_y, lanes + k);
+        }
+        int of_x = 0, of_y = 0;
+        for (int lane = 1; lane < 16; lane++) {
+            if (best_x[lane] < best_x[of_x] || (best_x[lane] == best_x[of_x] && which_x[lane] < which_x[of_x]))
+                of_x = lane;
+            if (best_y[lane] < best_y[of_y] || (best_y[lane] == best_y[of_y] && which_y[lane] < which_y[of_y]))
+                of_y = lane;
+        }
+        codes[i] = which_x[of_x];
+        if (i + 1 < b) codes[i + 1] = which_y[of_y];
+    }
+}
+
+/* codes (n) = numbers of the centroids nearest to rows (n, S), the first of equally near ones; centroids are (S, K)
+ * with norms (K), half of their squared norms; K is a multiple of 16. */
+void nearest(int32_t *codes, const float *rows, int64_t n, const float *centroids, const float *norms, int K, int S,
+             int threads) {
+    int64_t step = (n + threads - 1) / threads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int t = 0; t < threads; t++) {
+        int64_t a = t * step, b = a + step < n ? a + step : n;
+        if (S == 1) nearest_rows(codes, rows, a, b, centroids, norms, K, 1);
+        else if (S == 2) nearest_rows(codes, rows, a, b, centroids, norms, K, 2);
+        else if (S == 4) nearest_rows(codes, rows, a, b, centroids, norms, K, 4);
+        else if (S == 8) nearest_rows(codes, rows, a, b, centroids, norms, K, 8);
+        else nearest_rows(codes, rows, a, b, centroids, norms, K, S);
+    }
+}
+
 #define PRIME 2147483647ll /* 2**31 - 1 */
 
 /* all (B, n) = all codes of the rows: the hashes of hashing.py with coefficients (n, 3), or, where those are

@@ -18,6 +18,7 @@ from cqr_compress.table.hashing import hash_coefficients
 from cqr_compress.table.spec import HASHED, CodebookSpec
 
 _FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # torch's defaults can be changed
+_LANES = 16
 _ROWS_PER_THREAD = 256
 """Minimum number of rows for each thread."""
 
@@ -158,6 +159,29 @@ def lookup_integers(
         dim, n_bits, _threads(B),
     )  # fmt: skip
     return out if bad < 0 else None
+
+
+def nearest(rows: Tensor, centroids: Tensor) -> Tensor:
+    """Find the centroid nearest to each row; faster than a matrix product for rows of few dimensions.
+
+    Args:
+        rows: (n, S) float32, contiguous, on the CPU.
+        centroids: (K, S) float32.
+
+    Returns:
+        (n,) int32, the first of equally near centroids; each is independent of the other rows.
+    """
+    n, S = rows.shape
+    K = -(-len(centroids) // _LANES) * _LANES
+    columns = torch.zeros(S, K, **_FLOAT)
+    columns[:, : len(centroids)] = centroids.T
+    halves = torch.full((K,), torch.inf, **_FLOAT)
+    halves[: len(centroids)] = centroids.square().sum(1) / 2
+    codes = torch.empty(n, dtype=torch.int32, device="cpu")
+    _library().nearest(
+        codes.data_ptr(), rows.data_ptr(), n, columns.data_ptr(), halves.data_ptr(), K, S, _threads(n)
+    )
+    return codes
 
 
 @functools.cache

@@ -102,9 +102,8 @@ def plan_tables(
             )
             continue
         scan = replace(_scan(entry, options, progress), weights=weights.get(candidate.name))
-        progress.start(f"choosing a layout for {candidate.name}", 0, "trials")
         try:
-            plan = plan_table(scan, options, progress.advance)
+            plan = plan_table(scan, options, progress)
         except BudgetError as e:
             problems.append(str(e))
             continue

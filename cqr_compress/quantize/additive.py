@@ -2,8 +2,8 @@
 
 PQ (Jegou, Douze & Schmid 2011, doi:10.1109/TPAMI.2010.57) is one level in many columns, RQ (Chen, Guan & Wang
 2010, doi:10.3390/s101211259) is many levels in one column. Codebooks are initialized by k-means on residuals.
-Then, for `Effort.refine_rounds` rounds, all codebooks of a column are re-solved jointly by least squares and the
-rows re-encoded, as in additive quantization (Babenko & Lempitsky 2014) and LSQ (Martinez et al. 2016, 2018).
+Then, for `FitEffort.refine_rounds` rounds, all codebooks of a column are re-solved jointly by least squares and
+the rows re-encoded, as in additive quantization (Babenko & Lempitsky 2014) and LSQ (Martinez et al. 2016, 2018).
 
 Shapes: n or B rows, D columns, C columns of S = D // C, L levels, K codewords.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cqr_compress.errors import SpecError
-from cqr_compress.quantize.base import Effort, TableFacts, TableRows, refuse_others
+from cqr_compress.quantize.base import FitEffort, TableFacts, TableRows, refuse_others
 from cqr_compress.quantize.code_search import encode_rows, search_codes
 from cqr_compress.quantize.kmeans import fit_centroids, nearest_centroids
 from cqr_compress.quantize.layouts import codebook_layouts
@@ -48,7 +48,7 @@ class AdditiveQuantizer:
     spec: CodebookSpec
     codebooks: Tensor
     rotation: Tensor | None
-    effort: Effort
+    effort: FitEffort
 
     def shared_tensors(self) -> dict[str, Tensor]:
         """Return the codebooks, and the rotation if there is one."""
@@ -65,7 +65,7 @@ class AdditiveQuantizer:
 
 
 def fit_additive(
-    rows: Tensor, spec: CodebookSpec, effort: Effort, step: Callable[[], None], weights: Tensor | None = None
+    rows: Tensor, spec: CodebookSpec, effort: FitEffort, step: Callable[[], None], weights: Tensor | None = None
 ) -> AdditiveQuantizer:
     """Fit codebooks, and the rotation where the spec has one, to sampled rows.
 
@@ -110,7 +110,7 @@ def fit_additive(
     return AdditiveQuantizer(spec, codebooks.to(dtype), decode_rotation, effort)
 
 
-def num_steps(spec: CodebookSpec, effort: Effort) -> int:
+def num_steps(spec: CodebookSpec, effort: FitEffort) -> int:
     """Return the maximum number of calls of `step` in `fit_additive`."""
     return spec.num_columns + effort.refine_rounds
 
@@ -133,7 +133,7 @@ class AdditiveMethod:
     n_bits: tuple[int, ...]
     num_levels: tuple[int, ...]
     single_column: bool
-    standard: Effort
+    standard: FitEffort
 
     def check(self, options: ConvertOptions) -> None:
         """Refuse a helper, more levels or columns than the method has, and a rotation without effect."""
@@ -161,22 +161,24 @@ class AdditiveMethod:
             options, facts, n_bits=self.n_bits, num_levels=levels, single_column=self.single_column
         )
 
-    def effort(self, spec: AnySpec, refine_rounds: int | None) -> Effort:
+    def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
         """Return the effort of the final fit, with more rounds for OPQ; see `codebook_effort`."""
         return codebook_effort(self.standard, spec, refine_rounds)
 
-    def num_steps(self, spec: AnySpec, effort: Effort) -> int:
+    def num_steps(self, spec: AnySpec, effort: FitEffort) -> int:
         """Return the maximum number of calls of `step` in `fit`."""
         assert isinstance(spec, CodebookSpec)
         return num_steps(spec, effort)
 
-    def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> AdditiveQuantizer:
+    def fit(
+        self, rows: TableRows, spec: AnySpec, effort: FitEffort, step: Callable[[], None]
+    ) -> AdditiveQuantizer:
         """Fit codebooks and rotation to the sampled rows."""
         assert isinstance(spec, CodebookSpec)
         return fit_additive(rows.sample, spec, effort, step, sample_weights(rows))
 
 
-def codebook_effort(standard: Effort, spec: AnySpec, refine_rounds: int | None) -> Effort:
+def codebook_effort(standard: FitEffort, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
     """Return an effort with the given rounds; if None, the method's default, at least 12 with OPQ."""
     if refine_rounds is None:
         rotates = isinstance(spec, CodebookSpec) and spec.rotation == "opq"
@@ -196,7 +198,7 @@ PQ = AdditiveMethod(
     n_bits=_PQ_BITS,
     num_levels=(1,),
     single_column=False,
-    standard=Effort(),
+    standard=FitEffort(),
 )
 RQ = AdditiveMethod(
     takes=("num_columns", "num_levels", "n_bits", *_ROTATED),
@@ -204,7 +206,7 @@ RQ = AdditiveMethod(
     n_bits=_OTHER_BITS,
     num_levels=tuple(range(1, _MAX_LEVELS + 1)),
     single_column=True,
-    standard=Effort(refine_rounds=4, restarts=1),
+    standard=FitEffort(refine_rounds=4, restarts=1),
 )
 PRQ = AdditiveMethod(
     takes=("num_columns", "num_levels", "n_bits", *_ROTATED),
@@ -212,5 +214,5 @@ PRQ = AdditiveMethod(
     n_bits=_OTHER_BITS,
     num_levels=tuple(range(1, _MAX_LEVELS + 1)),
     single_column=False,
-    standard=Effort(refine_rounds=6, restarts=2),
+    standard=FitEffort(refine_rounds=6, restarts=2),
 )

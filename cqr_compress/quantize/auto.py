@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from cqr_compress.quantize.base import LAYOUT_OPTIONS, Effort, Quantizer, TableFacts, TableRows, refuse_others
+from cqr_compress.quantize.base import LAYOUT_OPTIONS, FitEffort, Quantizer, TableFacts, TableRows, refuse_others
 from cqr_compress.quantize.layouts import codebook_layouts
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.registry import method_of
 from cqr_compress.table.spec import AnySpec
 
-_N_BITS = (4, 5, 6, 8)
-_MAX_LEVELS_OF_COLUMNS, _MAX_LEVELS_OF_ONE = 4, 16
+_N_BITS = tuple(range(1, 13))
+_BITS_OF_LEVELS = range(2, 9)
+"""Bits of a code of several levels."""
+_MAX_LEVELS_OF_COLUMNS, _MAX_LEVELS_OF_ONE = 16, 32
 _REFINE_ROUNDS = 8
 
 
@@ -35,20 +37,22 @@ class Auto:
             C, L = spec.num_columns, spec.num_levels
             if C > 1 and L > _MAX_LEVELS_OF_COLUMNS and not options.num_levels:
                 continue
+            if L > 1 and spec.n_bits not in _BITS_OF_LEVELS and not options.n_bits:
+                continue
             yield replace(spec, method="pq" if L == 1 else "rq" if C == 1 else "prq")
 
-    def effort(self, spec: AnySpec, refine_rounds: int | None) -> Effort:
+    def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
         """Return the effort of the spec's method, with at least 8 rounds unless `refine_rounds` is given."""
         effort = method_of(spec.method).effort(spec, refine_rounds)
         if refine_rounds is not None:
             return effort
         return replace(effort, refine_rounds=max(effort.refine_rounds, _REFINE_ROUNDS))
 
-    def num_steps(self, spec: AnySpec, effort: Effort) -> int:
+    def num_steps(self, spec: AnySpec, effort: FitEffort) -> int:
         """Return the number of steps of the spec's own method."""
         return method_of(spec.method).num_steps(spec, effort)
 
-    def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> Quantizer:
+    def fit(self, rows: TableRows, spec: AnySpec, effort: FitEffort, step: Callable[[], None]) -> Quantizer:
         """Fit a spec with the method that it names."""
         return method_of(spec.method).fit(rows, spec, effort, step)
 

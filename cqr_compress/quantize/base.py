@@ -63,7 +63,7 @@ class TableRows(Protocol):
 
 
 @dataclass(frozen=True)
-class Effort:
+class FitEffort:
     """Number of iterations of each step of a fit.
 
     Attributes:
@@ -109,13 +109,13 @@ class Method(Protocol):
     def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
         """Iterate over the layouts that the table's shape and the options allow."""
 
-    def effort(self, spec: AnySpec, refine_rounds: int | None) -> Effort:
+    def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
         """Return the effort of the final fit; `refine_rounds` replaces the method's default if not None."""
 
-    def num_steps(self, spec: AnySpec, effort: Effort) -> int:
+    def num_steps(self, spec: AnySpec, effort: FitEffort) -> int:
         """Return the maximum number of calls of `step` in `fit`."""
 
-    def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> Quantizer:
+    def fit(self, rows: TableRows, spec: AnySpec, effort: FitEffort, step: Callable[[], None]) -> Quantizer:
         """Fit a layout to the rows of a table; `step` is called after each unit of work."""
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cqr_compress.quantize.base import Effort
+from cqr_compress.quantize.base import FitEffort
 from cqr_compress.quantize.kmeans import nearest_centroids
 from cqr_compress.table.spec import STORED, CodebookSpec
 
 _BLOCK_VALUES = 2**21
 
 
-def encode_rows(rows: Tensor, codebooks: Tensor, effort: Effort, seed: int) -> Tensor:
+def encode_rows(rows: Tensor, codebooks: Tensor, effort: FitEffort, seed: int) -> Tensor:
     """Encode rows column by column: beam search over the levels, then local search.
 
     Args:
@@ -93,26 +93,25 @@ def search_codes(rows: Tensor, codebooks: Tensor, codes: Tensor, restarts: int, 
     L, K, S = codebooks.shape
     if L == 1:
         return nearest_centroids(rows, codebooks[0])[:, None]
-    norms = codebooks.square().sum(2)
     generator = torch.Generator().manual_seed(seed)
     out = torch.empty_like(codes)
     step = max(1, _BLOCK_VALUES // max(K, S))
     for start in range(0, len(rows), step):
         block = rows[start : start + step]
-        best, best_error = _icm(block, codebooks, norms, codes[start : start + step].clone())
+        best, best_error = _icm(block, codebooks, codes[start : start + step].clone())
         for _ in range(restarts):
             trial = best.clone()
             for _ in range(max(1, L // 6)):
                 level = torch.randint(L, (len(block), 1), generator=generator)
                 trial.scatter_(1, level, torch.randint(K, (len(block), 1), generator=generator))
-            trial, error = _icm(block, codebooks, norms, trial)
+            trial, error = _icm(block, codebooks, trial)
             better = error < best_error
             best[better], best_error[better] = trial[better], error[better]
         out[start : start + step] = best
     return out
 
 
-def _icm(rows: Tensor, codebooks: Tensor, norms: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def _icm(rows: Tensor, codebooks: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Update each level's codeword with the others fixed, in two sweeps; modifies `codes` in place."""
     L, K, S = codebooks.shape
     first = torch.arange(L) * K
@@ -121,8 +120,7 @@ def _icm(rows: Tensor, codebooks: Tensor, norms: Tensor, codes: Tensor) -> tuple
     for _ in range(2):
         for level in range(L):
             target = residual + codebooks[level][codes[:, level]]
-            scores = torch.addmm(norms[level], target, codebooks[level].T, alpha=-2)
-            codes[:, level] = scores.min(1).indices
+            codes[:, level] = nearest_centroids(target, codebooks[level])
             residual = target - codebooks[level][codes[:, level]]
     return codes, residual.square().sum(1)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cqr_compress.quantize.additive import codebook_effort, fit_additive, num_steps, sample_weights
-from cqr_compress.quantize.base import Effort, Quantizer, TableFacts, TableRows, refuse_others
+from cqr_compress.quantize.base import FitEffort, Quantizer, TableFacts, TableRows, refuse_others
 from cqr_compress.quantize.code_search import point_rows
 from cqr_compress.quantize.kmeans import fit_centroids
 from cqr_compress.quantize.layouts import budget_bytes, codebook_layouts
@@ -60,7 +60,7 @@ def fit_clustered(
     rows: Tensor,
     ids: Tensor,
     spec: CodebookSpec,
-    effort: Effort,
+    effort: FitEffort,
     step: Callable[[], None],
     weights: Tensor | None = None,
 ) -> ClusteredQuantizer:
@@ -92,7 +92,7 @@ def fit_clustered(
     return ClusteredQuantizer(spec, codebooks.to(FLOAT_DTYPES[spec.codebook_dtype]))
 
 
-def num_clustered_steps(spec: CodebookSpec, effort: Effort) -> int:
+def num_clustered_steps(spec: CodebookSpec, effort: FitEffort) -> int:
     """Return the number of calls of `step` in `fit_clustered`."""
     return spec.num_columns * (1 + effort.refine_rounds)
 
@@ -105,7 +105,7 @@ class CqrMethod:
         standard: default effort.
     """
 
-    standard: Effort
+    standard: FitEffort
 
     def check(self, options: ConvertOptions) -> None:
         """Refuse levels, which follow from the helper, and rotations, which clustering does not support."""
@@ -124,16 +124,16 @@ class CqrMethod:
             for spec in codebook_layouts(options, facts, n_bits=_N_BITS, num_levels=(len(sources),)):
                 yield replace(spec, code_sources=sources)
 
-    def effort(self, spec: AnySpec, refine_rounds: int | None) -> Effort:
+    def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
         """Return the effort of the final fit; see `codebook_effort`."""
         return codebook_effort(self.standard, spec, refine_rounds)
 
-    def num_steps(self, spec: AnySpec, effort: Effort) -> int:
+    def num_steps(self, spec: AnySpec, effort: FitEffort) -> int:
         """Return the maximum number of calls of `step` in `fit`."""
         assert isinstance(spec, CodebookSpec)
         return num_steps(spec, effort) if _is_additive(spec) else num_clustered_steps(spec, effort)
 
-    def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> Quantizer:
+    def fit(self, rows: TableRows, spec: AnySpec, effort: FitEffort, step: Callable[[], None]) -> Quantizer:
         """Fit pointers and helper to the sampled rows; as additive codes if no level is hashed."""
         assert isinstance(spec, CodebookSpec)
         if _is_additive(spec):
@@ -145,4 +145,4 @@ def _is_additive(spec: CodebookSpec) -> bool:
     return spec.num_stored_levels == spec.num_levels
 
 
-CQR = CqrMethod(Effort(refine_rounds=6, restarts=2))
+CQR = CqrMethod(FitEffort(refine_rounds=6, restarts=2))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cqr_compress.quantize.base import Effort, TableFacts, TableRows, refuse_others
+from cqr_compress.quantize.base import FitEffort, TableFacts, TableRows, refuse_others
 from cqr_compress.quantize.layouts import budget_bytes, table_fields, value_dtype
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.blocks import row_blocks
@@ -179,16 +179,16 @@ class HashedMethod:
         size = int(((budget_bytes(facts, options) or 0.0) - fixed_bytes) // codeword_bytes)
         yield spec(max(smallest, min(size, N)))
 
-    def effort(self, spec: AnySpec, refine_rounds: int | None) -> Effort:
+    def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
         """Return the default effort, which has no effect."""
-        return Effort()
+        return FitEffort()
 
-    def num_steps(self, spec: AnySpec, effort: Effort) -> int:
+    def num_steps(self, spec: AnySpec, effort: FitEffort) -> int:
         """Return the maximum number of calls of `step` in `fit`: the pass and the solver's iterations."""
         assert isinstance(spec, CodebookSpec)
         return num_hashed_steps(spec)
 
-    def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> HashedQuantizer:
+    def fit(self, rows: TableRows, spec: AnySpec, effort: FitEffort, step: Callable[[], None]) -> HashedQuantizer:
         """Fit the codebooks to all rows."""
         assert isinstance(spec, CodebookSpec)
         return fit_hashed(rows.blocks, rows.stored_apart_ids, spec, step, rows.weights)

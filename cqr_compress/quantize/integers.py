@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cqr_compress.quantize.base import Effort, TableFacts, TableRows, refuse_others
+from cqr_compress.quantize.base import FitEffort, TableFacts, TableRows, refuse_others
 from cqr_compress.quantize.layouts import table_fields, value_dtype
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.bitpack import pack_codes
@@ -90,15 +90,15 @@ class IntegerMethod:
             **table_fields(facts),
         )
 
-    def effort(self, spec: AnySpec, refine_rounds: int | None) -> Effort:
+    def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
         """Return the default effort, which has no effect."""
-        return Effort()
+        return FitEffort()
 
-    def num_steps(self, spec: AnySpec, effort: Effort) -> int:
+    def num_steps(self, spec: AnySpec, effort: FitEffort) -> int:
         """Return 1: `fit` calls `step` once."""
         return 1
 
-    def fit(self, rows: TableRows, spec: AnySpec, effort: Effort, step: Callable[[], None]) -> RowwiseQuantizer:
+    def fit(self, rows: TableRows, spec: AnySpec, effort: FitEffort, step: Callable[[], None]) -> RowwiseQuantizer:
         """Return a quantizer; nothing is fitted, because each row is encoded by itself."""
         assert isinstance(spec, RowwiseSpec)
         step()

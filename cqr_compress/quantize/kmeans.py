@@ -1,4 +1,8 @@
-"""k-means with faiss: seeded, on a bounded sample, also defined for fewer points than centroids."""
+"""k-means: seeded, on a bounded sample, also defined for fewer points than centroids.
+
+The nearest centroids are found by the compiled kernel where points have few dimensions, as the columns of product
+quantization do, otherwise by faiss.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cqr_compress.kernel import ops
+
 POINTS_PER_CENTROID = 256
 """Maximum number of points per centroid; more points are subsampled at random."""
 _BLOCK_VALUES = 2**24
+_KERNEL_DIM = 8
+"""The matrix products of faiss are as fast for points of about 16 dimensions, and faster for more."""
+_PERTURBATION = 1 / 1024
 _MIN_QUERIES = 32
 """faiss rounds distances differently for fewer than 20 queries; padding makes codes independent of block size."""
 
@@ -35,14 +44,42 @@ def fit_centroids(
     n, S = points.shape
     if n <= num_centroids:
         return torch.cat([points, torch.zeros(num_centroids - n, S)])
-    clustering = faiss.Clustering(S, num_centroids)
-    clustering.niter = iterations
-    clustering.seed = seed % (2**31 - 1) + 1
-    clustering.min_points_per_centroid = 1
-    clustering.max_points_per_centroid = POINTS_PER_CENTROID
-    given = None if weights is None else np.ascontiguousarray(weights.float().numpy())
-    clustering.train(np.ascontiguousarray(points.numpy()), faiss.IndexFlatL2(S), given)
-    return torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(num_centroids, S))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(n, generator=generator)[: POINTS_PER_CENTROID * num_centroids]
+    points = points[order].contiguous()
+    costs = torch.ones(len(points)) if weights is None else weights.float()[order]
+    weighted = torch.cat([points * costs[:, None], costs[:, None]], 1)
+    centroids = points[:num_centroids].clone()
+    for _ in range(iterations):
+        codes = nearest_centroids(points, centroids)
+        sums = _sums(weighted, codes, num_centroids)
+        sizes = sums[:, S]
+        filled = sizes > 0
+        centroids[filled] = sums[filled, :S] / sizes[filled, None]
+        _split_largest(centroids, sizes, generator)
+    return centroids
+
+
+def _sums(points: Tensor, codes: Tensor, num_centroids: int) -> Tensor:
+    """Sum the points (n, S) of each centroid: (K, S)."""
+    if ops.available():
+        shape = 1, 1, num_centroids, points.shape[1]
+        ids = torch.arange(len(points), dtype=torch.int32)
+        packed = codes.to(torch.int32)[:, None].view(torch.uint8)
+        return ops.lookup_backward(points, ids, packed, shape, 32)[0, 0]
+    return torch.zeros(num_centroids, points.shape[1]).index_add_(0, codes, points)
+
+
+def _split_largest(centroids: Tensor, sizes: Tensor, generator: torch.Generator) -> None:
+    """Replace centroids without points: each takes half of the points of one that is drawn by its size."""
+    empty = (sizes == 0).nonzero().flatten()
+    if len(empty) == 0:
+        return
+    count = min(len(empty), int((sizes > 0).sum()))
+    drawn = torch.multinomial(sizes, count, generator=generator)
+    signs = torch.where(torch.rand(count, centroids.shape[1], generator=generator) < 0.5, -1.0, 1.0)
+    centroids[empty[:count]] = centroids[drawn] * (1 + _PERTURBATION * signs)
+    centroids[drawn] = centroids[drawn] * (1 - _PERTURBATION * signs)
 
 
 def nearest_centroids(points: Tensor, centroids: Tensor) -> Tensor:
@@ -55,6 +92,8 @@ def nearest_centroids(points: Tensor, centroids: Tensor) -> Tensor:
     Returns:
         (n,) int64 on the same device.
     """
+    if points.is_cpu and points.shape[1] <= _KERNEL_DIM and ops.available():
+        return ops.nearest(points.contiguous(), centroids).to(torch.int64)
     if points.is_cpu:
         index = faiss.IndexFlatL2(points.shape[1])
         index.add(np.ascontiguousarray(centroids.numpy()))

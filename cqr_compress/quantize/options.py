@@ -11,6 +11,7 @@ from cqr_compress.quantize.registry import METHODS, method_of
 DEFAULT_BITS_PER_DIM = 2.0
 MAX_SAMPLE_ROWS = 131_072
 REFIT_ROUNDS = 5
+EFFORTS = ("fast", "normal", "max")
 HELPERS = ("hashed", "stored", "none")
 CODEBOOK_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -62,6 +63,12 @@ class ConvertOptions:
         panel="Method",
         low=0,
         shown_default="0 for pq, 4 to 12 otherwise",
+    )
+    effort: str = option(
+        "normal",
+        "Effort of the search among layouts: number and size of the trial fits.",
+        panel="Method",
+        choices=EFFORTS,
     )
     max_sample: int = option(
         MAX_SAMPLE_ROWS, "Maximum number of rows that codebooks are fitted to.", panel="Method", low=1

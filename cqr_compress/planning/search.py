@@ -1,0 +1,255 @@
+"""Search the layouts of a table by trial fits on samples, brief ones of all and longer ones of the best.
+
+This is successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943) with two steps. Trials are counted in rows
+and iterations, not in seconds, so that the result does not depend on the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cqr_compress.planning.scan import ScannedTable
+from cqr_compress.progress import Progress
+from cqr_compress.quantize.base import FitEffort
+from cqr_compress.quantize.options import ConvertOptions
+from cqr_compress.quantize.registry import method_of
+from cqr_compress.table.decode import decode_rows
+from cqr_compress.table.spec import AnySpec, CodebookSpec
+
+BRIEF = FitEffort(kmeans_iterations=4, refine_rounds=0, beam=1)
+_MIN_SHARE = 0.8
+_SCALAR_LOSS = 2.72
+_BEST_SIZES = 4
+
+
+@dataclass(frozen=True)
+class SearchEffort:
+    """Sizes of the trials of a search.
+
+    Attributes:
+        first_values: values (rows times dimensions) of a brief trial, within `first_rows`.
+        first_rows: smallest and largest number of rows of a brief trial.
+        finalists: number of layouts with a longer trial.
+        second_values: values of a longer trial, within `second_rows`.
+        second_rows: smallest and largest number of rows of a longer trial.
+        as_final: whether longer trials have the effort of the final fit.
+    """
+
+    first_values: int = 2**19
+    first_rows: tuple[int, int] = (1024, 4096)
+    finalists: int = 8
+    second_values: int = 2**21
+    second_rows: tuple[int, int] = (4096, 16384)
+    as_final: bool = False
+
+
+SEARCH_EFFORTS = {
+    "fast": SearchEffort(finalists=3, second_values=2**20),
+    "normal": SearchEffort(),
+    "max": SearchEffort(
+        first_values=2**20, finalists=16, second_values=2**40, second_rows=(4096, 2**40), as_final=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """Result of a search.
+
+    Attributes:
+        spec: the best layout.
+        error: its estimated relative squared error.
+        num_layouts: number of layouts that were tried.
+    """
+
+    spec: AnySpec
+    error: float
+    num_layouts: int
+
+
+def worth_trying(specs: Sequence[AnySpec]) -> list[AnySpec]:
+    """Drop layouts that cannot be the best by their sizes.
+
+    Of layouts that differ in the number of levels only, the largest is kept. A layout is dropped if it uses less
+    than 80% of the bytes of the largest one; or if its codebooks leave it so few bits of codes that a scalar
+    quantizer of another layout's bits would be better. A bit per value divides the squared error by 4, and at equal
+    bits scalar quantization of Gaussian values has 2.72 times the least possible error (Panter & Dite 1951,
+    doi:10.1109/JRPROC.1951.230419); sums of small codebooks have more, and are compared with larger ones only.
+    """
+    best: dict[tuple[object, ...], AnySpec] = {}
+    for spec in specs:
+        key: tuple[object, ...] = (spec.method,)
+        if isinstance(spec, CodebookSpec):
+            sources = spec.code_sources if spec.method == "cqr" else ()
+            key = (spec.num_columns, spec.codebook_size, spec.rotation, spec.rank, sources)
+        if key not in best or spec.nbytes > best[key].nbytes:
+            best[key] = spec
+    most = max(spec.nbytes for spec in best.values())
+    large = [spec for spec in best.values() if spec.nbytes >= _MIN_SHARE * most]
+    plain = [spec for spec in large if not isinstance(spec, CodebookSpec) or spec.num_levels == 1]
+
+    def is_dominated(spec: AnySpec) -> bool:
+        bits = _bits_per_value(spec)
+        larger = [other for other in large if _codebook_size(other) >= _codebook_size(spec)]
+        return any(4.0 ** (_bits_per_value(other) - bits) > _SCALAR_LOSS for other in (*plain, *larger))
+
+    return [spec for spec in large if not is_dominated(spec)]
+
+
+def search(table: ScannedTable, specs: Sequence[AnySpec], options: ConvertOptions, progress: Progress) -> Found:
+    """Find the layout with the least estimated error.
+
+    Args:
+        table: the scanned table.
+        specs: the layouts, from `worth_trying`.
+        options: options of the conversion.
+        progress: receives a stage with the trials.
+    """
+    effort = SEARCH_EFFORTS[options.effort]
+    trials = _Trials(table, progress)
+    whole = [spec for spec in specs if not _left_out(spec)]
+    reduced = [spec for spec in specs if _left_out(spec)]
+    finalists = min(effort.finalists, len(specs))
+    progress.start(f"choosing a layout for {table.entry.name}", len(specs) + finalists, "trials")
+    rows = _rows(effort.first_values, effort.first_rows, table)
+    first = [(trials.error(_with_pca(spec), BRIEF, rows), spec) for spec in whole]
+    sizes = {_codebook_size(spec) for _, spec in sorted(first, key=_error)[:_BEST_SIZES]}
+    lost = _lost_energy(table) if reduced else None
+    for spec in sorted(reduced, key=_left_out):
+        promising = not sizes or _codebook_size(spec) in sizes
+        if promising and lost is not None and float(lost[_left_out(spec)]) < trials.least:
+            first.append((trials.error(_with_pca(spec), BRIEF, rows), spec))
+        else:
+            progress.advance()
+    trials.least = float("inf")
+    rows = _rows(effort.second_values, effort.second_rows, table)
+    second = [
+        (trials.error(spec, _longer(spec, options, effort), rows), spec)
+        for _, spec in sorted(first, key=_error)[:finalists]
+    ]
+    error, best = min(second, key=_error)
+    return Found(best, error, len(specs))
+
+
+class _Trials:
+    """Trial fits of a table, with the least error so far."""
+
+    def __init__(self, table: ScannedTable, progress: Progress) -> None:
+        self._table, self._progress = table, progress
+        self.least = float("inf")
+
+    def error(self, spec: AnySpec, effort: FitEffort, rows: int) -> float:
+        """Return the estimated error of a layout."""
+        error = estimate_error(self._table, spec, effort, rows)
+        if error < self.least:
+            self.least = error
+            self._progress.status(f"best {error:.4g} ({spec.layout})")
+        self._progress.advance()
+        return error
+
+
+def _error(pair: tuple[float, AnySpec]) -> float:
+    return pair[0]
+
+
+def _rows(values: int, limits: tuple[int, int], table: ScannedTable) -> int:
+    return min(max(values // table.shape[1], limits[0]), limits[1])
+
+
+def _longer(spec: AnySpec, options: ConvertOptions, effort: SearchEffort) -> FitEffort:
+    """Return the effort of a longer trial."""
+    if effort.as_final:
+        return method_of(options.method).effort(spec, options.refine_rounds)
+    rounds = 4 if isinstance(spec, CodebookSpec) and spec.rotation == "opq" else 2
+    if options.refine_rounds is not None:
+        rounds = min(rounds, options.refine_rounds)
+    elif method_of(options.method).effort(spec, None).refine_rounds == 0:
+        rounds = 0
+    return FitEffort(kmeans_iterations=10, refine_rounds=rounds, restarts=1)
+
+
+def _with_pca(spec: AnySpec) -> AnySpec:
+    """Replace a fitted rotation by PCA, its initial value."""
+    return replace(spec, rotation="pca") if isinstance(spec, CodebookSpec) and spec.rotation else spec
+
+
+def _codebook_size(spec: AnySpec) -> int:
+    return spec.codebook_size if isinstance(spec, CodebookSpec) else 0
+
+
+def _bits_per_value(spec: AnySpec) -> float:
+    """Return the stored bits of codes per value of the table."""
+    codes = spec.tensor_shapes().get("codes")
+    return 0.0 if codes is None else 8 * codes.nbytes / (spec.num_embeddings * spec.embedding_dim)
+
+
+def _left_out(spec: AnySpec) -> int:
+    """Count the dimensions that a rotation of reduced rank drops; 0 without one."""
+    return 0 if not isinstance(spec, CodebookSpec) else spec.embedding_dim - spec.width
+
+
+def _lost_energy(table: ScannedTable) -> Tensor:
+    """Compute the relative squared error of the best projection that drops 0, 1, 2, ... dimensions."""
+    rows = table.sample
+    if table.weights is not None:
+        rows = rows * table.weights[table.sample_ids].sqrt()[:, None]
+    energies = torch.linalg.eigvalsh((rows.T @ rows).double()).clamp_min(0)
+    return torch.cat([energies.new_zeros(1), energies.cumsum(0) / energies.sum().clamp_min(1e-300)])
+
+
+def estimate_error(table: ScannedTable, spec: AnySpec, effort: FitEffort, num_rows: int) -> float:
+    """Estimate the relative squared error of a layout fitted to the whole table.
+
+    With fewer rows than the table has, the error on the fitted rows is biased downward and the held-out error
+    upward, by about the same amount, which decreases as 1 / rows: the estimate is interpolated to the table's N.
+
+    Args:
+        table: the scanned table.
+        spec: the layout.
+        effort: effort of the trial fit.
+        num_rows: maximum number of rows to fit on; up to half as many are held out.
+    """
+    N, _ = table.shape
+    generator = torch.Generator().manual_seed(spec.num_embeddings)
+    order = torch.randperm(len(table.sample), generator=generator)
+    fitted = table.sample[order[:num_rows]]
+    other = table.sample[order[num_rows : num_rows + num_rows // 2]]
+    weights = None if table.weights is None else table.weights[table.sample_ids][order]
+    rows = _SampleRows(fitted, None if weights is None else weights[:num_rows])
+    small = replace(spec, num_embeddings=max(len(fitted), 1), num_kept_rows=0, num_zero_rows=0)
+    quantizer = method_of(spec.method).fit(rows, small, effort, lambda: None)
+
+    def error(part: Tensor, cost: Tensor | None) -> float:
+        body = {**quantizer.shared_tensors(), **quantizer.encode(part, 0)}
+        decoded = decode_rows(small, body, torch.arange(len(part)))
+        lost, energy = (decoded - part).square().sum(1), part.square().sum(1)
+        if cost is not None:
+            lost, energy = lost * cost, energy * cost
+        return float(lost.sum() / energy.sum().clamp_min(1e-30))
+
+    inside = error(fitted, rows.weights)
+    if len(other) == 0:
+        return inside
+    outside = error(other, None if weights is None else weights[num_rows : num_rows + num_rows // 2])
+    return (inside + outside) / 2 - (outside - inside) / 2 * min(1.0, len(fitted) / N)
+
+
+@dataclass(frozen=True)
+class _SampleRows:
+    sample: Tensor
+    weights: Tensor | None
+
+    @property
+    def sample_ids(self) -> Tensor:
+        return torch.arange(len(self.sample))
+
+    @property
+    def stored_apart_ids(self) -> Tensor:
+        return torch.empty(0, dtype=torch.int64)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        yield 0, self.sample
