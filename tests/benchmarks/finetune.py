@@ -81,14 +81,13 @@ class Runs:
             method=method, ratio=ratio, min_rows=900, seed=seed, helper="none" if method == "cqr" else None
         )
         report = cqr.convert(ckpt, small, request, tables=list(self.task.tables), force=True)
+        refit, before = requantize(self.task, model, small, ckpt, seed)
+        self.add(method, "converted", ratio, sum(table.bytes_after for table in report.tables), before)
         for way in ways:
             tuned = self.search.best(
-                (way, method, ratio), partial(tune, self.task, model, small, ckpt, seed, way == "tuned, all")
+                (way, method, ratio), partial(tune, self.task, model, refit, ckpt, seed, way == "tuned, all")
             )
             assert tuned.size is not None
-            if way == ways[0]:
-                size = sum(table.bytes_after for table in report.tables)
-                self.add(method, "converted", ratio, size, tuned.before)
             self.add(method, way, ratio, sum(table.bytes_after for table in tuned.size.tables), tuned.after)
 
     def train_from_scratch(self, method: str, ratio: float, seed: int) -> None:
@@ -111,14 +110,23 @@ class Runs:
                 return
 
 
+def requantize(task: Task, model: nn.Module, small: Path, ckpt: Path, seed: int) -> tuple[Path, Figures]:
+    """Do what fine-tuning does before it trains, once for all weight decays: the file, and the metrics before."""
+    refit = small.with_suffix(".refit")
+    options = cqr.FinetuneOptions(seed=seed, max_steps=1)
+    tuning = tuning_task(task, model, options.learning_rate, Decay(0.0), everything=False)
+    report = cqr.finetune(small, refit, tuning, options, original=ckpt, evaluate_original=False, force=True)
+    return refit, report.before
+
+
 def tune(
-    task: Task, model: nn.Module, small: Path, ckpt: Path, seed: int, everything: bool, decay: Decay
+    task: Task, model: nn.Module, refit: Path, ckpt: Path, seed: int, everything: bool, decay: Decay
 ) -> Trained[cqr.TuningReport]:
-    """Fine-tune a compressed file with a weight decay."""
+    """Train a re-quantized file with a weight decay."""
     settings: dict[str, Any] = {"trainable": "all", "distill": "outputs", **task.everything} if everything else {}
-    options = cqr.FinetuneOptions(seed=seed, **settings)
+    options = cqr.FinetuneOptions(seed=seed, refit=False, **settings)
     report = cqr.finetune(
-        small, small.with_suffix(".tuned"), tuning_task(task, model, options.learning_rate, decay, everything),
+        refit, refit.with_suffix(".tuned"), tuning_task(task, model, options.learning_rate, decay, everything),
         options, original=ckpt, evaluate_original=False, force=True,
     )  # fmt: skip
     return Trained(task.score(report.after), report, f"step {report.best_step} of {report.steps}")
