@@ -68,7 +68,8 @@ def losses(model: GMF, rows: Tensor) -> Tensor:
 
 def train(model: GMF, parts: dict[str, Tensor], epochs: int) -> None:
     """Train, and leave the model as it was when the loss on `valid` was least."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    # the best weight decay of 0, 1e-6, 1e-5 and 1e-4 on `valid`
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-5)
     best, kept = float("inf"), copy.deepcopy(model.state_dict())
     for epoch in range(epochs):
         for batch in torch.randperm(len(parts["train"])).split(256):
