@@ -76,8 +76,8 @@ def worth_trying(specs: Sequence[AnySpec]) -> list[AnySpec]:
 
     Of layouts that differ in the number of levels only, the largest is kept. A layout is dropped if it uses less
     than 80% of the bytes of the largest one; or if its codebooks leave it so few bits of codes that a scalar
-    quantizer of another layout's bits would be better. A bit per value divides the squared error by 4, and at equal
-    bits scalar quantization of Gaussian values has 2.72 times the least possible error (Panter & Dite 1951,
+    quantizer of another layout's bits would be better. A bit per value divides the squared error by 4, and at
+    equal bits scalar quantization of Gaussian values has 2.72 times the least possible error (Panter & Dite 1951,
     doi:10.1109/JRPROC.1951.230419); sums of small codebooks have more, and are compared with larger ones only.
     """
     best: dict[tuple[object, ...], AnySpec] = {}
