@@ -206,14 +206,14 @@ def _print_evaluations(console: Console, report: Mapping[str, Any], files: Seque
     if report["dense"] is not None:
         measured.insert(0, (report["original"], report["dense_bytes"], report["dense"]))
     if report["metric"] is not None:
-        names = list(measured[0][2])
+        names = list(dict.fromkeys(name for _, _, values in measured for name in values))
         columns = [
             Column("file", folds=True),
             Column("bytes", right=True),
             *(Column(name, right=True, drop=0 if name == report["metric"] else 1) for name in names),
         ]
         rows = [
-            [str(file), f"{nbytes:,}", *(f"{values[name]:.5g}" for name in names)]
+            [str(file), f"{nbytes:,}", *(f"{values[name]:.5g}" if name in values else "-" for name in names)]
             for file, nbytes, values in measured
         ]
         print_table(console, columns, rows, title=f"task {report['task']}")

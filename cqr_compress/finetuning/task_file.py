@@ -15,6 +15,7 @@ from typing import Any
 from cqr_compress.checkpoint.output_files import atomic_file, check_outputs
 from cqr_compress.errors import TaskError, UserCodeError
 from cqr_compress.finetuning.task import Task
+from cqr_compress.finetuning.user_state import UserState
 
 _NEEDED = ("model", "train_batches", "loss", "evaluate")
 _OPTIONAL = ("logits", "frequencies", "optimizer")
@@ -89,7 +90,8 @@ def load_task_file(path: str | Path) -> Task:
     path = Path(path)
     if not path.is_file():
         raise TaskError(f"no such task file: {str(path)!r}")
-    module = _run(path)
+    code = _UserCode(path)
+    module = code.run()
     missing = [name for name in _NEEDED if not callable(getattr(module, name, None))]
     missing += ["metric"] if not isinstance(getattr(module, "metric", None), str) else []
     if missing:
@@ -97,62 +99,76 @@ def load_task_file(path: str | Path) -> Task:
             f"task file {str(path)!r} does not define {', '.join(missing)}. "
             "`cqr-compress finetune --init-task FILE` writes a commented template."
         )
-    functions: dict[str, Any] = {name: _of_user(getattr(module, name), path) for name in _NEEDED}
+    functions: dict[str, Any] = {name: code.wrapped(getattr(module, name)) for name in _NEEDED}
     for name in _OPTIONAL:
         if callable(getattr(module, name, None)):
-            functions[name] = _of_user(getattr(module, name), path)
+            functions[name] = code.wrapped(getattr(module, name))
     batches = functions["train_batches"]
-    functions["train_batches"] = lambda epoch: _UserBatches(batches(epoch), path)
+    functions["train_batches"] = lambda epoch: _UserBatches(batches(epoch), code)
     mode = getattr(module, "mode", "max")
     identity = {"task_file_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     return Task(name=path.name, metric=module.metric, mode=mode, identity=identity, **functions)
 
 
-def _run(path: Path) -> ModuleType:
-    name = f"_cqr_compress_task_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise TaskError(f"task file {str(path)!r} is not a Python file: its name has to end in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # required to pickle classes of the file, as workers of a DataLoader do
-    sys.path.insert(0, str(path.parent.resolve()))
-    loader = spec.loader
-    _of_user(lambda: loader.exec_module(module), path)()
-    return module
+class _UserCode:
+    """The code of a task file: its exceptions are raised as `UserCodeError`, its settings hold for itself only.
 
+    Args:
+        path: the task file.
+    """
 
-def _of_user(function: Callable[..., Any], path: Path) -> Callable[..., Any]:
-    """Wrap a function of the user, so that its exceptions are raised as `UserCodeError`."""
+    def __init__(self, path: Path) -> None:
+        self._path, self._state = path.resolve(), UserState()
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except Exception as e:
-            raise UserCodeError(_own_traceback(e, path)) from e
+    def run(self) -> ModuleType:
+        """Execute the file.
 
-    return call
+        Raises:
+            TaskError: not a Python file.
+        """
+        name = f"_cqr_compress_task_{self._path.stem}"
+        spec = importlib.util.spec_from_file_location(name, self._path)
+        if spec is None or spec.loader is None:
+            raise TaskError(f"task file {str(self._path)!r} is not a Python file: its name has to end in .py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # required to pickle classes of the file, as workers of a DataLoader do
+        sys.path.insert(0, str(self._path.parent))
+        self.wrapped(spec.loader.exec_module)(module)
+        return module
+
+    def wrapped(
+        self, function: Callable[..., Any], passes: type[Exception] | tuple[()] = ()
+    ) -> Callable[..., Any]:
+        """Wrap a function of the user; exceptions of type `passes` are raised as they are."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                with self._state.active():
+                    return function(*args, **kwargs)
+            except passes:
+                raise
+            except Exception as e:
+                raise UserCodeError(_own_traceback(e, self._path)) from e
+
+        return call
 
 
 class _UserBatches:
-    """Iterable of batches whose exceptions are raised as `UserCodeError`; it has a length if they have one."""
+    """Iterable of batches of a user's code; it has a length if they have one."""
 
-    def __init__(self, batches: Any, path: Path) -> None:
-        self._batches, self._path = batches, path
+    def __init__(self, batches: Any, code: _UserCode) -> None:
+        self._batches, self._code = batches, code
 
     def __len__(self) -> int:
-        try:
-            return len(self._batches)  # a TypeError if they have none, as len() requires
-        except TypeError:
-            raise
-        except Exception as e:
-            raise UserCodeError(_own_traceback(e, self._path)) from e
+        """Return the number of batches; raises TypeError if they have none, as len() requires."""
+        return int(self._code.wrapped(len, passes=TypeError)(self._batches))
 
     def __iter__(self) -> Iterator[Any]:
-        iterator = _of_user(lambda: iter(self._batches), self._path)()
+        iterator = self._code.wrapped(iter)(self._batches)
         end = object()
-        following = _of_user(lambda: next(iterator, end), self._path)
-        while (batch := following()) is not end:
+        following = self._code.wrapped(next)
+        while (batch := following(iterator, end)) is not end:
             yield batch
 
 
@@ -161,7 +177,7 @@ def _own_traceback(error: BaseException, path: Path) -> str:
     if isinstance(error, UserCodeError):
         return str(error)
     first = error.__traceback__
-    while first is not None and Path(first.tb_frame.f_code.co_filename).resolve() != path.resolve():
+    while first is not None and Path(first.tb_frame.f_code.co_filename).resolve() != path:
         first = first.tb_next
     if first is None and not isinstance(error, SyntaxError):
         first = error.__traceback__
