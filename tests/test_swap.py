@@ -18,7 +18,7 @@ import cqr_compress as cqr
 from cqr_compress import CompressedEmbedding, CompressedEmbeddingBag, CompressedTable, ConvertOptions
 from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.formats.open import open_checkpoint
-from cqr_compress.errors import SwapError, TableNotFoundError, WeightWriteError
+from cqr_compress.errors import SwapError, TableNotFoundError, TableRefusedError, WeightWriteError
 from cqr_compress.model.load import load_checkpoint
 
 
@@ -740,3 +740,11 @@ def test_a_submodule_of_a_subclass_keeps_its_name(name: str) -> None:
     before = model["layer"](torch.arange(9)).detach()
     cqr.compress_(model, method="int8")
     assert torch.allclose(model["layer"](torch.arange(9)), before, atol=0.1)
+
+
+def test_a_model_on_meta_is_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Embedding(2000, 8), nn.Linear(8, 1))
+    with pytest.raises(TableRefusedError, match="'0.weight' is on the meta device, which has no values: load"):
+        cqr.compress_(model, method="int8")
+    assert isinstance(model[0], nn.Embedding)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cqr_compress.checkpoint.base import Checkpoint, TensorEntry
-from cqr_compress.errors import SpecError, TableNotFoundError
+from cqr_compress.checkpoint.base import Checkpoint, StoredTensor, TensorEntry
+from cqr_compress.errors import SpecError, TableNotFoundError, TableRefusedError
 from cqr_compress.model.swap import embedding_slots, refuse_wrapper, swap_embeddings_
 from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.option_fields import merged
@@ -78,6 +78,7 @@ def compress_(
     Raises:
         TableNotFoundError: no embedding layer, a pattern without match, or no table that becomes smaller.
         SpecError: a spec without stored codes, or a layout that is invalid for a table's shape.
+        TableRefusedError: a table on the meta device.
         BudgetError: tables for which no layout fits; the model is unchanged.
     """
     if isinstance(options, (CodebookSpec, RowwiseSpec)):
@@ -90,6 +91,12 @@ def compress_(
     if not selected:
         raise TableNotFoundError(
             f"{type(model).__name__} has no embedding layer to compress: select tensors with `tables`"
+        )
+    empty = [c.name for c in selected if _is_empty(entries[c.name].stored)]
+    if empty:
+        raise TableRefusedError(
+            f"{empty[0]!r} is on the meta device, which has no values: load the weights into the model first, or "
+            "convert its checkpoint and call load_compressed"
         )
     counts = read_frequencies(frequencies, {c.name: c.shape[0] for c in selected})
     weights = {name: row_weights(count) for name, count in counts.items()}
@@ -147,6 +154,10 @@ def _entries(model: nn.Module, tables: Sequence[str]) -> Mapping[str, TensorEntr
             if id(parameter) not in seen and parameter.ndim == 2:
                 entries[name] = TensorEntry(name, _InMemory(parameter.detach()))
     return entries
+
+
+def _is_empty(stored: StoredTensor) -> bool:
+    return isinstance(stored, _InMemory) and stored.tensor.is_meta
 
 
 @dataclass(frozen=True)
