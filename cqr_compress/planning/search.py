@@ -23,7 +23,8 @@ from cqr_compress.table.spec import AnySpec, CodebookSpec
 BRIEF = FitEffort(kmeans_iterations=4, refine_rounds=0, beam=1)
 _MIN_SHARE = 0.8
 _SCALAR_LOSS = 2.72
-_BEST_SIZES = 4
+_BEST_SIZES, _ALL_RANKS_DIM = 4, 128
+"""Of tables with more dimensions, reduced ranks are tried with the best codebook sizes only."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def search(table: ScannedTable, specs: Sequence[AnySpec], options: ConvertOption
     sizes = {_codebook_size(spec) for _, spec in sorted(first, key=_error)[:_BEST_SIZES]}
     lost = _lost_energy(table) if reduced else None
     for spec in sorted(reduced, key=_left_out):
-        promising = not sizes or _codebook_size(spec) in sizes
+        promising = table.shape[1] <= _ALL_RANKS_DIM or _codebook_size(spec) in sizes
         if promising and lost is not None and float(lost[_left_out(spec)]) < trials.least:
             first.append((trials.error(_with_pca(spec), BRIEF, rows), spec))
         else:

@@ -49,7 +49,10 @@ def fit_centroids(
     points = points[order].contiguous()
     costs = torch.ones(len(points)) if weights is None else weights.float()[order]
     weighted = torch.cat([points * costs[:, None], costs[:, None]], 1)
-    centroids = points[:num_centroids].clone()
+    if weights is None:
+        centroids = points[:num_centroids].clone()
+    else:
+        centroids = _spread_points(points, costs, num_centroids, generator)
     for _ in range(iterations):
         codes = nearest_centroids(points, centroids)
         sums = _sums(weighted, codes, num_centroids)
@@ -57,6 +60,23 @@ def fit_centroids(
         filled = sizes > 0
         centroids[filled] = sums[filled, :S] / sizes[filled, None]
         _split_largest(centroids, sizes, generator)
+    return centroids
+
+
+def _spread_points(points: Tensor, costs: Tensor, num_centroids: int, generator: torch.Generator) -> Tensor:
+    """Choose initial centroids by k-means++, each with a probability proportional to its error so far.
+
+    Points drawn uniformly miss the few that most of the weight is on (Arthur & Vassilvitskii 2007).
+    """
+    drawn = int(torch.multinomial(costs, 1, generator=generator))
+    centroids = torch.empty(num_centroids, points.shape[1])
+    errors = torch.full((len(points),), torch.inf)
+    for k in range(num_centroids):
+        centroids[k] = points[drawn]
+        errors = torch.minimum(errors, (points - centroids[k]).square_().sum(1))
+        shares = (errors * costs).cumsum(0, dtype=torch.float64)
+        at = torch.rand(1, dtype=torch.float64, generator=generator) * shares[-1]
+        drawn = min(int(torch.searchsorted(shares, at)), len(points) - 1)
     return centroids
 
 
