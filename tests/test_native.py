@@ -499,3 +499,32 @@ def test_the_library_of_a_wheel_is_used_without_a_compiler_and_a_cache(
     monkeypatch.setattr(build, "SOURCE", tmp_path / "lookup.c")
     monkeypatch.setenv("PATH", "")
     assert native.__wrapped__().reason == str(output)
+
+
+@needs_library
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 600), st.integers(1, 70), st.integers(1, 9), st.integers(0, 2**16))
+def test_nearest_centroids_are_those_of_a_matrix_product(n: int, K: int, S: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows, centroids = torch.randn(n, S, generator=generator), torch.randn(K, S, generator=generator)
+    codes = ops.nearest(rows, centroids).long()
+    distances = torch.cdist(rows.double(), centroids.double()).square()
+    assert codes.shape == (n,) and bool((codes < K).all())
+    found = distances.gather(1, codes[:, None])[:, 0]
+    assert torch.allclose(found, distances.min(1).values, atol=1e-5) if n else True
+
+
+@needs_library
+def test_the_first_of_equal_centroids_is_taken_whatever_the_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centroids = torch.randn(20, 4, generator=generator).repeat(3, 1)
+    rows = centroids[torch.randint(60, (5000,), generator=generator)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = ops.nearest(rows, centroids)
+        torch.set_num_threads(3)
+        assert torch.equal(one, ops.nearest(rows, centroids)) and int(one.max()) < 20
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one[:7], ops.nearest(rows[:7].contiguous(), centroids))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cqr_compress.errors import SpecError
+from cqr_compress.kernel import ops
 from cqr_compress.quantize.base import FitEffort, Quantizer
 from cqr_compress.quantize.code_search import beam_search, encode_rows
 from cqr_compress.quantize.kmeans import fit_centroids
@@ -290,3 +291,42 @@ def test_centroids_are_the_means_of_their_points() -> None:
     nearest = torch.cdist(points, centroids).argmin(1)
     means = torch.stack([points[nearest == k].mean(0) for k in range(8)])
     assert torch.allclose(centroids, means, atol=0.05)
+
+
+@pytest.mark.parametrize("S", [2, 20])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_centroids_are_as_good_as_those_of_faiss(
+    table: Tensor, S: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(ops, "available", lambda: False)
+    points = torch.cat([table, table], 1)[:, :S].contiguous()
+
+    def error_of(centroids: Tensor) -> float:
+        return float(torch.cdist(points, centroids).min(1).values.square().sum())
+
+    ours, theirs = [], []
+    for seed in range(3):
+        ours.append(error_of(fit_centroids(points, 64, seed)))
+        clustering = faiss.Clustering(S, 64)
+        clustering.niter, clustering.seed, clustering.min_points_per_centroid = 25, seed + 1, 1
+        clustering.train(points.numpy(), faiss.IndexFlatL2(S))
+        theirs.append(error_of(torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(64, S))))
+    assert sum(ours) < 1.02 * sum(theirs)
+
+
+def test_centroids_without_points_take_points_of_others() -> None:
+    points = torch.cat([torch.zeros(500, 2), torch.randn(20, 2)])
+    centroids = fit_centroids(points, 16, 0)
+    assert bool(centroids.isfinite().all()) and len(torch.unique(centroids, dim=0)) > 8
+    assert torch.equal(fit_centroids(points, 16, 0), centroids)
+    assert bool(fit_centroids(torch.zeros(100, 2), 8, 0).eq(0).all())
+
+
+def test_weights_move_centroids_to_the_few_points_that_count() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(4000, 2, generator=generator)
+    weights = torch.ones(4000)
+    weights[:8] = 1e6
+    centroids = fit_centroids(points, 16, 0, weights=weights)
+    assert float(torch.cdist(points[:8], centroids).min(1).values.max()) < 1e-2

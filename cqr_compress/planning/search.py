@@ -1,6 +1,6 @@
 """Search the layouts of a table by trial fits on samples, brief ones of all and longer ones of the best.
 
-This is successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943) with two steps. Trials are counted in rows
+This is successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943) in three steps. Trials are counted in rows
 and iterations, not in seconds, so that the result does not depend on the machine.
 """
 
@@ -20,9 +20,10 @@ from cqr_compress.quantize.registry import method_of
 from cqr_compress.table.decode import decode_rows
 from cqr_compress.table.spec import AnySpec, CodebookSpec
 
-BRIEF = FitEffort(kmeans_iterations=4, refine_rounds=0, beam=1)
+BRIEF = FitEffort(kmeans_iterations=4, refine_rounds=1, beam=1)
 _MIN_SHARE = 0.8
 _SCALAR_LOSS = 2.72
+_CLOSE = 1.08
 _BEST_SIZES, _ALL_RANKS_DIM = 4, 128
 """Of tables with more dimensions, reduced ranks are tried with the best codebook sizes only."""
 
@@ -37,7 +38,8 @@ class SearchEffort:
         finalists: number of layouts with a longer trial.
         second_values: values of a longer trial, within `second_rows`.
         second_rows: smallest and largest number of rows of a longer trial.
-        as_final: whether longer trials have the effort of the final fit.
+        deciders: number of layouts that are compared with the effort of the final fit, where several are within 8%
+            of the best.
     """
 
     first_values: int = 2**19
@@ -45,14 +47,14 @@ class SearchEffort:
     finalists: int = 8
     second_values: int = 2**21
     second_rows: tuple[int, int] = (4096, 16384)
-    as_final: bool = False
+    deciders: int = 3
 
 
 SEARCH_EFFORTS = {
-    "fast": SearchEffort(finalists=3, second_values=2**20),
+    "fast": SearchEffort(finalists=3, second_values=2**20, deciders=0),
     "normal": SearchEffort(),
     "max": SearchEffort(
-        first_values=2**20, finalists=16, second_values=2**40, second_rows=(4096, 2**40), as_final=True
+        first_values=2**20, finalists=16, second_values=2**40, second_rows=(4096, 2**40), deciders=8
     ),
 }
 
@@ -79,7 +81,8 @@ def worth_trying(specs: Sequence[AnySpec]) -> list[AnySpec]:
     than 80% of the bytes of the largest one; or if its codebooks leave it so few bits of codes that a scalar
     quantizer of another layout's bits would be better. A bit per value divides the squared error by 4, and at
     equal bits scalar quantization of Gaussian values has 2.72 times the least possible error (Panter & Dite 1951,
-    doi:10.1109/JRPROC.1951.230419); sums of small codebooks have more, and are compared with larger ones only.
+    doi:10.1109/JRPROC.1951.230419); sums of small codebooks have more, and are compared with larger ones only;
+    likewise reduced ranks with higher ones.
     """
     best: dict[tuple[object, ...], AnySpec] = {}
     for spec in specs:
@@ -91,12 +94,14 @@ def worth_trying(specs: Sequence[AnySpec]) -> list[AnySpec]:
             best[key] = spec
     most = max(spec.nbytes for spec in best.values())
     large = [spec for spec in best.values() if spec.nbytes >= _MIN_SHARE * most]
-    plain = [spec for spec in large if not isinstance(spec, CodebookSpec) or spec.num_levels == 1]
 
     def is_dominated(spec: AnySpec) -> bool:
-        bits = _bits_per_value(spec)
-        larger = [other for other in large if _codebook_size(other) >= _codebook_size(spec)]
-        return any(4.0 ** (_bits_per_value(other) - bits) > _SCALAR_LOSS for other in (*plain, *larger))
+        return any(
+            4.0 ** (_bits_per_value(other) - _bits_per_value(spec)) > _SCALAR_LOSS
+            for other in large
+            if _left_out(other) <= _left_out(spec)
+            and (_num_levels(other) == 1 or _codebook_size(other) >= _codebook_size(spec))
+        )
 
     return [spec for spec in large if not is_dominated(spec)]
 
@@ -115,7 +120,8 @@ def search(table: ScannedTable, specs: Sequence[AnySpec], options: ConvertOption
     whole = [spec for spec in specs if not _left_out(spec)]
     reduced = [spec for spec in specs if _left_out(spec)]
     finalists = min(effort.finalists, len(specs))
-    progress.start(f"choosing a layout for {table.entry.name}", len(specs) + finalists, "trials")
+    deciders = min(effort.deciders, finalists)
+    progress.start(f"choosing a layout for {table.entry.name}", len(specs) + finalists + deciders, "trials")
     rows = _rows(effort.first_values, effort.first_rows, table)
     first = [(trials.error(_with_pca(spec), BRIEF, rows), spec) for spec in whole]
     sizes = {_codebook_size(spec) for _, spec in sorted(first, key=_error)[:_BEST_SIZES]}
@@ -129,9 +135,16 @@ def search(table: ScannedTable, specs: Sequence[AnySpec], options: ConvertOption
     trials.least = float("inf")
     rows = _rows(effort.second_values, effort.second_rows, table)
     second = [
-        (trials.error(spec, _longer(spec, options, effort), rows), spec)
+        (trials.error(spec, _longer(spec, options), rows), spec)
         for _, spec in sorted(first, key=_error)[:finalists]
     ]
+    second.sort(key=_error)
+    close = [spec for error, spec in second[:deciders] if error <= _CLOSE * second[0][0]]
+    if len(close) > 1:
+        method = method_of(options.method)
+        trials.least = float("inf")
+        second = [(trials.error(spec, method.effort(spec, options.refine_rounds), rows), spec) for spec in close]
+    progress.advance(deciders - len(close) if len(close) > 1 else deciders)
     error, best = min(second, key=_error)
     return Found(best, error, len(specs))
 
@@ -161,10 +174,8 @@ def _rows(values: int, limits: tuple[int, int], table: ScannedTable) -> int:
     return min(max(values // table.shape[1], limits[0]), limits[1])
 
 
-def _longer(spec: AnySpec, options: ConvertOptions, effort: SearchEffort) -> FitEffort:
+def _longer(spec: AnySpec, options: ConvertOptions) -> FitEffort:
     """Return the effort of a longer trial."""
-    if effort.as_final:
-        return method_of(options.method).effort(spec, options.refine_rounds)
     rounds = 4 if isinstance(spec, CodebookSpec) and spec.rotation == "opq" else 2
     if options.refine_rounds is not None:
         rounds = min(rounds, options.refine_rounds)
@@ -180,6 +191,10 @@ def _with_pca(spec: AnySpec) -> AnySpec:
 
 def _codebook_size(spec: AnySpec) -> int:
     return spec.codebook_size if isinstance(spec, CodebookSpec) else 0
+
+
+def _num_levels(spec: AnySpec) -> int:
+    return spec.num_levels if isinstance(spec, CodebookSpec) else 1
 
 
 def _bits_per_value(spec: AnySpec) -> float:
@@ -217,6 +232,8 @@ def estimate_error(table: ScannedTable, spec: AnySpec, effort: FitEffort, num_ro
     N, _ = table.shape
     generator = torch.Generator().manual_seed(spec.num_embeddings)
     order = torch.randperm(len(table.sample), generator=generator)
+    if len(table.sample) <= num_rows:
+        order = torch.arange(len(table.sample))  # with the effort of the final fit, this is that fit
     fitted = table.sample[order[:num_rows]]
     other = table.sample[order[num_rows : num_rows + num_rows // 2]]
     weights = None if table.weights is None else table.weights[table.sample_ids][order]

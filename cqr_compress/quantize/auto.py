@@ -15,7 +15,7 @@ _N_BITS = tuple(range(1, 13))
 _BITS_OF_LEVELS = range(2, 9)
 """Bits of a code of several levels."""
 _MAX_LEVELS_OF_COLUMNS, _MAX_LEVELS_OF_ONE = 16, 32
-_REFINE_ROUNDS = 8
+_REFINE_ROUNDS, _RESTARTS = 8, 2
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,10 @@ class Auto:
             yield replace(spec, method="pq" if L == 1 else "rq" if C == 1 else "prq")
 
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
-        """Return the effort of the spec's method, with at least 8 rounds unless `refine_rounds` is given."""
+        """Return the effort of the spec's method, at least 2 restarts, and 8 rounds if `refine_rounds` is None."""
         effort = method_of(spec.method).effort(spec, refine_rounds)
-        if refine_rounds is not None:
-            return effort
-        return replace(effort, refine_rounds=max(effort.refine_rounds, _REFINE_ROUNDS))
+        rounds = max(effort.refine_rounds, _REFINE_ROUNDS) if refine_rounds is None else effort.refine_rounds
+        return replace(effort, refine_rounds=rounds, restarts=max(effort.restarts, _RESTARTS))
 
     def num_steps(self, spec: AnySpec, effort: FitEffort) -> int:
         """Return the number of steps of the spec's own method."""
