@@ -132,7 +132,7 @@ def test_refinement_lowers_the_error_of_residual_codebooks(table: Tensor) -> Non
     plain, refined = (
         error(table, compress(table, spec, FitEffort(refine_rounds=r, restarts=1))[1]) for r in (0, 8)
     )
-    assert refined < 0.9 * plain
+    assert refined < 0.92 * plain  # k-means++ leaves less to refine
 
 
 def test_beam_search_with_a_full_beam_is_exhaustive() -> None:

@@ -19,6 +19,8 @@ _BLOCK_VALUES = 2**24
 _KERNEL_DIM = 8
 """The matrix products of faiss are as fast for points of about 16 dimensions, and faster for more."""
 _PERTURBATION = 1 / 1024
+_MAX_SPREAD = 64
+"""Number of centroids up to which k-means++ takes less time than the iterations that follow."""
 _MIN_QUERIES = 32
 """faiss rounds distances differently for fewer than 20 queries; padding makes codes independent of block size."""
 
@@ -49,7 +51,7 @@ def fit_centroids(
     points = points[order].contiguous()
     costs = torch.ones(len(points)) if weights is None else weights.float()[order]
     weighted = torch.cat([points * costs[:, None], costs[:, None]], 1)
-    if weights is None:
+    if weights is None and num_centroids > _MAX_SPREAD:
         centroids = points[:num_centroids].clone()
     else:
         centroids = _spread_points(points, costs, num_centroids, generator)
@@ -64,9 +66,9 @@ def fit_centroids(
 
 
 def _spread_points(points: Tensor, costs: Tensor, num_centroids: int, generator: torch.Generator) -> Tensor:
-    """Choose initial centroids by k-means++, each with a probability proportional to its error so far.
+    """Choose initial centroids by k-means++ (Arthur & Vassilvitskii 2007), each by its error so far.
 
-    Points drawn uniformly miss the few that most of the weight is on (Arthur & Vassilvitskii 2007).
+    Points drawn uniformly miss the few that most of the weight is on.
     """
     drawn = int(torch.multinomial(costs, 1, generator=generator))
     centroids = torch.empty(num_centroids, points.shape[1])
