@@ -116,6 +116,25 @@ def test_an_error_between_renames_takes_the_new_shards_back(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_an_interrupt_after_the_index_is_renamed_keeps_its_shards(
+    ckpt: Path, two_writes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = output_files.rename
+
+    def interrupt_after_the_index(partial: Path, target: Path) -> None:
+        rename(partial, target)
+        if target.name.endswith(".index.json"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(output_files, "rename", interrupt_after_the_index)
+    expected = decoded(two_writes[1])
+    with pytest.raises(KeyboardInterrupt):
+        cqr.convert(
+            ckpt, two_writes[0].with_name("s.safetensors"), method="int4", shard_bytes=SHARD_BYTES, force=True
+        )
+    assert equal(decoded(two_writes[0]), expected)
+
+
 def test_shards_of_different_writes_are_refused(two_writes: tuple[Path, Path]) -> None:
     a, b = two_writes
     for path in b.parent.glob("s-*.safetensors"):

@@ -193,8 +193,9 @@ class Output:
             with atomic_file(self.final_path) as file:
                 file.write(self._index())
         except BaseException:
-            for path in renamed:
-                path.unlink(missing_ok=True)
+            if _write_in(self.final_path) != self._write_id:  # else the index has been renamed already
+                for path in renamed:
+                    path.unlink(missing_ok=True)
             raise
 
     def _replaced(self) -> Iterator[Path]:
@@ -205,7 +206,7 @@ class Output:
         folder, index = self.final_path.parent, index_path(self._names.output)
         if self.final_path == index and self._names.output.is_file():
             yield self._names.output
-        if self.final_path != index and _has_write(index):
+        if self.final_path != index and _write_in(index):
             yield index
         pattern = re.compile(self._names.patterns()[0])
         current = self._write_id[:_DIGITS_IN_NAMES] if self.final_path == index else ""
@@ -243,10 +244,11 @@ def _write_of(shard: Path) -> str:
         return ""
 
 
-def _has_write(index: Path) -> bool:
+def _write_in(index: Path) -> str:
+    """Return the write that an index belongs to, or an empty text."""
     try:
         content = read_json(index)
     except CheckpointError:
-        return False
+        return ""
     metadata = content.get("metadata") if isinstance(content, dict) else None
-    return isinstance(metadata, dict) and WRITE_KEY in metadata
+    return str(metadata.get(WRITE_KEY, "")) if isinstance(metadata, dict) else ""

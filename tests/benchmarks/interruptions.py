@@ -74,10 +74,10 @@ def kill_writes(folder: Path, count: int, seed: int) -> Counter[str]:
     """Kill conversions while they write; return how many ended how."""
     rng, counts = random.Random(seed), Counter[str]()
     torch.manual_seed(0)
-    torch.save({f"embedding_{i}.weight": torch.randn(4000, 16) for i in range(6)}, folder / "ckpt.pt")
+    torch.save({f"embedding_{i}.weight": torch.randn(1500, 16) for i in range(4)}, folder / "ckpt.pt")
     whole: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
     seconds: dict[int, float] = {}
-    for shard_bytes in (0, 60_000):
+    for shard_bytes in (0, 20_000):
         for method in ("int8", "int4"):
             out = folder / f"whole-{method}-{shard_bytes}.safetensors"
             began = time.monotonic()
@@ -89,7 +89,7 @@ def kill_writes(folder: Path, count: int, seed: int) -> Counter[str]:
     ) as server:
         assert server.stdin is not None and server.stdout is not None
         for number in range(count):
-            shard_bytes = (0, 60_000)[number % 2]
+            shard_bytes = (0, 20_000)[number % 2]
             place = folder / f"write{number}"
             place.mkdir()
             out = place / "s.safetensors"
@@ -112,6 +112,8 @@ def kill_writes(folder: Path, count: int, seed: int) -> Counter[str]:
             counts["other files too many"] += files - (2 if not shard_bytes else len(set(place.glob("s*"))))
             for path in place.iterdir():
                 path.unlink()
+            if number % 20 == 19:
+                print(f"{number + 1} writes", file=sys.stderr, flush=True)
         server.stdin.close()
     return counts
 
@@ -165,6 +167,8 @@ def kill_finetuning(folder: Path, count: int, seed: int) -> Counter[str]:
                 process.kill()
                 process.communicate()
                 counts["killed"] += 1
+                if counts["killed"] % 10 == 0:
+                    print(f"{counts['killed']} killed", file=sys.stderr, flush=True)
                 continue
             if process.returncode:
                 counts[f"REFUSED: {shown.strip()[-100:]}"] += 1
