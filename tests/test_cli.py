@@ -225,7 +225,8 @@ def test_what_is_found_is_logged_and_nothing_is_printed(
 
 
 SLOW_CONVERT = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script in the background starts with SIGINT ignored
 from cqr_compress.checkpoint import shards
 from cqr_compress.cli.app import main
 write = shards.Output.write

@@ -146,7 +146,7 @@ def kill_finetuning(folder: Path, count: int, seed: int) -> Counter[str]:
     cqr.convert(folder / "tune.pt", folder / "small.safetensors", method="pq", tables=["0.weight"], ratio=4)
     command = [
         sys.executable, "-m", "cqr_compress", "finetune", "small.safetensors", "--task", "task.py",
-        "--epochs", "6", "--save-every", "2", "--seed", "3",
+        "--epochs", "6", "--option", "save_every=2", "--seed", "3",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
