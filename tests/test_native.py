@@ -528,3 +528,11 @@ def test_the_first_of_equal_centroids_is_taken_whatever_the_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(one[:7], ops.nearest(rows[:7].contiguous(), centroids))
+
+
+@needs_library
+def test_rows_of_another_dtype_or_dimension_are_refused_and_not_read() -> None:
+    rows = torch.randn(40, 4)
+    for wrong in (rows.double(), rows.T.contiguous().T, rows[:, :3].contiguous()):
+        with pytest.raises(ShapeError, match="are not contiguous float32 of equal dimensions"):
+            ops.nearest(wrong, torch.randn(8, 4))

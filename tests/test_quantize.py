@@ -330,3 +330,17 @@ def test_weights_move_centroids_to_the_few_points_that_count() -> None:
     weights[:8] = 1e6
     centroids = fit_centroids(points, 16, 0, weights=weights)
     assert float(torch.cdist(points[:8], centroids).min(1).values.max()) < 1e-2
+
+
+def test_centroids_do_not_depend_on_the_default_dtype_and_device() -> None:
+    points = torch.randn(2000, 4)
+    weights = torch.rand(2000) + 0.1
+    wanted = [fit_centroids(points, K, 0, weights=w) for K in (16, 100) for w in (None, weights)]
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            found = [fit_centroids(points, K, 0, weights=w) for K in (16, 100) for w in (None, weights)]
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))

@@ -170,8 +170,16 @@ def nearest(rows: Tensor, centroids: Tensor) -> Tensor:
 
     Returns:
         (n,) int32, the first of equally near centroids; each is independent of the other rows.
+
+    Raises:
+        ShapeError: other dtypes, or dimensions that differ; checked before any read.
     """
     n, S = rows.shape
+    if rows.dtype != torch.float32 or not rows.is_contiguous() or centroids.shape[1] != S:
+        raise ShapeError(
+            f"rows {tuple(rows.shape)} {rows.dtype} and centroids {tuple(centroids.shape)} are not contiguous "
+            "float32 of equal dimensions"
+        )
     K = -(-len(centroids) // _LANES) * _LANES
     columns = torch.zeros(S, K, **_FLOAT)
     columns[:, : len(centroids)] = centroids.T

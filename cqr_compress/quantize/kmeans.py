@@ -45,11 +45,11 @@ def fit_centroids(
     """
     n, S = points.shape
     if n <= num_centroids:
-        return torch.cat([points, torch.zeros(num_centroids - n, S)])
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(n, generator=generator)[: POINTS_PER_CENTROID * num_centroids]
+        return torch.cat([points, points.new_zeros(num_centroids - n, S)])
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(n, generator=generator, device="cpu")[: POINTS_PER_CENTROID * num_centroids]
     points = points[order].contiguous()
-    costs = torch.ones(len(points)) if weights is None else weights.float()[order]
+    costs = points.new_ones(len(points)) if weights is None else weights.float()[order]
     weighted = torch.cat([points * costs[:, None], costs[:, None]], 1)
     if weights is None and num_centroids > _MAX_SPREAD:
         centroids = points[:num_centroids].clone()
@@ -71,13 +71,13 @@ def _spread_points(points: Tensor, costs: Tensor, num_centroids: int, generator:
     Points drawn uniformly miss the few that most of the weight is on.
     """
     drawn = int(torch.multinomial(costs, 1, generator=generator))
-    centroids = torch.empty(num_centroids, points.shape[1])
-    errors = torch.full((len(points),), torch.inf)
+    centroids = points.new_empty(num_centroids, points.shape[1])
+    errors = points.new_full((len(points),), torch.inf)
     for k in range(num_centroids):
         centroids[k] = points[drawn]
         errors = torch.minimum(errors, (points - centroids[k]).square_().sum(1))
         shares = (errors * costs).cumsum(0, dtype=torch.float64)
-        at = torch.rand(1, dtype=torch.float64, generator=generator) * shares[-1]
+        at = torch.rand(1, dtype=torch.float64, generator=generator, device="cpu") * shares[-1]
         drawn = min(int(torch.searchsorted(shares, at)), len(points) - 1)
     return centroids
 
@@ -86,10 +86,10 @@ def _sums(points: Tensor, codes: Tensor, num_centroids: int) -> Tensor:
     """Sum the points (n, S) of each centroid: (K, S)."""
     if ops.available():
         shape = 1, 1, num_centroids, points.shape[1]
-        ids = torch.arange(len(points), dtype=torch.int32)
+        ids = torch.arange(len(points), dtype=torch.int32, device="cpu")
         packed = codes.to(torch.int32)[:, None].view(torch.uint8)
         return ops.lookup_backward(points, ids, packed, shape, 32)[0, 0]
-    return torch.zeros(num_centroids, points.shape[1]).index_add_(0, codes, points)
+    return points.new_zeros(num_centroids, points.shape[1]).index_add_(0, codes, points)
 
 
 def _split_largest(centroids: Tensor, sizes: Tensor, generator: torch.Generator) -> None:
@@ -99,7 +99,8 @@ def _split_largest(centroids: Tensor, sizes: Tensor, generator: torch.Generator)
         return
     count = min(len(empty), int((sizes > 0).sum()))
     drawn = torch.multinomial(sizes, count, generator=generator)
-    signs = torch.where(torch.rand(count, centroids.shape[1], generator=generator) < 0.5, -1.0, 1.0)
+    draws = torch.rand(count, centroids.shape[1], generator=generator, device="cpu")
+    signs = torch.where(draws < 0.5, -1.0, 1.0).to(centroids.dtype)
     centroids[empty[:count]] = centroids[drawn] * (1 + _PERTURBATION * signs)
     centroids[drawn] = centroids[drawn] * (1 - _PERTURBATION * signs)
 
