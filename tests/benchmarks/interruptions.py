@@ -188,13 +188,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        for what, counts in (
-            ("writes", kill_writes(Path(name), args.writes, args.seed)),
-            ("fine-tuning", kill_finetuning(Path(name), args.resumes, args.seed)),
+        for what, kill, count in (
+            ("writes", kill_writes, args.writes),
+            ("fine-tuning", kill_finetuning, args.resumes),
         ):
             print(what)
-            for result, number in counts.items():
-                print(f"  {number:4d}  {result}")
+            for result, number in kill(Path(name), count, args.seed).items():
+                print(f"  {number:4d}  {result}", flush=True)
 
 
 if __name__ == "__main__":
