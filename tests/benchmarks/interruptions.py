@@ -170,12 +170,10 @@ def kill_finetuning(folder: Path, count: int, seed: int) -> Counter[str]:
                 if counts["killed"] % 10 == 0:
                     print(f"{counts['killed']} killed", file=sys.stderr, flush=True)
                 continue
-            if process.returncode:
-                counts[f"REFUSED: {shown.strip()[-100:]}"] += 1
-            else:
-                found = cqr.load_dense_state_dict(folder / "tuned.safetensors")
-                same = all(torch.equal(found[k], whole[k]) for k in whole)
-                counts["ended with the weights of a run that was not killed" if same else "OTHER WEIGHTS"] += 1
+            found = cqr.load_dense_state_dict(folder / "tuned.safetensors")
+            same = all(torch.equal(found[k], whole[k]) for k in whole)
+            how = "ended" if process.returncode == 0 else f"refused, {shown.strip()[-60:]}"  # killed when complete
+            counts[f"{how}: {'the weights of a run that was not killed' if same else 'OTHER WEIGHTS'}"] += 1
             break
     return counts
 
