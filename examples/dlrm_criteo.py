@@ -245,11 +245,21 @@ def evaluate(model: nn.Module, clicks: Clicks, device: str) -> dict[str, float]:
     return click_metrics(scores, clicks.label)
 
 
-def train(data: Data, method: str, codewords: int, args: argparse.Namespace) -> tuple[dict[str, float], DLRM]:
-    """Train from scratch, and test the epoch that is best on the part for choosing."""
+def search(data: Data, method: str, codewords: int, args: argparse.Namespace) -> tuple[dict[str, float], DLRM]:
+    """Train with each weight decay, and test the one that is best on the part for choosing."""
+    runs = {decay: train(data, method, codewords, decay, args) for decay in args.weight_decay}
+    chosen = min(runs, key=lambda decay: runs[decay][0])
+    _, model, epoch = runs[chosen]
+    return {"weight_decay": chosen, "epoch": epoch, **evaluate(model, data.test, args.device)}, model
+
+
+def train(
+    data: Data, method: str, codewords: int, decay: float, args: argparse.Namespace
+) -> tuple[float, DLRM, int]:
+    """Train from scratch; the least loss on the part for choosing, with the model and the epoch that had it."""
     torch.manual_seed(args.seed)
     model = DLRM(data.sizes, maker(method, codewords, args.seed)).to(args.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, weight_decay=decay)
     schedule = None
     if any(isinstance(table, cqr.CQREmbedding) for table in model.emb_l):
         steps = math.ceil(len(data.train) / args.batch_size)
@@ -268,8 +278,8 @@ def train(data: Data, method: str, codewords: int, args: argparse.Namespace) -> 
             losses=gradient_informed,
             options=short,
         )
-    best, kept = {"bce": math.inf}, model
-    for _ in range(args.epochs):
+    best = (math.inf, model, 0)
+    for epoch in range(1, args.epochs + 1):
         model.train()
         for batch in shuffled(data.train, args.batch_size, args.device):
             loss = losses(model, batch).mean()
@@ -278,10 +288,10 @@ def train(data: Data, method: str, codewords: int, args: argparse.Namespace) -> 
             optimizer.step()
             if schedule is not None:
                 schedule.step()
-        found = evaluate(model, data.valid, args.device)
-        if found["bce"] < best["bce"]:
-            best, kept = found, copy.deepcopy(model)
-    return evaluate(kept, data.test, args.device), kept
+        loss_here = evaluate(model, data.valid, args.device)["bce"]
+        if loss_here < best[0]:
+            best = (loss_here, copy.deepcopy(model), epoch)
+    return best
 
 
 def task_of(data: Data, args: argparse.Namespace) -> cqr.Task:
@@ -357,7 +367,10 @@ def main() -> None:
     parser.add_argument("--max-table", type=int, default=20_000, help="rows of a table, at most")
     parser.add_argument("--codewords", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=6, help="at most: the best on the part for choosing counts")
+    parser.add_argument(
+        "--weight-decay", type=float, nargs="+", default=[0.0, 1e-6, 1e-5, 1e-4], help="L2 in Adam"
+    )
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--device", default="cpu")
@@ -388,7 +401,7 @@ def main() -> None:
                     found = quantized(data, codewords, args)
                     results |= {f"{name}@{codewords}": result for name, result in found.items()}
                 else:
-                    metrics, model = train(data, method, codewords, args)
+                    metrics, model = search(data, method, codewords, args)
                     results[key] = {"parameters": num_parameters(model), **metrics}
                     if method == "full":
                         torch.save(model.state_dict(), args.folder / "full.pt")
@@ -397,7 +410,8 @@ def main() -> None:
             for name in ("pq", "pq-tuned") if method == "pq" else (method,):
                 result = results[f"{name}@{codewords}"]
                 size = f"{codewords or '':>9} {result['parameters']:>11,}"
-                print(f"{NAMES[name]:24} {size}  {result['bce']:.4f}  {result['auc']:.4f}", flush=True)
+                chosen = f"L2 {result['weight_decay']:g}, epoch {result['epoch']}" if "epoch" in result else ""
+                print(f"{NAMES[name]:24} {size}  {result['bce']:.4f}  {result['auc']:.4f}  {chosen}", flush=True)
     print(f"wrote {kept}")
     try:
         draw(results, args.folder / "test_bce.png")

@@ -54,7 +54,7 @@ def main() -> None:
     config = AutoConfig.from_pretrained(args.folder)
     with cqr.init_empty_weights():  # the dense table is never in memory
         small = AutoModel.from_config(config)
-    cqr.load_compressed(small.eval(), args.output, strict=False, device="cpu")
+    cqr.load_compressed(small.eval(), args.output, device="cpu")
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     before, after = encode(dense, tokenizer), encode(small, tokenizer)
     print(f"{report.tables[0].name}: {report.tables[0].bytes_before:,} -> {report.tables[0].bytes_after:,} bytes")

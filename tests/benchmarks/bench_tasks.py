@@ -288,7 +288,7 @@ def sasrec(path: Path, length: int = 20) -> Task:
 
     everything = {"learning_rate": 1e-3, "epochs": 4, "distill_weight": 10.0, "codes": "frozen"}
     return Task(
-        lambda make: SASRec(make, num_items, length=length), (inputs, wanted), losses, metrics, "ndcg@10", 256, 15,
+        lambda make: SASRec(make, num_items, length=length), (inputs, wanted), losses, metrics, "ndcg@10", 256, 30,
         ("item.weight",), (512,), logits=logits, everything=everything,
     )  # fmt: skip
 

@@ -35,7 +35,7 @@ import bench_tasks
 import sketches
 import torch
 from bench_tasks import Figures, Task
-from search import Decay, Search, Trained
+from search import GRID, Decay, Search, Trained
 from torch import nn
 
 import cqr_compress as cqr
@@ -67,10 +67,15 @@ class Runs:
         self.rows.setdefault((method, stage, ratio), []).append((size, figures))
 
     def train_dense(self, seed: int) -> tuple[nn.Module, Path]:
-        model, figures = self.search.best("dense", partial(sketches.train, self.task, "full", 0, seed))
-        self.dense.append(figures)
         ckpt = self.folder / f"dense-{seed}.pt"
-        torch.save(model.state_dict(), ckpt)
+        if ckpt.exists():
+            model = self.task.build(self.task.full_table)
+            model.load_state_dict(torch.load(ckpt, weights_only=True))
+            figures = self.task.metrics(model)
+        else:
+            model, figures = self.search.best("dense", partial(sketches.train, self.task, "full", 0, seed))
+            torch.save(model.state_dict(), ckpt)
+        self.dense.append(figures)
         return model, ckpt
 
     def convert_and_tune(
@@ -148,7 +153,7 @@ def tuning_task(task: Task, model: nn.Module, learning_rate: float, decay: Decay
 
 
 def run(task: Task, args: argparse.Namespace, folder: Path) -> None:
-    runs = Runs(task, folder)
+    runs = Runs(task, folder, Search(tuple(args.decays)))
     names = [f"test_{name}" for name in (task.metric, *(("hr@10",) if task.metric == "ndcg@10" else ()))]
     names += ["test_auc"] if task.metric == "bce" else []
     print("what was chosen with the first seed, and is kept for the others:")
@@ -188,13 +193,16 @@ def main() -> None:
     parser.add_argument("--file", type=Path)
     parser.add_argument("--test-file", type=Path)
     parser.add_argument("--ratios", type=float, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--methods", nargs="+", default=["pq", "rq", "cqr"])
+    parser.add_argument("--methods", nargs="*", default=["pq", "rq", "cqr"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--decays", type=Decay.parse, nargs="+", default=GRID, help="0.1 (Adam) or AdamW:0.1")
     parser.add_argument("--scratch", action="store_true")
+    parser.add_argument("--folder", type=Path, help="keeps the dense models, which are then not trained again")
     parser.add_argument("--ways", nargs="+", default=["tuned"], choices=WAYS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = args.folder or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
         make: dict[str, Callable[[], Task]] = {
             "movielens": lambda: bench_tasks.movielens(args.file),
             "synthetic": lambda: bench_tasks.synthetic(args.file),

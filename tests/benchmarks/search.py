@@ -37,6 +37,12 @@ class Decay:
     def __str__(self) -> str:
         return f"{'AdamW' if self.decoupled else 'Adam'} {self.value:g}"
 
+    @classmethod
+    def parse(cls, text: str) -> Decay:
+        """Read `0.1` (Adam) or `AdamW:0.1`."""
+        kind, _, value = text.rpartition(":")
+        return cls(float(value), decoupled=kind == "AdamW")
+
 
 GRID = (
     *(Decay(value) for value in (0.0, 1e-6, 1e-5, 1e-4, 1e-3)),
