@@ -103,7 +103,7 @@ def convert(
             checkpoint = _untied(checkpoint, selected)
         counts = read_frequencies(frequencies, {candidate.name: candidate.shape[0] for candidate in selected})
         weights = {name: row_weights(count) for name, count in counts.items()}
-        planned = plan_tables(checkpoint, selected, options, weights, progress)
+        planned = plan_tables(checkpoint, selected, options, weights, progress, estimated=dry_run)
         planned = replace(planned, left_dense=[*planned.left_dense, *left_dense(candidates)])
         header = _header(checkpoint, planned, options)
         meters: dict[str, QualityMeter] = {}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from cqr_compress.errors import BudgetError, TableRefusedError
 from cqr_compress.planning.scan import ScannedTable
-from cqr_compress.planning.search import BRIEF, estimate_error, search, worth_trying
+from cqr_compress.planning.search import BRIEF, estimate, estimate_error, search, worth_trying
 from cqr_compress.progress import NoProgress, Progress
 from cqr_compress.quantize.base import FitEffort
 from cqr_compress.quantize.layouts import budget_bytes, over_budget
@@ -27,7 +27,7 @@ class TablePlan:
         spec: spec to compress it with, or None if it stays dense.
         reason: why this layout was chosen, or why the table stays dense.
         effort: effort of the final fit.
-        error: estimated relative squared error from the trial fits, or None without trials.
+        error: estimated relative squared error from the trial fits, or None without them.
     """
 
     name: str
@@ -37,13 +37,16 @@ class TablePlan:
     error: float | None = None
 
 
-def plan_table(table: ScannedTable, options: ConvertOptions, progress: Progress | None = None) -> TablePlan:
+def plan_table(
+    table: ScannedTable, options: ConvertOptions, progress: Progress | None = None, estimated: bool = False
+) -> TablePlan:
     """Choose the spec of one table, by trial fits on its sample if several layouts fit.
 
     Args:
         table: from `scan_table`.
         options: method and budget.
         progress: receives a stage with the trials.
+        estimated: estimate the error also where there is one layout only, by one trial fit.
 
     Raises:
         BudgetError: no layout of the method fits; the message contains the largest possible ratio.
@@ -67,7 +70,7 @@ def plan_table(table: ScannedTable, options: ConvertOptions, progress: Progress 
         return TablePlan(name, None, message)
     worthy = worth_trying(fitting)
     if len(worthy) == 1:
-        spec, error = worthy[0], None
+        spec, error = worthy[0], estimate(table, worthy[0], options) if estimated else None
         reason = "the one layout that was asked for" if len(specs) == 1 else "the one layout that uses the budget"
     else:
         found = search(table, worthy, options, progress or NoProgress())

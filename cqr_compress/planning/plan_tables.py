@@ -76,6 +76,7 @@ def plan_tables(
     options: ConvertOptions,
     weights: Mapping[str, Tensor],
     progress: Progress,
+    estimated: bool = False,
 ) -> Planned:
     """Scan and plan every table; infeasible budgets are collected into one error.
 
@@ -85,6 +86,7 @@ def plan_tables(
         options: method and budget.
         weights: (N,) weights of the rows' squared errors, by table.
         progress: receives the progress of the work.
+        estimated: estimate the error of every table, see `plan_table`.
 
     Raises:
         BudgetError: no layout fits; the message lists all tables concerned.
@@ -103,7 +105,7 @@ def plan_tables(
             continue
         scan = replace(_scan(entry, options, progress), weights=weights.get(candidate.name))
         try:
-            plan = plan_table(scan, options, progress)
+            plan = plan_table(scan, options, progress, estimated)
         except BudgetError as e:
             problems.append(str(e))
             continue

@@ -149,6 +149,19 @@ def search(table: ScannedTable, specs: Sequence[AnySpec], options: ConvertOption
     return Found(best, error, len(specs))
 
 
+def estimate(table: ScannedTable, spec: AnySpec, options: ConvertOptions) -> float | None:
+    """Estimate the error of one layout, as for a finalist of a search; None where rows have no codes of their own.
+
+    The codewords of hashed ids serve the whole table: on a sample they would have fewer rows to serve.
+    """
+    if "codes" not in spec.tensor_shapes():
+        return None
+    effort = SEARCH_EFFORTS[options.effort]
+    return estimate_error(
+        table, spec, _longer(spec, options), _rows(effort.second_values, effort.second_rows, table)
+    )
+
+
 class _Trials:
     """Trial fits of a table, with the least error so far."""
 
