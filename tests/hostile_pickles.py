@@ -89,6 +89,22 @@ PICKLES: dict[str, bytes] = {
     "20,000 calls with 100,000 arguments": beside(
         b"(" + b"N" * 100_000 + b"tq\x010ca\nb\nq\x020(" + b"h\x02h\x01R" * 20_000 + b"l"
     ),
+    "20,000 copies of a list by OBJ": beside(
+        b"](" + b"N" * 100_000 + b"eq\x010](" + b"cbuiltins\ntuple\nq\x020" + b"(h\x02h\x01o" * 20_000 + b"e"
+    ),
+    "20,000 copies of a list by INST": beside(
+        b"](" + b"N" * 100_000 + b"eq\x010](" + b"(h\x01ibuiltins\ntuple\n" * 20_000 + b"e"
+    ),
+    "20,000 copies of a list as a tensor of a subclass": beside(
+        b"](" + b"N" * 100_000 + b"eq\x010(cbuiltins\ntuple\nNh\x01\x85Ntq\x020]("
+        + b"ctorch._tensor\n_rebuild_from_type_v2\nh\x02R" * 20_000 + b"e"
+    ),
+    "equal nested frozensets as keys": beside(
+        b"\x80\x04}" + (b"(N\x91" + b"q\x010(h\x01h\x01\x85\x91" * 60 + b"Ns") * 2
+    ),
+    "numbers of the memo of equal hashes": beside(
+        b"N" + b"".join(b"p%d\n" % (i * (2**61 - 1)) for i in range(20_000))
+    ),
     "keys of equal hashes": beside(b"}(" + b"".join(integer(i * (2**61 - 1)) + b"N" for i in range(50_000)) + b"u"),
     "an integer of 1 MB": beside(integer(2 ** (8 * 2**20 - 8))),
     "shared placeholders": beside(b"ca\nb\n)R" + b"q\x010ca\nb\nh\x01h\x01\x86R" * 60),

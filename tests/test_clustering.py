@@ -94,6 +94,14 @@ def test_codewords_begin_within_their_scale() -> None:
     assert 0.12 < float(values.max()) <= 0.125 and -0.125 <= float(values.min()) < -0.12
 
 
+def test_clustering_of_values_whose_squares_overflow_ends() -> None:
+    made = CQREmbedding(N, 128, codebook_size=K, seed=0)
+    with torch.no_grad():
+        made.codebooks.mul_(1e27)
+    cqr.cluster_(nn.Sequential(made))
+    assert int(pointers(made).max()) < K
+
+
 def test_an_unknown_sketch_is_refused_with_the_known_ones() -> None:
     with pytest.raises(SpecError, match="'bloom' is not one of hash, qr, qr_concat, hash_embeddings, ce"):
         sketch_table("bloom", N, D, 32)

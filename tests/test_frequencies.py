@@ -65,6 +65,13 @@ def test_a_bad_file_is_refused_with_its_reason(
         read_frequencies(tmp_path / name, ROWS)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e300])
+def test_counts_outside_the_range_of_float32_are_scaled(tmp_path: Path, scale: float) -> None:
+    np.save(tmp_path / "counts.npy", scale * np.arange(4.0))
+    counts = read_frequencies(tmp_path / "counts.npy", {"emb.weight": 4})["emb.weight"]
+    assert torch.allclose(counts / counts[3], torch.arange(4.0) / 3)
+
+
 def test_counts_of_no_table_or_given_twice_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "c.npy", np.ones(5))
     with pytest.raises(TableNotFoundError, match="of 5 numbers: it matches none of the tables"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -169,6 +170,46 @@ def test_shards_that_are_not_of_the_replaced_output_stay(ckpt: Path, two_writes:
     }  # fmt: skip
 
 
+def test_shards_that_another_index_lists_or_that_are_read_stay(ckpt: Path, two_writes: tuple[Path, Path]) -> None:
+    folder = two_writes[0].parent
+    other = two_writes[0].rename(folder / "earlier.safetensors.index.json")
+    expected = decoded(other)
+    cqr.convert(ckpt, folder / "s.safetensors", method="int4", force=True)
+    assert equal(decoded(other), expected)
+    cqr.export(other, folder / "s.safetensors", force=True)
+    assert equal(decoded(other), expected)
+
+
+def test_a_pipe_with_the_name_of_a_shard_is_left_alone(ckpt: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / "s-01234567-00001-of-00002.safetensors")
+    cqr.convert(ckpt, tmp_path / "out" / "s.safetensors", method="int8")
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_too_many_open_files_are_an_error_of_the_file(two_writes: tuple[Path, Path]) -> None:
+    index, limits = two_writes[0], resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 1, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            open_checkpoint(index)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_no_temporary_file_is_left_where_space_cannot_be_reserved(
+    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    with small_files(1000), pytest.raises(OutputError):
+        cqr.convert(ckpt, tmp_path / "s.safetensors", method="int8")
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
 def test_an_index_of_other_files_is_not_removed(ckpt: Path, tmp_path: Path) -> None:
     index = tmp_path / "s.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": "x.safetensors"}}))
@@ -236,6 +277,7 @@ def test_an_interrupted_command_says_what_it_has_written(
         ("pipe.safetensors", "is a device, a pipe or a socket"),
         ("device.safetensors", "is a device, a pipe or a socket"),
         ("dangling.safetensors", "is a link to a file that does not exist"),
+        ("loop.safetensors", "is a link to itself"),
     ],
 )
 def test_what_is_no_file_is_refused_as_output(
@@ -246,6 +288,7 @@ def test_what_is_no_file_is_refused_as_output(
     os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "device.safetensors").symlink_to("/dev/null")
     (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
     before = sorted(path.name for path in tmp_path.iterdir())
     shown = cli("convert", "ckpt.pt", "-o", name, "--method", "int8", "--force", code=1).stderr
     assert any(part in " ".join(shown.split()) for part in message.split("|")) and "Traceback" not in shown

@@ -98,6 +98,14 @@ def test_layouts_that_their_codebooks_leave_few_codes_are_not_tried() -> None:
     assert any(isinstance(spec, CodebookSpec) and spec.codebook_size == 4096 for spec in fitting)
 
 
+@pytest.mark.parametrize("method", ["auto", "pq"])
+def test_a_rank_that_is_given_is_tried_for_many_dimensions(method: str) -> None:
+    rows = torch.randn(1500, 160, generator=torch.Generator().manual_seed(0))
+    rotation = "opq" if method == "pq" else None
+    found = plan(rows, method=method, rotation=rotation, rank=80, ratio=16.0, effort="fast", refine_rounds=0).spec
+    assert isinstance(found, CodebookSpec) and found.rank == 80
+
+
 def test_a_dry_run_prints_the_estimated_error(cli: Cli, ckpt: Path, tmp_path: Path) -> None:
     planned = cqr.convert(ckpt, tmp_path / "s.safetensors", ratio=16, dry_run=True)
     measured = cqr.convert(ckpt, tmp_path / "s.safetensors", ratio=16)

@@ -150,7 +150,8 @@ def _output(
     shapes: dict[str, TensorShape] = {}
     for part in parts:
         shapes.update(part.shapes)
-    return Output(destination.path, split_shards(shapes, destination.shard_bytes), metadata, with_checksums)
+    shards = split_shards(shapes, destination.shard_bytes)
+    return Output(destination.path, shards, metadata, with_checksums, destination.reading)
 
 
 def _with_header(metadata: Mapping[str, str], header: Header) -> dict[str, str]:

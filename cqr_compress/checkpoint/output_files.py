@@ -50,6 +50,8 @@ def check_outputs(paths: Sequence[Path], force: bool, sources: Sequence[Path] = 
         if len(os.fsencode(path.name)) > _MAX_NAME_BYTES:
             raise OutputError(f"the file name {brief(path.name)} has more than {_MAX_NAME_BYTES} bytes")
         with output_errors(path):
+            if _is_link_to_itself(path):
+                raise OutputError(f"{str(path)!r} is a link to itself: remove it first")
             if path.resolve() in reading:
                 raise OutputError(f"{str(path)!r} is the checkpoint itself, or a part of it: give another output")
             if path.is_dir():
@@ -64,6 +66,14 @@ def check_outputs(paths: Sequence[Path], force: bool, sources: Sequence[Path] = 
                 raise OutputError(
                     f"no such folder: {str(path.parent)!r}, to write {path.name!r} to. Create it first."
                 )
+
+
+def _is_link_to_itself(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError as e:
+        return e.errno == errno.ELOOP
+    return False
 
 
 @contextlib.contextmanager

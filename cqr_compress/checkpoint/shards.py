@@ -26,7 +26,7 @@ from cqr_compress.checkpoint.checksums import (
     checksums_to_text,
 )
 from cqr_compress.checkpoint.formats.safetensors_files import open_safetensors
-from cqr_compress.checkpoint.json_file import read_json
+from cqr_compress.checkpoint.json_file import read_json, require_file
 from cqr_compress.checkpoint.output_files import atomic_file, remove_abandoned
 from cqr_compress.checkpoint.streaming_writer import SafetensorsWriter, lay_out
 from cqr_compress.errors import CheckpointError, VerificationError
@@ -88,6 +88,7 @@ class Output:
         shards: tensors of each file, from `split_shards`.
         metadata: metadata of the first file with `format`, not shorter than that passed to `finish`.
         with_checksums: whether to store the checksums of the tensors.
+        reading: files that are read, which are never removed.
     """
 
     def __init__(
@@ -96,11 +97,13 @@ class Output:
         shards: Sequence[Mapping[str, TensorShape]],
         metadata: Mapping[str, str],
         with_checksums: bool,
+        reading: Sequence[Path] = (),
     ) -> None:
         self.shapes = {name: shape for shard in shards for name, shape in shard.items()}
         self.final_path = path if len(shards) == 1 else index_path(path)
         self._names = _Names(path, len(shards))
         self._with_checksums = with_checksums
+        self._reading = reading
         self._writers: list[SafetensorsWriter] = []
         for number, shard in enumerate(shards):
             blank = self._metadata(number, metadata, dict.fromkeys(shard, 0), _UNKNOWN_WRITE)
@@ -201,7 +204,8 @@ class Output:
     def _replaced(self) -> Iterator[Path]:
         """List the files of earlier outputs at the path: shards of other writes, and the other kind of output.
 
-        A shard is one of ours if its metadata has the write of its name; an index, if it has a write.
+        A shard is one of ours if its metadata has the write of its name; an index, if it has a write. A shard that
+        another index of the folder lists stays, as does what is being read.
         """
         folder, index = self.final_path.parent, index_path(self._names.output)
         if self.final_path == index and self._names.output.is_file():
@@ -210,9 +214,13 @@ class Output:
             yield index
         pattern = re.compile(self._names.patterns()[0])
         current = self._write_id[:_DIGITS_IN_NAMES] if self.final_path == index else ""
+        kept = {path.resolve() for path in self._reading}
+        for other in folder.glob("*.index.json"):
+            kept |= {(folder / name).resolve() for name in _shards_in(other)} if other != index else set()
         for path in sorted(folder.iterdir()):
             found = pattern.fullmatch(path.name)
-            if found and found[1] != current and _write_of(path).startswith(found[1]):
+            wanted = found and found[1] != current and path.resolve() not in kept
+            if found and wanted and _write_of(path).startswith(found[1]):
                 yield path
 
     def _index(self) -> bytes:
@@ -238,6 +246,7 @@ class Output:
 def _write_of(shard: Path) -> str:
     """Return the write that a safetensors file belongs to, or an empty text."""
     try:
+        require_file(shard)
         with open_safetensors(shard) as opened:
             return opened.metadata.get(WRITE_KEY, "")
     except (CheckpointError, OSError):
@@ -252,3 +261,14 @@ def _write_in(index: Path) -> str:
         return ""
     metadata = content.get("metadata") if isinstance(content, dict) else None
     return str(metadata.get(WRITE_KEY, "")) if isinstance(metadata, dict) else ""
+
+
+def _shards_in(index: Path) -> set[str]:
+    """Return the names of the shards that an index lists; empty where it is no index."""
+    try:
+        content = read_json(index)
+    except CheckpointError:
+        return set()
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    names = listed.values() if isinstance(listed, dict) else ()
+    return {name for name in names if isinstance(name, str) and "\0" not in name}

@@ -95,16 +95,22 @@ class SafetensorsWriter:
         with output_errors(self.path, self.layout.file_bytes):
             self.partial_path, self._file = create_partial(self.path)
             try:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self._file.fileno(), 0, self.layout.file_bytes)
-                else:
-                    self._file.truncate(self.layout.file_bytes)
+                self._reserve(self._file)
+            except BaseException:
+                self._discard()
+                raise
+        return self
+
+    def _reserve(self, file: IO[bytes]) -> None:
+        """Reserve the bytes of the file, so that a full disk is an error at once; else only set its size."""
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, self.layout.file_bytes)
+                return
             except OSError as e:
                 if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    self._discard()
                     raise
-                self._file.truncate(self.layout.file_bytes)
-        return self
+        file.truncate(self.layout.file_bytes)
 
     def __exit__(self, *exc: object) -> None:
         self._discard()

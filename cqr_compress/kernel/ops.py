@@ -73,9 +73,17 @@ def lookup_backward(
 
     Raises:
         RowIndexError: an id is outside the codes: another thread changed the ids after the lookup.
+        ShapeError: the tensors do not form a table; checked before any out-of-bounds read or write.
     """
     C, L, K, S = shape
     B = ids.shape[0]
+    in_range = n_bits == 32 or 1 << n_bits == K
+    if grad_rows.shape != (B, C * S) or grad_rows.dtype != torch.float32 or not in_range:
+        raise ShapeError(
+            f"gradients {tuple(grad_rows.shape)} {grad_rows.dtype} do not belong to codebooks {shape}"
+        )
+    if 8 * codes.shape[1] < C * L * n_bits or codes.dtype != torch.uint8:
+        raise ShapeError(f"codes {tuple(codes.shape)} {codes.dtype} do not belong to codebooks {shape}")
     grad = torch.zeros(shape, **_FLOAT)
     bad = _library().lookup_backward(
         grad.data_ptr(), grad_rows.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B, len(codes),

@@ -14,6 +14,8 @@ from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.checkpoint.json_file import require_file
 from cqr_compress.errors import CheckpointError, ShapeError, SpecError, TableNotFoundError, brief
 
+_SMALLEST_COUNT, _LARGEST_COUNT = 1e-20, 1e30
+
 Frequencies = Mapping[str, Tensor] | str | Path | Sequence[str | Path]
 
 
@@ -162,6 +164,9 @@ def check_counts(table: str, counts: Tensor, N: int, where: str = "the counts gi
             f"frequencies of {table!r} in {where} have shape {tuple(counts.shape)}: the table has {N} rows"
         )
     counts = counts.double()
+    largest = float(counts.max()) if N else 1.0
+    if largest and not _SMALLEST_COUNT < largest < _LARGEST_COUNT:  # for float32; only ratios of counts matter
+        counts = counts / largest
     if not bool(counts.isfinite().all()) or bool((counts < 0).any()) or not bool((counts > 0).any()):
         raise ShapeError(
             f"frequencies of {table!r} in {where} are invalid: give finite numbers of at least 0, not all 0"

@@ -127,7 +127,7 @@ def search(table: ScannedTable, specs: Sequence[AnySpec], options: ConvertOption
     sizes = {_codebook_size(spec) for _, spec in sorted(first, key=_error)[:_BEST_SIZES]}
     lost = _lost_energy(table) if reduced else None
     for spec in sorted(reduced, key=_left_out):
-        promising = table.shape[1] <= _ALL_RANKS_DIM or _codebook_size(spec) in sizes
+        promising = not whole or table.shape[1] <= _ALL_RANKS_DIM or _codebook_size(spec) in sizes
         if promising and lost is not None and float(lost[_left_out(spec)]) < trials.least:
             first.append((trials.error(_with_pca(spec), BRIEF, rows), spec))
         else:

@@ -84,7 +84,7 @@ def _spread_points(points: Tensor, costs: Tensor, num_centroids: int, generator:
 
 def _sums(points: Tensor, codes: Tensor, num_centroids: int) -> Tensor:
     """Sum the points (n, S) of each centroid: (K, S)."""
-    if ops.available():
+    if points.is_cpu and ops.available():
         shape = 1, 1, num_centroids, points.shape[1]
         ids = torch.arange(len(points), dtype=torch.int32, device="cpu")
         packed = codes.to(torch.int32)[:, None].view(torch.uint8)
@@ -123,7 +123,8 @@ def nearest_centroids(points: Tensor, centroids: Tensor) -> Tensor:
         n = len(points)
         if n < _MIN_QUERIES:
             points = torch.nn.functional.pad(points, (0, 0, 0, _MIN_QUERIES - n))
-        return torch.from_numpy(index.search(np.ascontiguousarray(points.numpy()), 1)[1][:n, 0])
+        labels = torch.from_numpy(index.search(np.ascontiguousarray(points.numpy()), 1)[1][:n, 0])
+        return labels.clamp_(min=0)  # -1 where no distance is a number, as of values whose squares overflow
     norms = centroids.square().sum(1)
     step = max(1, _BLOCK_VALUES // len(centroids))
     parts = [

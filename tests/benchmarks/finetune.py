@@ -117,7 +117,7 @@ class Runs:
 
 def requantize(task: Task, model: nn.Module, small: Path, ckpt: Path, seed: int) -> tuple[Path, Figures]:
     """Do what fine-tuning does before it trains, once for all weight decays: the file, and the metrics before."""
-    refit = small.with_suffix(".refit")
+    refit = small.with_suffix(".refit.safetensors")
     options = cqr.FinetuneOptions(seed=seed, max_steps=1)
     tuning = tuning_task(task, model, options.learning_rate, Decay(0.0), everything=False)
     report = cqr.finetune(small, refit, tuning, options, original=ckpt, evaluate_original=False, force=True)
@@ -131,7 +131,7 @@ def tune(
     settings: dict[str, Any] = {"trainable": "all", "distill": "outputs", **task.everything} if everything else {}
     options = cqr.FinetuneOptions(seed=seed, refit=False, **settings)
     report = cqr.finetune(
-        refit, refit.with_suffix(".tuned"), tuning_task(task, model, options.learning_rate, decay, everything),
+        refit, refit.with_suffix(".tuned.safetensors"), tuning_task(task, model, options.learning_rate, decay, everything),
         options, original=ckpt, evaluate_original=False, force=True,
     )  # fmt: skip
     return Trained(task.score(report.after), report, f"step {report.best_step} of {report.steps}")

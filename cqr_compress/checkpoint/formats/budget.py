@@ -47,6 +47,8 @@ MAX_INTEGER_BYTES = 1024
 """Bytes of an integer; Python writes those of the states of random number generators in at most 20."""
 MAX_KEY_INTEGER = 2**60
 """Integers above have equal hashes too easily: a dict of n such keys can take n^2 steps."""
+MAX_MEMO_DIGITS = 10
+"""Decimal digits of a number of the memo."""
 MAX_NAME = 1000
 """Letters of the name of a class or storage."""
 MAX_DIMENSIONS = 64

@@ -13,8 +13,14 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, Protocol
 
-from cqr_compress.checkpoint.formats.budget import MAX_INTEGER_BYTES, MAX_KEY_INTEGER, MAX_KEY_PARTS, Meter
-from cqr_compress.errors import FormatError
+from cqr_compress.checkpoint.formats.budget import (
+    MAX_INTEGER_BYTES,
+    MAX_KEY_INTEGER,
+    MAX_KEY_PARTS,
+    MAX_MEMO_DIGITS,
+    Meter,
+)
+from cqr_compress.errors import FormatError, brief
 
 _COSTS = {
     **dict.fromkeys((pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT1, pickle.DUP), 16),
@@ -44,7 +50,7 @@ def check_key(key: Any) -> None:
         parts += 1
         if isinstance(part, int) and not -MAX_KEY_INTEGER < part < MAX_KEY_INTEGER:
             raise FormatError(f"a key of a dict is an integer of {part.bit_length()} bits")
-        if isinstance(part, tuple):
+        if isinstance(part, (tuple, frozenset)):
             stack.extend(islice(part, MAX_KEY_PARTS))
         if parts > MAX_KEY_PARTS:
             raise FormatError(f"a key of a dict has more than {MAX_KEY_PARTS} parts")
@@ -108,6 +114,15 @@ def _load_long4(self: Any) -> None:
     self.append(pickle.decode_long(self.read(nbytes)))
 
 
+def _load_put(self: Any) -> None:
+    digits = self.readline()[:-1]
+    if len(digits) > MAX_MEMO_DIGITS or not digits.isdigit():
+        raise FormatError(
+            f"the pickle in {self.meter.where!r} memoizes an object under {brief(digits.decode('latin-1'))}"
+        )
+    self.memo[int(digits)] = self.stack[-1]
+
+
 def _load_bytearray8(self: Any) -> None:
     self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
@@ -166,6 +181,19 @@ def _load_newobj(self: Any) -> None:
     _FUNCTIONS[pickle.NEWOBJ[0]](self)
 
 
+def _load_obj(self: Any) -> None:
+    arguments = self.pop_mark()
+    self.stack += [arguments.pop(0), tuple(arguments)]
+    _load_reduce(self)
+
+
+def _load_inst(self: Any) -> None:
+    module, name = (self.readline()[:-1].decode("ascii") for _ in range(2))
+    arguments = tuple(self.pop_mark())
+    self.stack += [self.find_class(module, name), arguments]
+    _load_reduce(self)
+
+
 def _load_newobj_ex(self: Any) -> None:
     self.stack.pop()  # keyword arguments, which no object of the reader has
     _load_newobj(self)
@@ -186,12 +214,15 @@ _DISPATCH: dict[int, Callable[[Any], None]] = {
     **_FUNCTIONS,
     pickle.LONG4[0]: _load_long4,
     pickle.BYTEARRAY8[0]: _load_bytearray8,
+    pickle.PUT[0]: _load_put,
     pickle.SETITEM[0]: _load_setitem,
     pickle.SETITEMS[0]: _load_setitems,
     pickle.DICT[0]: _load_dict,
     pickle.ADDITEMS[0]: _load_additems,
     pickle.FROZENSET[0]: _load_frozenset,
     pickle.REDUCE[0]: _load_reduce,
+    pickle.OBJ[0]: _load_obj,
+    pickle.INST[0]: _load_inst,
     pickle.NEWOBJ[0]: _load_newobj,
     pickle.NEWOBJ_EX[0]: _load_newobj_ex,
     pickle.BUILD[0]: _load_build,

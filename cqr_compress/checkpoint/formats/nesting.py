@@ -301,9 +301,9 @@ def _is_storable(value: Any) -> bool:
     return not (isinstance(value, int) and abs(value) >= 2**63) and is_text(value)
 
 
-def _is_storable_key(key: Any) -> bool:
+def _is_storable_key(key: Any, depth: int = 0) -> bool:
     if isinstance(key, tuple):
-        return all(_is_storable_key(part) for part in key)
+        return depth < MAX_DEPTH and all(_is_storable_key(part, depth + 1) for part in key)
     return isinstance(key, _PLAIN) and _is_storable(key)
 
 

@@ -264,8 +264,12 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
+_REBUILDERS = (_rebuild_tensor, _rebuild_tensor_v3, _rebuild_parameter)
+"""What a tensor of a subclass is rebuilt with; other functions copy arguments, whose cost is not counted here."""
+
+
 def _rebuild_from_type(function: Any, _type: Any, args: Any, _state: Any = None) -> Any:
-    if isinstance(function, KnownFunction) and isinstance(args, tuple):
+    if isinstance(function, KnownFunction) and function.function in _REBUILDERS and isinstance(args, tuple):
         return function(*args)
     return placeholder_class(describe(_type))(function, args)
 

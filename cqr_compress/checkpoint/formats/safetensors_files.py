@@ -49,7 +49,10 @@ def open_safetensors(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: the header does not match the file, or a dtype is not supported.
     """
-    source = SourceFile(path)
+    try:
+        source = SourceFile(path)
+    except OSError as e:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {e.strerror or e}") from e
     try:
         return _opened(source)
     except BaseException:
@@ -64,6 +67,8 @@ def _opened(source: SourceFile) -> Checkpoint:
             slices = {name: checked.get_slice(name) for name in checked.keys()}  # noqa: SIM118
             shapes = {name: (tuple(found.get_shape()), str(found.get_dtype())) for name, found in slices.items()}
             metadata = dict(checked.metadata() or {})
+    except (OSError, RuntimeError) as e:  # safetensors reports that too many files are open as a RuntimeError
+        raise CheckpointError(f"{where} cannot be read: {e}") from e
     except SafetensorError as e:
         raise CheckpointError(
             f"{where} is not a valid safetensors file: {e}. It is truncated, damaged or of another format."
