@@ -350,6 +350,24 @@ def test_a_flipped_byte_is_refused(ckpt: Path, tmp_path: Path, cli: Cli, sharded
     cqr.load_compressed(model, path, verify=False)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b'"out.weight":{"dtype":"F32","shape":[4,16]', b'"out.weight":{"dtype":"I32","shape":[4,16]', "checksum"),
+        (b'"out.weight":{"dtype":"F32","shape":[4,16]', b'"out.weight":{"dtype":"F32","shape":[8,8] ', "checksum"),
+        (rb"\"seed\":0", rb"\"seed\":7", "the metadata of .* do not have their checksum"),
+    ],
+)
+def test_a_changed_header_is_refused(ckpt: Path, tmp_path: Path, old: bytes, new: bytes, message: str) -> None:
+    path = tmp_path / "s.safetensors"
+    cqr.convert(ckpt, path, method="pq", ratio=8)
+    content = path.read_bytes()
+    assert content.count(old) >= 1
+    path.write_bytes(content.replace(old, new, 1))
+    with pytest.raises(FormatError, match=message):
+        cqr.load_dense_state_dict(path)
+
+
 def test_checksums_of_another_length_are_refused(ckpt: Path, tmp_path: Path) -> None:
     cqr.convert(ckpt, tmp_path / "s.safetensors", method="int8")
     with safe_open(tmp_path / "s.safetensors", "pt") as file:

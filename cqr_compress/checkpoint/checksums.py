@@ -1,7 +1,8 @@
 """Checksums of the tensors of a safetensors file, and the write that a shard belongs to, in its metadata.
 
-cqr_compress_crc32  CRC-32 of the bytes of each tensor of this file: eight hexadecimal digits per tensor, in the
-order of the sorted names
+cqr_compress_crc32  CRC-32 of each tensor of this file, of its dtype and shape as a text such as `float16 4 2` and
+then its bytes: eight hexadecimal digits per tensor, in the order of the sorted names
+cqr_compress_header_crc32  CRC-32 of the header, the metadata under `cqr_compress`
 cqr_compress_write  in shards and their index: 16 hexadecimal digits that all files of one write share
 """
 
@@ -13,9 +14,13 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from cqr_compress.checkpoint.base import TensorEntry, read_blocks
 from cqr_compress.errors import CheckpointError
+from cqr_compress.table.blocks import BLOCK_BYTES
+from cqr_compress.table.spec import dtype_name
 
 CHECKSUMS_KEY = "cqr_compress_crc32"
+HEADER_CHECKSUM_KEY = "cqr_compress_header_crc32"
 WRITE_KEY = "cqr_compress_write"
 WRITE_DIGITS = 16
 
@@ -25,10 +30,20 @@ def checksum(block: Tensor, before: int = 0) -> int:
     return zlib.crc32(block.contiguous().reshape(-1).view(torch.uint8).numpy().data, before)
 
 
-def checksum_of(blocks: Iterable[tuple[int, Tensor]], step: Callable[[int], None]) -> int:
-    """Compute the CRC-32 of a tensor, given its blocks from `read_blocks`; `step` receives the bytes of each."""
-    value = 0
-    for _, block in blocks:
+def initial_checksum(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Compute the CRC-32 of a tensor before its bytes."""
+    return zlib.crc32(" ".join([dtype_name(dtype), *map(str, shape)]).encode())
+
+
+def header_checksum(header: str) -> str:
+    """Compute the CRC-32 of a header's text, as the value of HEADER_CHECKSUM_KEY."""
+    return f"{zlib.crc32(header.encode()):08x}"
+
+
+def checksum_of(entry: TensorEntry, step: Callable[[int], None]) -> int:
+    """Compute the CRC-32 of a tensor in blocks; `step` receives the bytes of each."""
+    value = initial_checksum(entry.shape, entry.dtype)
+    for _, block in read_blocks(entry, BLOCK_BYTES):
         value = checksum(block, value)
         step(block.nbytes)
     return value

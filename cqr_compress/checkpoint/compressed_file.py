@@ -18,12 +18,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cqr_compress.checkpoint.base import Checkpoint, TensorEntry, read_blocks
-from cqr_compress.checkpoint.checksums import checksum_of
+from cqr_compress.checkpoint.base import Checkpoint, TensorEntry
+from cqr_compress.checkpoint.checksums import HEADER_CHECKSUM_KEY, checksum_of, header_checksum
 from cqr_compress.checkpoint.formats.nesting import check_structure
 from cqr_compress.checkpoint.header import METADATA_KEY, Header
 from cqr_compress.errors import FormatError, brief
-from cqr_compress.table.blocks import BLOCK_BYTES
 from cqr_compress.table.spec import AnySpec, TensorShape
 from cqr_compress.table.table import CompressedTable
 
@@ -133,9 +132,14 @@ class CompressedFile:
         Raises:
             FormatError: a tensor differs: the file was damaged after it was written.
         """
+        metadata = self.checkpoint.metadata
+        if metadata.get(HEADER_CHECKSUM_KEY, own := header_checksum(metadata[METADATA_KEY])) != own:
+            raise FormatError(
+                f"the metadata of {self.name!r} do not have their checksum: the file was damaged after it was "
+                "written. Copy it again or convert the checkpoint again."
+            )
         for name, expected in self.checkpoint.checksums.items():
-            blocks = read_blocks(self.checkpoint.entries[name], BLOCK_BYTES)
-            if checksum_of(blocks, step) != expected:
+            if checksum_of(self.checkpoint.entries[name], step) != expected:
                 raise FormatError(
                     f"{name!r} of {self.name!r} does not have its checksum: the file was damaged after it was "
                     "written. Copy it again or convert the checkpoint again."

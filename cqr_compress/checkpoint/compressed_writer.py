@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import Checkpoint
+from cqr_compress.checkpoint.checksums import HEADER_CHECKSUM_KEY, header_checksum
 from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.header import METADATA_KEY, Header
 from cqr_compress.checkpoint.output_files import atomic_file, check_outputs
@@ -155,7 +156,9 @@ def _output(
 
 
 def _with_header(metadata: Mapping[str, str], header: Header) -> dict[str, str]:
-    return {**metadata, "format": "cqr_compress", METADATA_KEY: header.dumps()}
+    text = header.dumps()
+    own = {METADATA_KEY: text, HEADER_CHECKSUM_KEY: header_checksum(text)}
+    return {**metadata, "format": "cqr_compress", **own}
 
 
 def _write(

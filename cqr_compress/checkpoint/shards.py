@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cqr_compress.checkpoint.base import Checkpoint, read_blocks
+from cqr_compress.checkpoint.base import Checkpoint
 from cqr_compress.checkpoint.checksums import (
     CHECKSUMS_KEY,
     WRITE_DIGITS,
@@ -30,7 +30,6 @@ from cqr_compress.checkpoint.json_file import read_json, require_file
 from cqr_compress.checkpoint.output_files import atomic_file, remove_abandoned
 from cqr_compress.checkpoint.streaming_writer import SafetensorsWriter, lay_out
 from cqr_compress.errors import CheckpointError, VerificationError
-from cqr_compress.table.blocks import BLOCK_BYTES
 from cqr_compress.table.spec import TensorShape
 
 _DIGITS_IN_NAMES = 8
@@ -172,7 +171,7 @@ class Output:
         """
         for name in self.shapes:
             written = self._writer_of[name].checksums[name]
-            if checksum_of(read_blocks(opened.entries[name], BLOCK_BYTES), step) != written:
+            if checksum_of(opened.entries[name], step) != written:
                 raise VerificationError(f"tensor {name!r} of {str(self.final_path)!r} differs when read back")
 
     def commit(self) -> None:

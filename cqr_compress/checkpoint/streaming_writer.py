@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import DTYPES
-from cqr_compress.checkpoint.checksums import checksum
+from cqr_compress.checkpoint.checksums import checksum, initial_checksum
 from cqr_compress.checkpoint.output_files import create_partial, output_errors, rename, sync
 from cqr_compress.errors import ShapeError
 from cqr_compress.table.spec import TensorShape
@@ -77,7 +77,7 @@ class SafetensorsWriter:
     Attributes:
         path: path of the file, which determines its temporary name.
         layout: layout from `lay_out`.
-        checksums: CRC-32 of the bytes written to each tensor.
+        checksums: CRC-32 of each tensor so far, see `checksums`.
         partial_path: path of the temporary file, once the context is entered.
     """
 
@@ -89,7 +89,9 @@ class SafetensorsWriter:
     _written: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.checksums = dict.fromkeys(self.layout.shapes, 0)
+        self.checksums = {
+            name: initial_checksum(shape.shape, shape.dtype) for name, shape in self.layout.shapes.items()
+        }
 
     def __enter__(self) -> SafetensorsWriter:
         with output_errors(self.path, self.layout.file_bytes):
