@@ -105,6 +105,9 @@ PICKLES: dict[str, bytes] = {
     "numbers of the memo of equal hashes": beside(
         b"N" + b"".join(b"p%d\n" % (i * (2**61 - 1)) for i in range(20_000))
     ),
+    "a key of 999 parts 20,000 times": beside(
+        b"(" + b"N" * 998 + b"tq\x010}" + b"h\x01Ns" * 20_000
+    ),
     "keys of equal hashes": beside(b"}(" + b"".join(integer(i * (2**61 - 1)) + b"N" for i in range(50_000)) + b"u"),
     "an integer of 1 MB": beside(integer(2 ** (8 * 2**20 - 8))),
     "shared placeholders": beside(b"ca\nb\n)R" + b"q\x010ca\nb\nh\x01h\x01\x86R" * 60),

@@ -46,7 +46,7 @@ def test_integer_counts_are_taken(tmp_path: Path) -> None:
         ("c.csv", "user,n\n1,2\n", CheckpointError, "begins with 'user,n': its first line has to be id,count"),
         ("c.csv", "table,id,count\nc,1,2\n", TableNotFoundError, "frequencies of 'c' in .*: no such table. The tables are a.weight, b.weight"),
         ("c.csv", "table,id,count\na.weight,4,2\n", ShapeError, "has ids from 4 to 4, but 'a.weight' has 4 rows"),
-        ("c.csv", "table,id,count\na.weight,1\n", CheckpointError, "cannot read"),
+        ("c.csv", "table,id,count\na.weight,1\n", CheckpointError, "line 2 has 2 cells, the first 3"),
         ("c.csv", "table,id,count\na.weight,x,1\n", CheckpointError, "cannot read"),
         ("c.csv", "id,count\n1,1\n", TableNotFoundError, "it matches a.weight, b.weight. Pass TABLE="),
         ("c.csv", "table,id,count\n", CheckpointError, "contains no counts"),
@@ -63,6 +63,11 @@ def test_a_bad_file_is_refused_with_its_reason(
     (tmp_path / name).write_text(content)
     with pytest.raises(error, match=message):
         read_frequencies(tmp_path / name, ROWS)
+
+
+def test_a_long_name_is_no_file() -> None:
+    with pytest.raises(CheckpointError, match="no such file of frequencies"):
+        read_frequencies("a" * 300 + "=x.npy", ROWS)
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e300])

@@ -258,10 +258,12 @@ def test_a_key_that_unicode_cannot_encode_does_not_end_in_a_traceback(
         lambda r: r.update(tuning={"task": "a"}),
         lambda r: r.update(evaluation={}),
         lambda r: r.update(evaluation={"metric": "auc", "metrics": None, "dense": None}),
+        lambda r: r.update(evaluation={"metric": None, "metrics": None, "dense": None, "file_bytes": 1,
+                                       "dense_bytes": 1, "tables": []}),
         lambda r: r.update(measured="yes"),
         lambda r: r.pop("file"),
     ],
-)
+)  # fmt: skip
 def test_a_damaged_report_is_refused_and_ignored_beside_its_file(
     compressed: Callable[..., Any], cli: Callable[..., Any], tmp_path: Path, change: Callable[[Any], Any]
 ) -> None:

@@ -309,6 +309,7 @@ def test_lookups_work_where_nothing_can_be_compiled(tmp_path: Path) -> None:
     assert off == ("disabled by CQR_COMPRESS_NATIVE=0", "", [])
     bare = run(tmp_path, PATH=str(tmp_path), CC="nothing")
     assert bare == ("no C compiler: none of 'nothing', gcc and clang found", "", [])
+    assert "the environment variable CC is no command" in run(tmp_path, CC="gcc 'x").reason
     failing = run(tmp_path, CC=fake_compiler(tmp_path, "echo out of order >&2; exit 3"))
     assert failing.reason.endswith("fake-cc failed with code 3 out of order") and not failing.libraries
     assert "lookups on the CPU run in torch, slower: " in failing.notes

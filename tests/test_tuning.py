@@ -936,6 +936,11 @@ def test_a_removed_working_directory_of_a_user_is_left(tmp_path: Path) -> None:
     assert Path.cwd() == before
     with state.active():
         assert Path.cwd() == before
+        (tmp_path / "gone").mkdir()
+        os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()  # between two calls of the user's code
+    with state.active():
+        assert Path.cwd() == before
 
 
 def test_errors_in_a_task_file_are_shown_as_the_users_own(cli: Cli, small: Path, task_file: Path) -> None:

@@ -202,6 +202,8 @@ def _checked_fields(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 def _check_evaluation(values: dict[str, Any]) -> None:
     """Check the result of `evaluate` as `inspect` shows it; raises TypeError, KeyError or AttributeError."""
+    for name in ("file", "original", "task"):
+        values[name]
     for name in ("dense", "metrics"):
         if values[name] is not None:
             check_metrics(values[name], name)
@@ -218,7 +220,7 @@ def _check_evaluation(values: dict[str, Any]) -> None:
                 raise TypeError(f"a table is named {brief(item['name'])}")
         for band in table["bands"]:
             check_metrics({k: v for k, v in band.items() if k != "name" and v is not None}, "a band")
-            band["num_ids"]
+            check_metrics({"num_ids": band["num_ids"]}, "a band")
 
 
 def size_report(header: Header, file: str, file_bytes: int, measured: bool) -> SizeReport:

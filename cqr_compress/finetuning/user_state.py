@@ -29,7 +29,8 @@ class _Settings:
     def set(self) -> None:
         now = _Settings.current()
         if self.folder is not None and self.folder != now.folder:
-            os.chdir(self.folder)
+            with suppress(FileNotFoundError):  # removed meanwhile
+                os.chdir(self.folder)
         if self.dtype != now.dtype:
             torch.set_default_dtype(self.dtype)
         if self.device != now.device:  # None removes the mode that a device adds to every call of torch

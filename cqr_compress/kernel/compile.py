@@ -5,6 +5,7 @@ The build backend loads this file by its path, so that it imports the standard l
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shlex
@@ -65,7 +66,10 @@ def find_compiler() -> list[str]:
     Raises:
         NoCompilerError: none of them is on PATH.
     """
-    named = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    try:
+        named = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError as e:
+        raise NoCompilerError(f"the environment variable CC is no command: {e}") from e
     for command in (named, ["gcc"], ["clang"]):
         if os.name == "posix" and (found := shutil.which(command[0])):
             return [found, *command[1:]]
@@ -103,7 +107,8 @@ def _run(command: list[str], until: float) -> None:
         try:
             code = process.wait(max(0.0, until - time.monotonic()))
         except BaseException as e:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if isinstance(e, subprocess.TimeoutExpired):
                 raise TimeoutError(f"{command[0]} did not finish in time") from None

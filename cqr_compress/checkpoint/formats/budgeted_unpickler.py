@@ -34,12 +34,14 @@ _COSTS = {
     **dict.fromkeys((pickle.GLOBAL, pickle.STACK_GLOBAL), 2000),
 }
 _OTHER_COST = 32
+_PART_COST = 8
+"""Cost of a part of a key, which takes its time at every use of the key."""
 _COST = [_COSTS.get(bytes([opcode]), _OTHER_COST) for opcode in range(256)]
 """Bytes of memory of the object that an opcode makes, on a 64-bit machine, rounded up."""
 
 
-def check_key(key: Any) -> None:
-    """Refuse a key of a dict, or a member of a set, whose hash or comparison could take long.
+def check_key(key: Any) -> int:
+    """Refuse a key of a dict, or a member of a set, whose hash or comparison could take long; return its parts.
 
     Raises:
         FormatError: more than 1,000 parts, or an integer of more than 60 bits.
@@ -54,13 +56,12 @@ def check_key(key: Any) -> None:
             stack.extend(islice(part, MAX_KEY_PARTS))
         if parts > MAX_KEY_PARTS:
             raise FormatError(f"a key of a dict has more than {MAX_KEY_PARTS} parts")
+    return parts
 
 
-def check_keys(keys: Iterable[Any]) -> None:
-    """Call `check_key` for each key; strings need no check."""
-    for key in keys:
-        if type(key) is not str:
-            check_key(key)
+def check_keys(keys: Iterable[Any]) -> int:
+    """Call `check_key` for each key, and count all parts; strings need no check."""
+    return sum(check_key(key) for key in keys if type(key) is not str)
 
 
 class Readable(Protocol):
@@ -129,13 +130,13 @@ def _load_bytearray8(self: Any) -> None:
 
 def _load_setitem(self: Any) -> None:
     value, key = self.stack.pop(), self.stack.pop()
-    check_keys((key,))
+    self.meter.spend(_PART_COST * check_keys((key,)))
     self.stack[-1][key] = value
 
 
 def _load_setitems(self: Any) -> None:
     items = self.pop_mark()
-    check_keys(items[::2])
+    self.meter.spend(_PART_COST * check_keys(items[::2]))
     target = self.stack[-1]
     for i in range(0, len(items), 2):
         target[items[i]] = items[i + 1]
@@ -143,20 +144,20 @@ def _load_setitems(self: Any) -> None:
 
 def _load_dict(self: Any) -> None:
     items = self.pop_mark()
-    check_keys(items[::2])
+    self.meter.spend(_PART_COST * check_keys(items[::2]))
     self.append({items[i]: items[i + 1] for i in range(0, len(items), 2)})
 
 
 def _load_additems(self: Any) -> None:
     items = self.pop_mark()
-    check_keys(items)
+    self.meter.spend(_PART_COST * check_keys(items))
     for item in items:
         self.stack[-1].add(item)
 
 
 def _load_frozenset(self: Any) -> None:
     items = self.pop_mark()
-    check_keys(items)
+    self.meter.spend(_PART_COST * check_keys(items))
     self.append(frozenset(items))
 
 

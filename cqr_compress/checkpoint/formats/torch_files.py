@@ -155,6 +155,8 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, max_bytes: int) -> by
         return archive.read(info)
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError, ValueError) as e:
         raise CheckpointError(f"{info.filename!r} of {archive.filename!r} cannot be read: {e}") from e
+    except MemoryError as e:  # a member compressed with a dictionary of gigabytes
+        raise CheckpointError(f"{info.filename!r} of {archive.filename!r} needs too much memory") from e
 
 
 def _data_offset(source: SourceFile, info: zipfile.ZipInfo) -> int:
