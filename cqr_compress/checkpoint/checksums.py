@@ -1,8 +1,8 @@
 """Checksums of the tensors of a safetensors file, and the write that a shard belongs to, in its metadata.
 
 cqr_compress_crc32  CRC-32 of each tensor of this file, of its dtype and shape as a text such as `float16 4 2` and
-then its bytes: eight hexadecimal digits per tensor, in the order of the sorted names
-cqr_compress_header_crc32  CRC-32 of the header, the metadata under `cqr_compress`
+then its bytes: eight hexadecimal digits per tensor, in the order of the sorted names; each exclusive-or the CRC-32
+of the header, the metadata under `cqr_compress`, where the file has it
 cqr_compress_write  in shards and their index: 16 hexadecimal digits that all files of one write share
 """
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import TensorEntry, read_blocks
+from cqr_compress.checkpoint.header import METADATA_KEY
 from cqr_compress.errors import CheckpointError
 from cqr_compress.table.blocks import BLOCK_BYTES
 from cqr_compress.table.spec import dtype_name
 
 CHECKSUMS_KEY = "cqr_compress_crc32"
-HEADER_CHECKSUM_KEY = "cqr_compress_header_crc32"
 WRITE_KEY = "cqr_compress_write"
 WRITE_DIGITS = 16
 
@@ -35,11 +35,6 @@ def initial_checksum(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return zlib.crc32(" ".join([dtype_name(dtype), *map(str, shape)]).encode())
 
 
-def header_checksum(header: str) -> str:
-    """Compute the CRC-32 of a header's text, as the value of HEADER_CHECKSUM_KEY."""
-    return f"{zlib.crc32(header.encode()):08x}"
-
-
 def checksum_of(entry: TensorEntry, step: Callable[[int], None]) -> int:
     """Compute the CRC-32 of a tensor in blocks; `step` receives the bytes of each."""
     value = initial_checksum(entry.shape, entry.dtype)
@@ -49,21 +44,26 @@ def checksum_of(entry: TensorEntry, step: Callable[[int], None]) -> int:
     return value
 
 
-def checksums_to_text(checksums: Mapping[str, int]) -> str:
-    """Format the checksums of a file as the value of CHECKSUMS_KEY."""
-    return "".join(f"{checksums[name]:08x}" for name in sorted(checksums))
+def checksums_to_text(checksums: Mapping[str, int], metadata: Mapping[str, str]) -> str:
+    """Format the checksums of a file as the value of CHECKSUMS_KEY, given the other metadata of the file."""
+    header = _header_checksum(metadata)
+    return "".join(f"{checksums[name] ^ header:08x}" for name in sorted(checksums))
 
 
-def checksums_from_text(text: str, names: Iterable[str], where: str) -> dict[str, int]:
-    """Parse the value of CHECKSUMS_KEY.
+def _header_checksum(metadata: Mapping[str, str]) -> int:
+    return zlib.crc32(metadata.get(METADATA_KEY, "").encode())
+
+
+def checksums_from_text(metadata: Mapping[str, str], names: Iterable[str], where: str) -> dict[str, int]:
+    """Parse the value of CHECKSUMS_KEY in the metadata of a file.
 
     Raises:
         CheckpointError: it has not eight hexadecimal digits per tensor.
     """
-    ordered = sorted(names)
+    ordered, text, header = sorted(names), metadata[CHECKSUMS_KEY], _header_checksum(metadata)
     try:
         if len(text) != 8 * len(ordered):
             raise ValueError(f"{len(text)} digits for {len(ordered)} tensors")
-        return {name: int(text[8 * i : 8 * i + 8], 16) for i, name in enumerate(ordered)}
+        return {name: int(text[8 * i : 8 * i + 8], 16) ^ header for i, name in enumerate(ordered)}
     except ValueError as e:
         raise CheckpointError(f"the checksums in the metadata of {where!r} are damaged: {e}") from e

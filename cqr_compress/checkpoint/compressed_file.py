@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import Checkpoint, TensorEntry
-from cqr_compress.checkpoint.checksums import HEADER_CHECKSUM_KEY, checksum_of, header_checksum
+from cqr_compress.checkpoint.checksums import checksum_of
 from cqr_compress.checkpoint.formats.nesting import check_structure
 from cqr_compress.checkpoint.header import METADATA_KEY, Header
 from cqr_compress.errors import FormatError, brief
@@ -132,12 +132,6 @@ class CompressedFile:
         Raises:
             FormatError: a tensor differs: the file was damaged after it was written.
         """
-        metadata = self.checkpoint.metadata
-        if metadata.get(HEADER_CHECKSUM_KEY, own := header_checksum(metadata[METADATA_KEY])) != own:
-            raise FormatError(
-                f"the metadata of {self.name!r} do not have their checksum: the file was damaged after it was "
-                "written. Copy it again or convert the checkpoint again."
-            )
         for name, expected in self.checkpoint.checksums.items():
             if checksum_of(self.checkpoint.entries[name], step) != expected:
                 raise FormatError(

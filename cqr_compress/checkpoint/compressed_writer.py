@@ -14,7 +14,6 @@ from pathlib import Path
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import Checkpoint
-from cqr_compress.checkpoint.checksums import HEADER_CHECKSUM_KEY, header_checksum
 from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.header import METADATA_KEY, Header
 from cqr_compress.checkpoint.output_files import atomic_file, check_outputs
@@ -156,9 +155,7 @@ def _output(
 
 
 def _with_header(metadata: Mapping[str, str], header: Header) -> dict[str, str]:
-    text = header.dumps()
-    own = {METADATA_KEY: text, HEADER_CHECKSUM_KEY: header_checksum(text)}
-    return {**metadata, "format": "cqr_compress", **own}
+    return {**metadata, "format": "cqr_compress", METADATA_KEY: header.dumps()}
 
 
 def _write(

@@ -237,7 +237,7 @@ class Output:
     ) -> dict[str, str]:
         """Return the metadata of a file: all of it in the first, the format in the others."""
         chosen = {k: v for k, v in metadata.items() if number == 0 or k == "format"}
-        own = {CHECKSUMS_KEY: checksums_to_text(checksums) if self._with_checksums else None}
+        own = {CHECKSUMS_KEY: checksums_to_text(checksums, chosen) if self._with_checksums else None}
         own[WRITE_KEY] = write if self._names.num_shards > 1 else None
         return {k: v for k, v in {**chosen, **own}.items() if v is not None}
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cqr_compress.checkpoint.checksums import HEADER_CHECKSUM_KEY
 from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.compressed_writer import Destination, write_dense
 from cqr_compress.checkpoint.formats.nesting import flat_structure, restore_tree
@@ -98,9 +97,7 @@ def export(
             progress.start("verifying", sum(entry.nbytes for entry in checkpoint.entries.values()), "bytes")
             opened.verify(progress.advance)
         if output.suffix == ".safetensors":
-            metadata = {
-                k: v for k, v in checkpoint.metadata.items() if k not in (METADATA_KEY, HEADER_CHECKSUM_KEY)
-            }
+            metadata = {k: v for k, v in checkpoint.metadata.items() if k != METADATA_KEY}
             return write_dense(destination, _dense_parts(opened), metadata, progress)
         state = _state_dict(opened, progress)
         structure = opened.header.structure or flat_structure(list(state))

@@ -97,9 +97,7 @@ def _opened(source: SourceFile) -> Checkpoint:
         },
         files=(source.path,),
         metadata=metadata,
-        checksums=checksums_from_text(metadata[CHECKSUMS_KEY], shapes, str(source.path))
-        if CHECKSUMS_KEY in metadata
-        else {},
+        checksums=checksums_from_text(metadata, shapes, str(source.path)) if CHECKSUMS_KEY in metadata else {},
         close_files=source.close,
     )
 
