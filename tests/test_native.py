@@ -330,7 +330,7 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     compiler = fake_compiler(tmp_path, f"echo $@ >> {log}; exec cc $@")
     with ThreadPoolExecutor() as pool:
         reasons = {ran.reason for ran in pool.map(lambda _: run(tmp_path, CC=compiler), range(2))}
-    assert len(reasons) == 1 and len(log.read_text().splitlines()) == 2  # compile and link
+    assert len(reasons) == 1 and len(log.read_text().splitlines()) == 3  # two files, and the link
 
 
 @pytest.mark.parametrize("damage", ["truncated", "other bytes", "writable", "link", "foreign"])
@@ -461,7 +461,7 @@ def test_the_libraries_of_a_wheel_agree_with_torch_at_each_level_of_this_cpu(
     warnings: list[str] = []
     built = wheel_hook._compiled(tmp_path, warnings.append)
     assert len(built) + len(warnings) == len(THREADS) * len(levels())
-    monkeypatch.setattr(build, "SOURCE", tmp_path / "lookup.c")
+    monkeypatch.setattr(build, "HEADER", tmp_path / "kernel.h")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     found = list(build._installed())
     assert {path.name for path in found} <= {path.name for path in built}
@@ -497,7 +497,7 @@ def test_the_library_of_a_wheel_is_used_without_a_compiler_and_a_cache(
     level = list(levels())[-1]
     output = tmp_path / installed_name(level, "")
     compile_library(find_compiler(), (*level_flags(level), *THREADS[""]), output, 60)
-    monkeypatch.setattr(build, "SOURCE", tmp_path / "lookup.c")
+    monkeypatch.setattr(build, "HEADER", tmp_path / "kernel.h")
     monkeypatch.setenv("PATH", "")
     assert native.__wrapped__().reason == str(output)
 

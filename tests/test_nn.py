@@ -4,7 +4,7 @@ import copy
 import io
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,17 @@ from torch.nn import functional as F
 import cqr_compress as cqr
 from cqr_compress import CompressedEmbedding, CompressedEmbeddingBag, CompressedTable
 from cqr_compress.errors import ShapeError, SpecError, WeightWriteError
-from cqr_compress.table.spec import HASHED, QUOTIENT, REMAINDER, STORED, AnySpec, CodebookSpec, RowwiseSpec
+from cqr_compress.table.spec import (
+    HASHED,
+    QUOTIENT,
+    REMAINDER,
+    STORED,
+    AnySpec,
+    CodebookSpec,
+    RowwiseSpec,
+    TrellisSpec,
+)
+from cqr_compress.table.trellis import seeded_values
 
 N, D = 300, 12
 
@@ -33,6 +43,12 @@ def codebook_spec(**fields: Any) -> CodebookSpec:
         "codebook_size": 16, "code_sources": (STORED,),
     }  # fmt: skip
     return CodebookSpec(**(base | fields))
+
+
+def trellis_spec(**fields: Any) -> TrellisSpec:
+    return TrellisSpec(
+        **({"method": "trellis", "num_embeddings": N, "embedding_dim": D, "row_nbytes": 3, "seed": 3} | fields)
+    )
 
 
 SPECS: dict[str, AnySpec] = {
@@ -53,7 +69,17 @@ SPECS: dict[str, AnySpec] = {
     "cqr": codebook_spec(num_levels=2, code_sources=(STORED, HASHED), seed=5),
     "int8": RowwiseSpec(method="int8", num_embeddings=N, embedding_dim=D, n_bits=8, num_zero_rows=1),
     "int4": RowwiseSpec(method="int4", num_embeddings=N, embedding_dim=D, n_bits=4),
+    "trellis": trellis_spec(num_zero_rows=1),
+    "trellis_gain": trellis_spec(gain_bits=8, value_source="stored", window=8),
+    "trellis_pca": trellis_spec(rotation="pca", rank=7, num_kept_rows=3, num_zero_rows=2),
+    "trellis_whole": trellis_spec(rotation="pca", gain_bits=8, window=12, codebook_dtype="float32"),
 }
+
+
+def random_rates(num_dims: int, row_nbytes: int, generator: torch.Generator) -> Tensor:
+    """Rates of 0 to 8 bits that add up to whole bytes."""
+    drawn = torch.randperm(8 * num_dims, generator=generator)[: 8 * row_nbytes]
+    return torch.bincount(drawn % num_dims, minlength=num_dims).to(torch.uint8)
 
 
 def random_table(spec: AnySpec, seed: int = 0) -> CompressedTable:
@@ -61,7 +87,11 @@ def random_table(spec: AnySpec, seed: int = 0) -> CompressedTable:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for short, shape in spec.tensor_shapes().items():
-        if shape.dtype == torch.uint8:
+        if short == "rates":
+            tensors[short] = random_rates(shape.shape[0], spec.row_nbytes, generator)  # type: ignore[union-attr]
+        elif shape.dtype == torch.int8:
+            tensors[short] = torch.randint(-3, 4, shape.shape, generator=generator, dtype=torch.int8)
+        elif shape.dtype == torch.uint8:
             tensors[short] = torch.randint(256, shape.shape, generator=generator, dtype=torch.uint8)
         elif shape.dtype.is_floating_point:
             tensors[short] = torch.randn(shape.shape, generator=generator).to(shape.dtype)
@@ -116,6 +146,23 @@ def test_decoding_in_blocks_equals_lookup(table: CompressedTable, monkeypatch: p
     assert torch.allclose(layer.decode(), blocks, atol=1e-6)
 
 
+def trellis_row(spec: TrellisSpec, tensors: Mapping[str, Tensor], parameters: dict[str, Tensor], i: int) -> Tensor:
+    """A trellis-coded row from the bits of its ring, as one long integer."""
+    bits = int.from_bytes(bytes(tensors["codes"][i].tolist()), "little")
+    ring, first, values = bits | bits << 8 * spec.row_nbytes, 0, []
+    table = parameters.get("values", seeded_values(spec.window, spec.seed).double())
+    for d, rate in enumerate(tensors["rates"].tolist()):
+        values.append(table[ring >> first & (2**spec.window - 1)] * parameters["scale"][d])
+        first += rate
+    row = torch.stack(values)
+    if spec.gain_bits:
+        low, log_ratio = parameters["gain_range"]
+        row = row * low * torch.exp(log_ratio * int(tensors["gain"][i]) / 255)
+    if spec.rotation:
+        row = row @ tensors["rotation"].double()
+    return row + parameters["mean"]
+
+
 def reference_rows(table: CompressedTable, parameters: dict[str, Tensor]) -> Tensor:
     """The codebook formula written with loops, differentiable; rows 0..N."""
     spec, rows = table.spec, []
@@ -124,6 +171,8 @@ def reference_rows(table: CompressedTable, parameters: dict[str, Tensor]) -> Ten
             low = [int(b) for b in table.tensors["codes"][i]]
             codes = low if spec.n_bits == 8 else [c for b in low for c in (b & 15, b >> 4)]
             row = parameters["row_offset"][i] + parameters["row_scale"][i] * torch.tensor(codes).double()
+        elif isinstance(spec, TrellisSpec):
+            row = trellis_row(spec, table.tensors, parameters, i)
         else:
             stored = int.from_bytes(bytes(table.tensors["codes"][i].tolist()), "little")
             parts = []
@@ -144,7 +193,25 @@ def reference_rows(table: CompressedTable, parameters: dict[str, Tensor]) -> Ten
 
 
 @pytest.mark.usefixtures("each_lookup")
-@pytest.mark.parametrize("name", ["pq8", "pq4", "pq5", "rq", "prq", "opq", "rank", "kept", "int8", "int4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pq8",
+        "pq4",
+        "pq5",
+        "rq",
+        "prq",
+        "opq",
+        "rank",
+        "kept",
+        "int8",
+        "int4",
+        "trellis",
+        "trellis_gain",
+        "trellis_pca",
+        "trellis_whole",
+    ],
+)
 def test_gradients_are_those_of_the_formula(name: str) -> None:
     table = random_table(SPECS[name])
     layer = CompressedEmbedding(table).double()
@@ -163,7 +230,10 @@ def test_gradients_are_those_of_the_formula(name: str) -> None:
 
 @pytest.mark.usefixtures("each_lookup")
 @pytest.mark.parametrize("size", [4, 3000, 9000])
-@pytest.mark.parametrize("name", ["pq8", "pq4", "rq", "prq", "opq", "rank", "int8"])
+@pytest.mark.parametrize(
+    "name",
+    ["pq8", "pq4", "rq", "prq", "opq", "rank", "int8", "trellis", "trellis_gain", "trellis_pca", "trellis_whole"],
+)
 def test_gradients_in_float32_do_not_depend_on_the_batch_size(name: str, size: int) -> None:
     ids = torch.randint(N, (size,), generator=torch.Generator().manual_seed(1))
     factor = torch.randn(size, D, generator=torch.Generator().manual_seed(2))
@@ -296,7 +366,11 @@ def test_memory_equals_the_bytes_of_the_spec(table: CompressedTable) -> None:
     layer = CompressedEmbedding(table)
     resident = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in layer.state_dict().values()}
     extra = [b for name, b in layer.named_buffers() if name not in layer.state_dict()]
-    assert sum(resident.values()) + sum(b.untyped_storage().nbytes() for b in extra) == table.spec.nbytes
+    seeded = isinstance(table.spec, TrellisSpec) and table.spec.value_source == "seeded"
+    computed = 4 * table.spec.num_values if seeded else 0  # float32 values of the states
+    assert (
+        sum(resident.values()) + sum(b.untyped_storage().nbytes() for b in extra) == table.spec.nbytes + computed
+    )
     assert layer.nbytes == table.spec.nbytes
     assert layer.num_parameters == table.spec.num_parameters
     assert set(layer.state_dict()) == set(table.spec.tensor_shapes())

@@ -17,8 +17,8 @@ from torch import Tensor
 from cqr_compress.checkpoint.base import TensorEntry, read_blocks
 from cqr_compress.checkpoint.header import METADATA_KEY
 from cqr_compress.errors import CheckpointError
+from cqr_compress.table.base_spec import dtype_name
 from cqr_compress.table.blocks import BLOCK_BYTES
-from cqr_compress.table.spec import dtype_name
 
 CHECKSUMS_KEY = "cqr_compress_crc32"
 WRITE_KEY = "cqr_compress_write"

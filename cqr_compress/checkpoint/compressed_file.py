@@ -23,7 +23,8 @@ from cqr_compress.checkpoint.checksums import checksum_of
 from cqr_compress.checkpoint.formats.nesting import check_structure
 from cqr_compress.checkpoint.header import METADATA_KEY, Header
 from cqr_compress.errors import FormatError, brief
-from cqr_compress.table.spec import AnySpec, TensorShape
+from cqr_compress.table.base_spec import TensorShape
+from cqr_compress.table.spec import AnySpec
 from cqr_compress.table.table import CompressedTable
 
 MARKER = TensorShape((0,), torch.uint8)

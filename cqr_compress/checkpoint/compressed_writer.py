@@ -22,7 +22,7 @@ from cqr_compress.checkpoint.shards import Output, index_path, split_shards
 from cqr_compress.checkpoint.size_report import SizeReport, report_path, size_report
 from cqr_compress.errors import OutputError
 from cqr_compress.progress import Progress
-from cqr_compress.table.spec import TensorShape
+from cqr_compress.table.base_spec import TensorShape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ from torch import Tensor
 from cqr_compress.checkpoint.base import TensorEntry, read_blocks
 from cqr_compress.checkpoint.compressed_file import CompressedFile, stored_name, stored_shapes
 from cqr_compress.errors import NonFiniteError
+from cqr_compress.table.base_spec import TensorShape
 from cqr_compress.table.blocks import BLOCK_BYTES
-from cqr_compress.table.spec import AnySpec, TensorShape
+from cqr_compress.table.spec import AnySpec
 
 Put = Callable[[str, Tensor], None]
 """Receives a stored name and values, which are appended to that tensor."""

@@ -30,7 +30,7 @@ from cqr_compress.checkpoint.json_file import read_json, require_file
 from cqr_compress.checkpoint.output_files import atomic_file, remove_abandoned
 from cqr_compress.checkpoint.streaming_writer import SafetensorsWriter, lay_out
 from cqr_compress.errors import CheckpointError, VerificationError
-from cqr_compress.table.spec import TensorShape
+from cqr_compress.table.base_spec import TensorShape
 
 _DIGITS_IN_NAMES = 8
 _UNKNOWN_WRITE = "0" * WRITE_DIGITS

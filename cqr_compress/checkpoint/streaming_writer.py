@@ -23,7 +23,7 @@ from cqr_compress.checkpoint.base import DTYPES
 from cqr_compress.checkpoint.checksums import checksum, initial_checksum
 from cqr_compress.checkpoint.output_files import create_partial, output_errors, rename, sync
 from cqr_compress.errors import ShapeError
-from cqr_compress.table.spec import TensorShape
+from cqr_compress.table.base_spec import TensorShape
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

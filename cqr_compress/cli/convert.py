@@ -27,10 +27,11 @@ from cqr_compress.cli.options import (
 from cqr_compress.quantize.options import ConvertOptions
 
 _FIRST = ("ratio", "bits_per_dim", "method", "rotation", "rank", "helper", "num_columns", "num_levels", "n_bits")
-_THEN = ("codebook_dtype", "effort", "refine_rounds", "max_sample", "seed", "min_rows", "exact_rows", "nonfinite")
+_THEN = ("window", "codebook_dtype", "effort", "refine_rounds", "max_sample", "seed")
+_ROWS = ("min_rows", "exact_rows", "nonfinite")
 
 
-@options_of(ConvertOptions, (*_FIRST, *_THEN))
+@options_of(ConvertOptions, (*_FIRST, *_THEN, *_ROWS))
 def convert(
     checkpoint: CheckpointArgument,
     tables: TablesOption = None,

@@ -19,8 +19,8 @@ from cqr_compress.checkpoint.parts import Part, Put, copied_part
 from cqr_compress.checkpoint.torch_writer import save_torch
 from cqr_compress.errors import FormatError, OutputError
 from cqr_compress.progress import NoProgress, Progress, shown
+from cqr_compress.table.base_spec import TensorShape
 from cqr_compress.table.blocks import row_blocks
-from cqr_compress.table.spec import TensorShape
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 

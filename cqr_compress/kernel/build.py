@@ -18,7 +18,8 @@ import torch  # noqa: F401  (loads the OpenMP library that the compiled ones ref
 from cqr_compress.errors import CqrCompressWarning
 from cqr_compress.kernel.cache import FOLDER, cached_library, temporary_folder, user_folder
 from cqr_compress.kernel.compile import (
-    SOURCE,
+    HEADER,
+    SOURCES,
     THREADS,
     NoCompilerError,
     compile_library,
@@ -71,7 +72,7 @@ def _installed() -> Iterator[Path]:
     have = cpu_flags()
     for threads in THREADS:
         for level, needed in levels().items():
-            path = SOURCE.with_name(installed_name(level, threads))
+            path = HEADER.with_name(installed_name(level, threads))
             if needed <= have and path.exists():
                 yield path
 
@@ -109,7 +110,8 @@ def _folder() -> Path:
 
 def _key(threads: tuple[str, ...]) -> str:
     """Return what a library depends on; not the compiler, so that a cached library is used without one."""
-    return "\0".join([SOURCE.read_text(), *threads, sysconfig.get_platform(), *sorted(cpu_flags())])
+    texts = [path.read_text() for path in (HEADER, *SOURCES)]
+    return "\0".join([*texts, *threads, sysconfig.get_platform(), *sorted(cpu_flags())])
 
 
 def _build(threads: tuple[str, ...], output: Path) -> None:
@@ -131,7 +133,7 @@ def _declare(library: ctypes.CDLL) -> None:
     pointer: Any = ctypes.c_void_p
     integer: Any = ctypes.c_int
     long: Any = ctypes.c_int64
-    for name in ("lookup_codewords", "lookup_backward", "all_codes", "lookup_integers"):
+    for name in ("lookup_codewords", "lookup_backward", "all_codes", "lookup_integers", "trellis_lookup"):
         getattr(library, name).restype = long
     batch = [pointer, integer, long]  # ids, is_int64, B
     library.lookup_codewords.argtypes = [pointer, *batch, long, pointer, long, pointer, *[integer] * 7]
@@ -142,3 +144,9 @@ def _declare(library: ctypes.CDLL) -> None:
     library.nearest.restype = None
     library.nearest.argtypes = [pointer, pointer, long, pointer, pointer, integer, integer, integer]
     library.lookup_integers.argtypes = [pointer, *batch, long, pointer, long, pointer, pointer, *[integer] * 4]
+    library.trellis_search.argtypes = [
+        pointer, pointer, pointer, long, integer, pointer, pointer, long, integer, pointer, integer, integer
+    ]  # fmt: skip
+    library.trellis_lookup.argtypes = [
+        pointer, pointer, *batch, long, pointer, long, pointer, integer, integer, *[pointer] * 5, integer
+    ]  # fmt: skip

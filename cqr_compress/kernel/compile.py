@@ -1,4 +1,4 @@
-"""Compile `lookup.c`: at install time for several CPUs, at run time for this one.
+"""Compile the C files: at install time for several CPUs, at run time for this one.
 
 The build backend loads this file by its path, so that it imports the standard library only.
 """
@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("lookup.c")
+HEADER = Path(__file__).with_name("kernel.h")
+SOURCES = tuple(HEADER.with_name(name) for name in ("lookup.c", "trellis.c"))
 THREADS = {"": ("-fopenmp",), "-serial": ()}
 """Compiler flags by suffix of a library's name; the first that can be loaded is used."""
 
@@ -92,10 +93,12 @@ def compile_library(compiler: list[str], flags: tuple[str, ...], output: Path, s
         OSError: the compiler failed, or took too long (TimeoutError).
     """
     until = time.monotonic() + seconds
-    compiled = output.with_suffix(".o")
-    _run([*compiler, *_FLAGS, *flags, "-c", str(SOURCE), "-o", str(compiled)], until)
-    _run([*compiler, "-shared", "-s", str(compiled), "-o", str(output)], until)
-    compiled.unlink()
+    compiled = [output.with_suffix(f".{source.stem}.o") for source in SOURCES]
+    for source, made in zip(SOURCES, compiled, strict=True):
+        _run([*compiler, *_FLAGS, *flags, "-c", str(source), "-o", str(made)], until)
+    _run([*compiler, "-shared", "-s", *map(str, compiled), "-o", str(output)], until)
+    for made in compiled:
+        made.unlink()
 
 
 def _run(command: list[str], until: float) -> None:

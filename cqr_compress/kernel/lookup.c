@@ -8,22 +8,13 @@
  * Another thread of the process may write to the ids meanwhile: each id is read once, checked, and used as it was
  * checked. The functions stop at an id outside [0, N) and return its position in the batch, or -1.
  */
-#include <stdint.h>
+#include "kernel.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#define AHEAD 12 /* prefetch distance, in rows */
 #define MAX_LEVELS 64 /* levels that are summed in one pass */
 
-typedef float f4 __attribute__((vector_size(16), aligned(4)));
-typedef float f16 __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t half; /* the bits of an IEEE float16 */
 
-INLINE float float_1(const float *p) { return *p; }
-INLINE f4 float_4(const float *p) { return *(const f4 *)p; }
-INLINE f16 float_16(const float *p) { return *(const f16 *)p; }
-
 #ifdef __F16C__
-#include <immintrin.h>
 const int has_half = 1;
 INLINE float half_1(const half *p) { return _cvtsh_ss(*p); }
 INLINE f4 half_4(const half *p) { return (f4)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)p)); }
@@ -43,22 +34,6 @@ INLINE float half_1(const half *p) { return (float)*p; }
 INLINE f4 half_4(const half *p) { return (f4){(float)*p}; }
 INLINE f16 half_16(const half *p) { return (f16){(float)*p}; }
 #endif
-
-/* The i-th id; volatile, so that the compiler does not read it a second time after the check. */
-INLINE int64_t id_at(const void *ids, int is_int64, int64_t i) {
-    return is_int64 ? ((const volatile int64_t *)ids)[i] : (int64_t)((const volatile int32_t *)ids)[i];
-}
-
-INLINE int is_row(int64_t id, int64_t N) { return (uint64_t)id < (uint64_t)N; }
-
-INLINE void report(int64_t *bad, int64_t position) {
-    if (position >= 0) __atomic_store_n(bad, position, __ATOMIC_RELAXED);
-}
-
-/* Fetch an entry of an id that is not checked: an address that is not mapped is ignored. */
-INLINE void prefetch(const void *values, int64_t id, int64_t width) {
-    __builtin_prefetch((const void *)((uintptr_t)values + (uintptr_t)id * (uintptr_t)width));
-}
 
 /* The m-th code of a packed row; reads no byte beyond the row. */
 INLINE uint32_t code_at(const uint8_t *row, int64_t m, int n_bits) {

@@ -19,6 +19,8 @@ from cqr_compress.table.spec import HASHED, CodebookSpec
 
 _FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # torch's defaults can be changed
 _LANES = 16
+_WRONG_RATES, _NO_MEMORY = -2, -3
+_SEARCHES_PER_THREAD = 16
 _ROWS_PER_THREAD = 256
 """Minimum number of rows for each thread."""
 
@@ -198,6 +200,112 @@ def nearest(rows: Tensor, centroids: Tensor) -> Tensor:
         codes.data_ptr(), rows.data_ptr(), n, columns.data_ptr(), halves.data_ptr(), K, S, _threads(n)
     )
     return codes
+
+
+def trellis_search(
+    rows: Tensor, weights: Tensor, rates: Tensor, window: int, values: Tensor, around: int
+) -> tuple[Tensor, Tensor]:
+    """Find the path of least weighted squared error for each row; see `quantize.trellis_search`.
+
+    Args:
+        rows: (n, P) float32, contiguous, on the CPU.
+        weights: (P,) float32 weights of the dimensions' squared errors.
+        rates: (P,) uint8, 1 to 8, with a sum of 8 * row_nbytes.
+        window: L, 4 to 16.
+        values: (2**window,) float32.
+        around: dimensions on each side of the seam of the ring that the state at the seam is chosen by.
+
+    Returns:
+        The states (n, P) int32 and the codes (n, row_nbytes) uint8; each row is independent of the others.
+
+    Raises:
+        ShapeError: tensors that do not belong together; checked before any read.
+        MemoryError: no memory for the costs of P * 2**window states.
+    """
+    n, P = rows.shape
+    row_nbytes = int(rates.sum()) // 8
+    fits = weights.shape == rates.shape == (P,) and values.shape == (1 << window,) and 8 * row_nbytes >= window
+    in_range = P > 0 and int(rates.min()) >= 1 and int(rates.max()) <= 8 and int(rates.sum()) % 8 == 0
+    dtypes = {rows.dtype, weights.dtype, values.dtype} == {torch.float32} and rates.dtype == torch.uint8
+    if not (fits and in_range and dtypes and 4 <= window <= 16 and rows.is_contiguous()):
+        raise ShapeError(
+            f"rows {tuple(rows.shape)} {rows.dtype}, rates {tuple(rates.shape)} of {int(rates.sum())} bits and "
+            f"values {tuple(values.shape)} do not form a trellis with windows of {window} bits"
+        )
+    weights, rates, values = weights.contiguous(), rates.contiguous(), values.contiguous()
+    states = torch.empty(n, P, dtype=torch.int32, device="cpu")
+    codes = torch.empty(n, row_nbytes, dtype=torch.uint8, device="cpu")
+    threads = min(torch.get_num_threads(), max(1, n // _SEARCHES_PER_THREAD))
+    status = _library().trellis_search(
+        states.data_ptr(), codes.data_ptr(), rows.data_ptr(), n, P, weights.data_ptr(), rates.data_ptr(),
+        row_nbytes, window, values.data_ptr(), max(1, around), threads,
+    )  # fmt: skip
+    if status:
+        raise MemoryError(f"the search of a trellis with {P} x {1 << window} states")
+    return states, codes
+
+
+def trellis_lookup(
+    ids: Tensor, codes: Tensor, rates: Tensor, window: int, values: Tensor, scale: Tensor, mean: Tensor | None,
+    gain: Tensor | None, gains: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """Look up trellis-coded rows, before a rotation: gain * values[states] * scale + mean.
+
+    Args:
+        ids: (B,) int32 or int64, contiguous, on the CPU.
+        codes: (N, row_nbytes) uint8, contiguous.
+        rates: (P,) uint8, contiguous.
+        window: L, 4 to 16.
+        values: (2**window,) float32, contiguous.
+        scale: (P,) float32, contiguous.
+        mean: (P,) float32, contiguous, or None.
+        gain: (N,) uint8, contiguous, or None.
+        gains: (256,) float32, contiguous: the gains of the codes `gain`, or None.
+
+    Returns:
+        (B, P) float32; None if an id is outside [0, N).
+
+    Raises:
+        ShapeError: the tensors do not form a table; checked before any out-of-bounds read.
+    """
+    return _trellis(ids, codes, rates, window, values, scale, mean, gain, gains)
+
+
+def trellis_states(ids: Tensor, codes: Tensor, rates: Tensor, window: int) -> Tensor | None:
+    """Read the states of trellis-coded rows: (B, P) int32; arguments, errors and None as in `trellis_lookup`."""
+    return _trellis(ids, codes, rates, window, None, None, None, None, None)
+
+
+def _trellis(
+    ids: Tensor, codes: Tensor, rates: Tensor, window: int, values: Tensor | None, scale: Tensor | None,
+    mean: Tensor | None, gain: Tensor | None, gains: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    (N, row_nbytes), (P,), B = codes.shape, rates.shape, ids.shape[0]
+    expected = ((values, 1 << window), (scale, P), (mean, P), (gain, N), (gains, 256))
+    fits = all(t is None or (t.shape == (size,) and t.is_contiguous()) for t, size in expected)
+    floats = all(t is None or t.dtype == torch.float32 for t in (values, scale, mean, gains))
+    bytes_ = all(t is None or t.dtype == torch.uint8 for t in (codes, rates, gain))
+    if not (fits and floats and bytes_ and 4 <= window <= 16 and 1 <= row_nbytes <= P):
+        raise _no_trellis(codes, rates, window)
+    is_states = values is None
+    out = torch.empty(B, P, dtype=torch.int32 if is_states else torch.float32, device="cpu")
+    bad = _library().trellis_lookup(
+        out.data_ptr() if is_states else 0, 0 if is_states else out.data_ptr(),
+        ids.data_ptr(), ids.dtype == torch.int64, B, N, codes.data_ptr(), row_nbytes, rates.data_ptr(), P, window,
+        *(0 if t is None else t.data_ptr() for t in (values, scale, mean, gain, gains)), _threads(B),
+    )  # fmt: skip
+    if bad == _WRONG_RATES:
+        raise _no_trellis(codes, rates, window)
+    if bad == _NO_MEMORY:
+        raise MemoryError(f"the positions of {P} dimensions")
+    return out if bad < 0 else None
+
+
+def _no_trellis(codes: Tensor, rates: Tensor, window: int) -> ShapeError:
+    return ShapeError(
+        f"codes {tuple(codes.shape)} {codes.dtype} and rates {tuple(rates.shape)} of {int(rates.sum())} bits do "
+        f"not form a table with windows of {window} bits"
+    )
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from cqr_compress.quantize.base import row_weights
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.decode import PER_ROW
 from cqr_compress.table.quality import Quality
-from cqr_compress.table.spec import AnySpec, CodebookSpec, RowwiseSpec
+from cqr_compress.table.spec import AnySpec, CodebookSpec, RowwiseSpec, TrellisSpec
 from cqr_compress.table.table import CompressedTable
 
 
@@ -81,7 +81,7 @@ def compress_(
         TableRefusedError: a table on the meta device.
         BudgetError: tables for which no layout fits; the model is unchanged.
     """
-    if isinstance(options, (CodebookSpec, RowwiseSpec)):
+    if isinstance(options, (CodebookSpec, RowwiseSpec, TrellisSpec)):
         options = _options_of(options, option_fields)
     chosen = merged(ConvertOptions, options, option_fields)
     refuse_wrapper(model)
@@ -115,6 +115,17 @@ def _options_of(spec: AnySpec, given: Mapping[str, Any]) -> ConvertOptions:
     """Return the options that give tables of other shapes the layout of a spec."""
     if isinstance(spec, RowwiseSpec):
         return ConvertOptions(method=spec.method, codebook_dtype=spec.scale_dtype)
+    if isinstance(spec, TrellisSpec):
+        return ConvertOptions(
+            method=spec.method,
+            bits_per_dim=None
+            if given.get("ratio")
+            else 8 * spec.nbytes / (spec.num_embeddings * spec.embedding_dim),
+            rotation=spec.rotation,
+            window=spec.window,
+            codebook_dtype=spec.codebook_dtype,
+            seed=spec.seed,
+        )
     if not spec.num_stored_levels:
         if given.get("ratio") or given.get("bits_per_dim"):
             return ConvertOptions(method=spec.method, codebook_dtype=spec.codebook_dtype, seed=spec.seed)

@@ -20,7 +20,8 @@ from cqr_compress.model.surgery import table_attributes
 from cqr_compress.model.swap import TensorSlot, compressed_slots, names_inside_tables, refuse_wrapper
 from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.progress import Progress, shown
-from cqr_compress.table.spec import AnySpec, CodebookSpec, TensorShape
+from cqr_compress.table.base_spec import TensorShape
+from cqr_compress.table.spec import AnySpec, RowwiseSpec
 from cqr_compress.table.table import CompressedTable
 
 
@@ -95,7 +96,7 @@ def _from_template(model: nn.Module, opened: CompressedFile, prefix: str | None)
 
 def _with_dtypes_of(spec: AnySpec, file: AnySpec) -> AnySpec:
     """Return the layer's spec with the dtypes of the file."""
-    if isinstance(spec, CodebookSpec) and isinstance(file, CodebookSpec):
+    if not isinstance(spec, RowwiseSpec) and not isinstance(file, RowwiseSpec):
         return replace(spec, dtype=file.dtype, codebook_dtype=file.codebook_dtype)
     return replace(spec, dtype=file.dtype)
 

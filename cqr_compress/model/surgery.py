@@ -35,9 +35,9 @@ def to_compressed_class(module: nn.Module) -> TableLayer:
 
 def to_dense_class(layer: TableLayer) -> None:
     """Restore the dense class of a compressed layer, without a weight."""
-    for short in (*layer.__dict__.get("_names", ()), "_like"):
+    for short in (*layer.__dict__.get("_names", ()), "_like", "_values"):
         drop_tensor(layer, short)
-    layer._non_persistent_buffers_set.discard("_like")
+    layer._non_persistent_buffers_set -= {"_like", "_values"}
     for attribute in ("_spec", "_owner", "_names"):
         layer.__dict__.pop(attribute, None)
     cls: Any = type(layer)

@@ -225,7 +225,9 @@ def slots_of(model: nn.Module) -> Iterator[tuple[str, TensorSlot]]:
     """Iterate over the parameters and buffers of a model, without those of tables, by all their names."""
     for path, module in model.named_modules(remove_duplicate=False):
         computed_from = (
-            {*module._names, "_like"} if isinstance(module, TableLayer) and module.owner is module else ()
+            {*module._names, "_like", "_values"}
+            if isinstance(module, TableLayer) and module.owner is module
+            else ()
         )
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and attribute not in computed_from:

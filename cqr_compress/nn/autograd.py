@@ -11,8 +11,10 @@ from torch.nn import Parameter
 
 from cqr_compress.kernel import ops
 from cqr_compress.table.codes import row_codes
-from cqr_compress.table.spec import HASHED, STORED, AnySpec, CodebookSpec
+from cqr_compress.table.decode import rotated
+from cqr_compress.table.spec import HASHED, STORED, AnySpec, CodebookSpec, TrellisSpec
 from cqr_compress.table.tracing import is_intercepted, is_tracing
+from cqr_compress.table.trellis import gain_table, value_table, values_of_states
 
 _FLOATS = (torch.float16, torch.float32)
 
@@ -28,11 +30,13 @@ def lookup_cpu(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Ten
         ids: (B,) ids.
 
     Returns:
-        (B, width) float32, before rotation and exact rows, differentiable; None if torch operations have to be
-        used, also for an id outside the table, for which they raise the error.
+        (B, D) float32, without exact rows, differentiable; None if torch operations have to be used, also for an
+        id outside the table, for which they raise the error.
     """
     if not _is_plain(ids) or is_tracing() or is_intercepted():
         return None
+    if isinstance(spec, TrellisSpec):
+        return _trellis_rows(spec, tensors, ids.contiguous())
     codes, N, ids = tensors.get("codes"), spec.num_embeddings, ids.contiguous()
     trains = torch.is_grad_enabled()
     if isinstance(spec, CodebookSpec):
@@ -47,8 +51,9 @@ def lookup_cpu(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Ten
             ids = torch.arange(N, device="cpu")
         if trains and codebooks.requires_grad:
             rows: Tensor | None = _CodebookRows.apply(codebooks, codes, ids, N, n_bits)  # type: ignore
-            return rows
-        return ops.lookup_codewords(ids, codes, codebooks, N, n_bits)
+        else:
+            rows = ops.lookup_codewords(ids, codes, codebooks, N, n_bits)
+        return None if rows is None else rotated(tensors, rows)
     assert codes is not None, "integers are stored"
     scale, offset = tensors["row_scale"], tensors["row_offset"]
     if trains and (scale.requires_grad or offset.requires_grad):
@@ -58,6 +63,26 @@ def lookup_cpu(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Ten
     if scale.dtype == torch.float16 and not ops.has_half():
         return None
     return ops.lookup_integers(ids, codes, scale, offset, N, spec.embedding_dim, spec.n_bits)
+
+
+def _trellis_rows(spec: TrellisSpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
+    """Compute trellis-coded rows; arguments and result as in `lookup_cpu`."""
+    codes, scale, rates = tensors["codes"], tensors["scale"], tensors["rates"]
+    gain, whole = tensors.get("gain"), "rotation" not in tensors
+    bytes_ = [t for t in (codes, rates, gain) if t is not None]
+    if not all(_usable(t, scale) for t in bytes_) or len(codes) != spec.num_embeddings:
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+        states = ops.trellis_states(ids, codes, rates, spec.window)
+        if states is None:
+            return None
+        gain = None if gain is None else gain.index_select(0, ids)
+        return rotated(tensors, values_of_states(spec, tensors, states, gain))
+    mean = tensors["mean"].float() if whole and "mean" in tensors else None
+    gains = None if gain is None else gain_table(tensors["gain_range"].float())
+    values = value_table(spec, tensors)
+    rows = ops.trellis_lookup(ids, codes, rates, spec.window, values, scale.float(), mean, gain, gains)
+    return rows if rows is None or whole else rotated(tensors, rows)
 
 
 def _computed(spec: CodebookSpec, codes: Tensor | None, ids: Tensor) -> Tensor | None:

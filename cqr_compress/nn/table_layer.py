@@ -14,13 +14,18 @@ from cqr_compress.errors import CqrCompressWarning, RowIndexError, ShapeError, W
 from cqr_compress.nn.autograd import lookup_cpu
 from cqr_compress.nn.search import TopK, search_scores, search_topk
 from cqr_compress.nn.table_weight import TableWeight
+from cqr_compress.table.base_spec import dtype_name
 from cqr_compress.table.blocks import row_blocks
-from cqr_compress.table.decode import PER_ROW, decode, decode_all, decode_rows, rotated, with_exact_rows
-from cqr_compress.table.spec import HASHED, AnySpec, CodebookSpec, dtype_name
+from cqr_compress.table.decode import PER_ROW, decode, decode_all, decode_rows, with_exact_rows
+from cqr_compress.table.spec import HASHED, AnySpec, CodebookSpec, TrellisSpec
 from cqr_compress.table.table import CompressedTable
 from cqr_compress.table.tracing import is_intercepted, is_tracing
+from cqr_compress.table.trellis import seeded_values
+from cqr_compress.table.trellis_spec import SEEDED_VALUES
 
 _LIKE = "_like"
+_VALUES = "_values"
+"""Buffer with the values of a trellis that are computed from the seed; the file has none."""
 _SEED = "hash_seed"
 """Buffer with the seed of a layer's hash functions, if `reseed` changed it."""
 
@@ -89,6 +94,10 @@ class TableLayer(nn.Module):
                 self.register_parameter(short, nn.Parameter(moved, requires_grad))
             else:
                 self.register_buffer(short, moved)
+        self._buffers.pop(_VALUES, None)
+        if isinstance(table.spec, TrellisSpec) and table.spec.value_source == SEEDED_VALUES:
+            values = seeded_values(table.spec.window, table.spec.seed)
+            self.register_buffer(_VALUES, values.to(device, copy=True), persistent=False)
         like = torch.empty(0, dtype=dtype or table.spec.torch_dtype, device=device)
         self.register_buffer(_LIKE, like, persistent=False)
 
@@ -131,13 +140,15 @@ class TableLayer(nn.Module):
         parameters, buffers = self.owner._parameters, self.owner._buffers
         return {n: cast(Tensor, parameters[n] if n in parameters else buffers[n]) for n in self.owner._names}
 
+    def _lookup_tensors(self) -> dict[str, Tensor]:
+        """Return the table's tensors, with those that are computed from a seed."""
+        tensors, seeded = self.table_tensors(), self.owner._buffers.get(_VALUES)
+        return tensors if seeded is None else {**tensors, "values": seeded}
+
     def table(self) -> CompressedTable:
         """Return the table with the dtypes in memory; its tensors are shared, except converted exact rows."""
         tensors = {short: tensor.detach() for short, tensor in self.table_tensors().items()}
-        if isinstance(self.spec, CodebookSpec):
-            dtypes = {"codebook_dtype": dtype_name(tensors["codebooks"].dtype)}
-        else:
-            dtypes = {"scale_dtype": dtype_name(tensors["row_scale"].dtype)}
+        dtypes = {name: dtype_name(tensors[short].dtype) for name, short in self.spec.dtype_sources.items()}
         if "kept_rows" in tensors:
             tensors["kept_rows"] = tensors["kept_rows"].to(self.dtype)
         spec = replace(self.spec, dtype=dtype_name(self.dtype), **dtypes)  # type: ignore[arg-type]
@@ -160,10 +171,10 @@ class TableLayer(nn.Module):
         return rows if observer is None else observer.on_lookup(ids, rows)
 
     def _lookup_unobserved(self, ids: Tensor) -> Tensor:
-        tensors = self.table_tensors()
+        tensors = self._lookup_tensors()
         rows = lookup_cpu(self.spec, tensors, ids)
         if rows is not None:
-            rows = rotated(tensors, rows).to(self.dtype)
+            rows = rows.to(self.dtype)
             return with_exact_rows(self.spec, tensors, ids, rows) if "kept_ids" in tensors else rows
         if ids.is_cpu and not is_tracing():
             ids = ids.clone()  # another thread must not change them after a check
@@ -213,7 +224,7 @@ class TableLayer(nn.Module):
         Without gradients, rows are decoded in blocks, which bounds the memory in addition to the result.
         """
         if is_tracing():
-            rows, observer = decode_all(self.spec, self.table_tensors(), self.dtype), self.owner.observer
+            rows, observer = decode_all(self.spec, self._lookup_tensors(), self.dtype), self.owner.observer
             ids = torch.arange(self.num_embeddings, device=self.device)
             return rows if observer is None else observer.on_lookup(ids, rows)
         blocks = (self.lookup_rows(torch.arange(a, b, device=self.device)) for a, b in self._row_blocks())
@@ -260,7 +271,7 @@ class TableLayer(nn.Module):
         """
         observer = self.owner.observer if torch.is_grad_enabled() else None
         if ids is None and observer is None:
-            return search_scores(self.spec, self.table_tensors(), h)
+            return search_scores(self.spec, self._lookup_tensors(), h)
         if ids is None:
             blocks = [torch.arange(a, b, device=self.device) for a, b in self._row_blocks()]
             ids, rows = torch.cat(blocks), torch.cat([self._lookup_unobserved(block) for block in blocks])
@@ -280,7 +291,7 @@ class TableLayer(nn.Module):
             `values` (..., k) in the dtype of `h` and `indices` (..., k) int64, in descending order. Not
             differentiable.
         """
-        return search_topk(self.spec, self.table_tensors(), h, k)
+        return search_topk(self.spec, self._lookup_tensors(), h, k)
 
     def embed_ids(self, ids: Tensor) -> Tensor:
         """Look up rows of ids of any shape, and apply padding_idx, max_norm and scale_grad_by_freq.
@@ -320,6 +331,14 @@ class TableLayer(nn.Module):
         if seed is not None and self.owner is self:
             self.reseed(int(seed))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TableLayer:
+        """Keep values that are computed from a seed exact in other dtypes, and after `to_empty`."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if _VALUES in self._buffers:
+            spec = cast(TrellisSpec, self._spec)
+            self._buffers[_VALUES] = seeded_values(spec.window, spec.seed).to(self.device, copy=True)
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # before nn.Module registers a Parameter

@@ -24,8 +24,8 @@ from cqr_compress.planning.name_patterns import (
     stripped,
 )
 from cqr_compress.planning.neighbours import Neighbours
+from cqr_compress.table.base_spec import FLOAT_DTYPES, dtype_name
 from cqr_compress.table.blocks import BLOCK_BYTES
-from cqr_compress.table.spec import FLOAT_DTYPES, dtype_name
 
 THRESHOLD = 0.5
 """Smallest confidence at which a tensor is selected as an embedding table."""

@@ -21,6 +21,9 @@ MAX_SAMPLE_BYTES = 512 * 2**20
 """Largest sample in bytes: a larger table is sampled uniformly without replacement, a smaller one taken whole."""
 
 
+_SPECTRUM_ROWS = 16_384
+
+
 @dataclass(frozen=True)
 class ScannedTable:
     """A table after one pass over its rows.
@@ -71,7 +74,21 @@ class ScannedTable:
             num_zero_rows=len(self.zero_ids),
             largest=self.largest,
             mean_square=self.mean_square,
+            principal_variances=self.principal_variances,
         )
+
+    def principal_variances(self) -> Tensor:
+        """Compute the variances of the sample along its principal directions: (D,) float64, descending."""
+        rows = self.sample[:_SPECTRUM_ROWS].double()
+        cost = (
+            rows.new_ones(len(rows))
+            if self.weights is None
+            else self.weights[self.sample_ids[: len(rows)]].double()
+        )
+        rows = rows - (rows * cost[:, None]).sum(0) / cost.sum()
+        covariance = (rows * cost[:, None]).T @ rows / cost.sum()
+        variances: Tensor = torch.linalg.eigvalsh(covariance)
+        return variances.flip(0)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Iterate over all rows in float32; non-finite rows are replaced by zeros."""

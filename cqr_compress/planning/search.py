@@ -18,12 +18,16 @@ from cqr_compress.quantize.base import FitEffort
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.registry import method_of
 from cqr_compress.table.decode import decode_rows
-from cqr_compress.table.spec import AnySpec, CodebookSpec
+from cqr_compress.table.spec import AnySpec, CodebookSpec, TrellisSpec
 
 BRIEF = FitEffort(kmeans_iterations=4, refine_rounds=1, beam=1)
 _MIN_SHARE = 0.8
 _SCALAR_LOSS = 2.72
 _CLOSE = 1.08
+_PROBES, _HOPELESS = 8, 1.25
+"""Number of codebooks that are tried before the others are dropped, if all have 25% more error than a trellis."""
+_PROMISING = 1.5
+"""Layouts with more error in a brief trial, relative to the best, have no longer one."""
 _BEST_SIZES, _ALL_RANKS_DIM = 4, 128
 """Of tables with more dimensions, reduced ranks are tried with the best codebook sizes only."""
 
@@ -90,6 +94,8 @@ def worth_trying(specs: Sequence[AnySpec]) -> list[AnySpec]:
         if isinstance(spec, CodebookSpec):
             sources = spec.code_sources if spec.method == "cqr" else ()
             key = (spec.num_columns, spec.codebook_size, spec.rotation, spec.rank, sources)
+        elif isinstance(spec, TrellisSpec):
+            key = (spec.rotation, spec.gain_bits, spec.value_source)
         if key not in best or spec.nbytes > best[key].nbytes:
             best[key] = spec
     most = max(spec.nbytes for spec in best.values())
@@ -123,7 +129,15 @@ def search(table: ScannedTable, specs: Sequence[AnySpec], options: ConvertOption
     deciders = min(effort.deciders, finalists)
     progress.start(f"choosing a layout for {table.entry.name}", len(specs) + finalists + deciders, "trials")
     rows = _rows(effort.first_values, effort.first_rows, table)
-    first = [(trials.error(_with_pca(spec), BRIEF, rows), spec) for spec in whole]
+    first: list[tuple[float, AnySpec]] = []
+    for spec in _probes_first(whole):
+        if _are_hopeless(first) and isinstance(spec, CodebookSpec):
+            progress.advance()
+        else:
+            first.append((trials.error(_with_pca(spec), BRIEF, rows), spec))
+    if _are_hopeless(first):
+        progress.advance(len(reduced))
+        reduced = []
     sizes = {_codebook_size(spec) for _, spec in sorted(first, key=_error)[:_BEST_SIZES]}
     lost = _lost_energy(table) if reduced else None
     for spec in sorted(reduced, key=_left_out):
@@ -136,8 +150,10 @@ def search(table: ScannedTable, specs: Sequence[AnySpec], options: ConvertOption
     rows = _rows(effort.second_values, effort.second_rows, table)
     second = [
         (trials.error(spec, _longer(spec, options), rows), spec)
-        for _, spec in sorted(first, key=_error)[:finalists]
+        for error, spec in sorted(first, key=_error)[:finalists]
+        if error <= _PROMISING * min(first, key=_error)[0]
     ]
+    progress.advance(finalists - len(second))
     second.sort(key=_error)
     close = [spec for error, spec in second[:deciders] if error <= _CLOSE * second[0][0]]
     if len(close) > 1:
@@ -160,6 +176,21 @@ def estimate(table: ScannedTable, spec: AnySpec, options: ConvertOptions) -> flo
     return estimate_error(
         table, spec, _longer(spec, options), _rows(effort.second_values, effort.second_rows, table)
     )
+
+
+def _probes_first(specs: Sequence[AnySpec]) -> list[AnySpec]:
+    """Sort the layouts: trellises, then some codebooks of all sizes, then the other codebooks."""
+    others = [spec for spec in specs if not isinstance(spec, CodebookSpec)]
+    codebooks = sorted((spec for spec in specs if isinstance(spec, CodebookSpec)), key=_codebook_size)
+    probes = codebooks[:: max(1, len(codebooks) // _PROBES)] if others else []
+    return [*others, *probes, *(spec for spec in codebooks if spec not in probes)]
+
+
+def _are_hopeless(trials: Sequence[tuple[float, AnySpec]]) -> bool:
+    """Return whether brief trials of several codebooks have much larger errors than another quantizer."""
+    codebooks = [error for error, spec in trials if isinstance(spec, CodebookSpec)]
+    others = [error for error, spec in trials if not isinstance(spec, CodebookSpec)]
+    return bool(others) and len(codebooks) >= _PROBES and min(codebooks) > _HOPELESS * min(others)
 
 
 class _Trials:

@@ -24,9 +24,10 @@ from cqr_compress.quantize.layouts import codebook_layouts
 from cqr_compress.quantize.normal_equations import solve_codebooks
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.rotation import balanced_pca, procrustes
+from cqr_compress.table.base_spec import FLOAT_DTYPES
 from cqr_compress.table.bitpack import pack_codes
 from cqr_compress.table.decode import decode_codes
-from cqr_compress.table.spec import FLOAT_DTYPES, AnySpec, CodebookSpec
+from cqr_compress.table.spec import AnySpec, CodebookSpec
 
 _PQ_BITS = tuple(range(1, 13))
 _OTHER_BITS = (4, 5, 6, 8)

@@ -1,15 +1,16 @@
-"""The method `auto`: layouts of pq, opq, rq and prq, of which planning selects the best on a sample."""
+"""The method `auto`: layouts of trellis, pq, opq, rq and prq, of which planning selects the best on a sample."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from cqr_compress.errors import SpecError
 from cqr_compress.quantize.base import LAYOUT_OPTIONS, FitEffort, Quantizer, TableFacts, TableRows, refuse_others
 from cqr_compress.quantize.layouts import codebook_layouts
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.registry import method_of
-from cqr_compress.table.spec import AnySpec
+from cqr_compress.table.spec import AnySpec, CodebookSpec
 
 _N_BITS = tuple(range(1, 13))
 _BITS_OF_LEVELS = range(2, 9)
@@ -32,6 +33,15 @@ class Auto:
 
     def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
         """Iterate over layouts of all methods, with and without rotations and reduced ranks."""
+        trellis = method_of("trellis")
+        try:
+            trellis.check(options)
+        except SpecError:  # options of codebooks
+            pass
+        else:
+            yield from trellis.layouts(options, facts)
+        if options.window is not None:
+            return
         levels = (options.num_levels,) if options.num_levels else tuple(range(1, _MAX_LEVELS_OF_ONE + 1))
         for spec in codebook_layouts(options, facts, n_bits=_N_BITS, num_levels=levels, search_rotations=True):
             C, L = spec.num_columns, spec.num_levels
@@ -44,6 +54,8 @@ class Auto:
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
         """Return the effort of the spec's method, at least 2 restarts, and 8 rounds if `refine_rounds` is None."""
         effort = method_of(spec.method).effort(spec, refine_rounds)
+        if not isinstance(spec, CodebookSpec):
+            return effort
         rounds = max(effort.refine_rounds, _REFINE_ROUNDS) if refine_rounds is None else effort.refine_rounds
         return replace(effort, refine_rounds=rounds, restarts=max(effort.restarts, _RESTARTS))
 

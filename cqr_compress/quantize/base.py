@@ -27,6 +27,7 @@ class TableFacts:
         num_zero_rows: number of all-zero rows among the others.
         largest: largest magnitude in the finite rows.
         mean_square: mean of the squared values, those of non-finite rows taken as 0.
+        principal_variances: computes the variances (D,) of the rows along their principal directions, descending.
     """
 
     name: str
@@ -37,6 +38,7 @@ class TableFacts:
     num_zero_rows: int
     largest: float
     mean_square: float
+    principal_variances: Callable[[], Tensor]
 
 
 class TableRows(Protocol):
@@ -119,7 +121,7 @@ class Method(Protocol):
         """Fit a layout to the rows of a table; `step` is called after each unit of work."""
 
 
-LAYOUT_OPTIONS = ("num_columns", "num_levels", "n_bits", "rotation", "rank", "helper")
+LAYOUT_OPTIONS = ("num_columns", "num_levels", "n_bits", "rotation", "rank", "helper", "window")
 """Options that not every method supports."""
 
 

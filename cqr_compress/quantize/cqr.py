@@ -22,9 +22,10 @@ from cqr_compress.quantize.kmeans import fit_centroids
 from cqr_compress.quantize.layouts import budget_bytes, codebook_layouts
 from cqr_compress.quantize.normal_equations import solve_codebooks
 from cqr_compress.quantize.options import ConvertOptions
+from cqr_compress.table.base_spec import FLOAT_DTYPES
 from cqr_compress.table.bitpack import pack_codes
 from cqr_compress.table.codes import computed_codes
-from cqr_compress.table.spec import FLOAT_DTYPES, HASHED, STORED, AnySpec, CodebookSpec
+from cqr_compress.table.spec import HASHED, STORED, AnySpec, CodebookSpec
 
 _N_BITS = tuple(range(1, 13))
 _SOURCES = {"hashed": (STORED, HASHED), "stored": (STORED, STORED), "none": (STORED,)}

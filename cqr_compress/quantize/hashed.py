@@ -19,10 +19,11 @@ from torch import Tensor
 from cqr_compress.quantize.base import FitEffort, TableFacts, TableRows, refuse_others
 from cqr_compress.quantize.layouts import budget_bytes, table_fields, value_dtype
 from cqr_compress.quantize.options import ConvertOptions
+from cqr_compress.table.base_spec import FLOAT_DTYPES
 from cqr_compress.table.blocks import row_blocks
 from cqr_compress.table.codes import computed_codes
 from cqr_compress.table.decode import decode_codes
-from cqr_compress.table.spec import FLOAT_DTYPES, HASHED, QUOTIENT, REMAINDER, AnySpec, CodebookSpec
+from cqr_compress.table.spec import HASHED, QUOTIENT, REMAINDER, AnySpec, CodebookSpec
 
 _CG_ITERATIONS = 30
 _CG_TOLERANCE = 1e-5

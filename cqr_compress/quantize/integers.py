@@ -11,8 +11,9 @@ from torch import Tensor
 from cqr_compress.quantize.base import FitEffort, TableFacts, TableRows, refuse_others
 from cqr_compress.quantize.layouts import table_fields, value_dtype
 from cqr_compress.quantize.options import ConvertOptions
+from cqr_compress.table.base_spec import FLOAT_DTYPES
 from cqr_compress.table.bitpack import pack_codes
-from cqr_compress.table.spec import FLOAT_DTYPES, AnySpec, RowwiseSpec
+from cqr_compress.table.spec import AnySpec, RowwiseSpec
 
 _CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
 """Fractions of a row's range that are tried; clipping the range makes the quantization step smaller."""

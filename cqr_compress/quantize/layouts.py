@@ -8,9 +8,10 @@ from typing import Any
 from cqr_compress.quantize.base import TableFacts
 from cqr_compress.quantize.options import DEFAULT_BITS_PER_DIM, ConvertOptions
 from cqr_compress.quantize.registry import method_of
-from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec, dtype_name
+from cqr_compress.table.base_spec import dtype_name
+from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec
 
-_MAX_ROTATED_DIM = 1024
+MAX_ROTATED_DIM = 1024
 _RANK_SIXTEENTHS = (2, 3, 4, 6, 8, 12)
 
 
@@ -97,7 +98,7 @@ def _rotations(
     rotation = options.rotation
     if rotation is None and options.rank is None:
         yield None, None
-    if rotation is None and search and (D <= _MAX_ROTATED_DIM or options.rank is not None):
+    if rotation is None and search and (D <= MAX_ROTATED_DIM or options.rank is not None):
         rotation = "opq"
     if rotation is None:
         return

@@ -54,6 +54,14 @@ class ConvertOptions:
     num_columns: int | None = option(None, "Columns (subspaces) that rows are split into.", panel="Method", low=1)
     num_levels: int | None = option(None, "Levels: codewords summed in each column.", panel="Method", low=1)
     n_bits: int | None = option(None, "Bits of a code, 1 to 16.", panel="Method", low=1, high=16)
+    window: int | None = option(
+        None,
+        "Bits of a state of a trellis: 8, 10 or 12; more are slower and reduce the error.",
+        panel="Method",
+        low=8,
+        high=12,
+        shown_default="12, and 10 for tables of more than 16 million values",
+    )
     codebook_dtype: str = option(
         "float16", "Dtype of codebooks and row scales.", panel="Method", choices=CODEBOOK_DTYPES
     )

@@ -20,10 +20,11 @@ from cqr_compress.quantize.base import TableRows
 from cqr_compress.quantize.code_search import beam_search, point_rows, search_codes
 from cqr_compress.quantize.normal_equations import NormalEquations
 from cqr_compress.quantize.rotation import procrustes
+from cqr_compress.table.base_spec import TensorShape
 from cqr_compress.table.bitpack import pack_codes
 from cqr_compress.table.codes import row_codes
 from cqr_compress.table.decode import decode_codes
-from cqr_compress.table.spec import STORED, CodebookSpec, TensorShape
+from cqr_compress.table.spec import STORED, CodebookSpec
 
 _RESTARTS, _BEAM = 4, 16
 

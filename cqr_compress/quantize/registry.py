@@ -41,12 +41,16 @@ _CHEN = ("Chen et al. 2010", "https://doi.org/10.3390/s101211259")
 _CQR = ("Tsang & Ahle 2022", "https://arxiv.org/abs/2210.05974")
 _GUAN = ("Guan et al. 2019", "https://arxiv.org/abs/1911.02079")
 _HASH = ("Weinberger et al. 2009", "https://doi.org/10.1145/1553374.1553516")
+_TCQ = ("Marcellin & Fischer 1990", "https://doi.org/10.1109/26.46532")
+_QTIP = ("Tseng et al. 2024", "https://arxiv.org/abs/2406.11235")
 _QR = ("Shi et al. 2020", "https://doi.org/10.1145/3394486.3403059")
 
 METHODS: dict[str, MethodEntry] = {
     entry.name: entry
     for entry in (
-        MethodEntry("auto", "auto", "AUTO", "tries layouts of pq, opq, rq and prq on a sample, keeps the best"),
+        MethodEntry(
+            "auto", "auto", "AUTO", "tries layouts of trellis, pq, opq, rq and prq on a sample, keeps the best"
+        ),
         MethodEntry(
             "pq",
             "additive",
@@ -56,6 +60,13 @@ METHODS: dict[str, MethodEntry] = {
         ),
         MethodEntry("rq", "additive", "RQ", "residual quantization with beam search: a row is a sum", (_CHEN,)),
         MethodEntry("prq", "additive", "PRQ", "residual quantization in each column", (_JEGOU, _CHEN)),
+        MethodEntry(
+            "trellis",
+            "trellis",
+            "TRELLIS",
+            "trellis-coded quantization with a rate for each principal direction",
+            (_TCQ, _QTIP),
+        ),
         MethodEntry("cqr", "cqr", "CQR", "cluster pointers and a helper codebook, to be trained on", (_CQR,)),
         MethodEntry(
             "int8", "integers", "INT8", "8-bit integers with a scale and a zero point for each row", (_GUAN,)

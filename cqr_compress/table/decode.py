@@ -1,4 +1,4 @@
-"""Decode codes to rows: the codebook formula, and row-wise integers."""
+"""Decode codes to rows: the codebook formula, paths through a trellis, and row-wise integers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from cqr_compress.table.bitpack import unpack_codes
 from cqr_compress.table.codes import flat_codes, row_codes
-from cqr_compress.table.spec import AnySpec, CodebookSpec
+from cqr_compress.table.spec import AnySpec, CodebookSpec, TrellisSpec
 from cqr_compress.table.tracing import is_exporting, is_tracing
+from cqr_compress.table.trellis import values_of_states, window_states
 
-PER_ROW = frozenset({"codes", "row_scale", "row_offset"})
+PER_ROW = frozenset({"codes", "row_scale", "row_offset", "gain"})
 """Tensors with one entry for each row of the table."""
 
 
@@ -114,17 +115,22 @@ def decode_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Te
         flat = flat_codes(row_codes(spec, tensors.get("codes"), ids), spec.codebook_size)
         table = at_least_float32(tensors["codebooks"]).reshape(-1, spec.sub_dim)
         return rotated(tensors, sum_codewords(flat, table, spec.num_levels).reshape(-1, spec.width))
+    if isinstance(spec, TrellisSpec):
+        states = window_states(tensors["codes"], tensors["rates"], spec.window)
+        return rotated(tensors, values_of_states(spec, tensors, states, tensors.get("gain")))
     codes = unpack_codes(tensors["codes"], spec.embedding_dim, spec.n_bits)
     scale, offset = (at_least_float32(tensors[name])[:, None] for name in ("row_scale", "row_offset"))
     return offset + scale * codes
 
 
 def rotated(tensors: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-    """Multiply rows (B, width) by the table's rotation, if it has one: (B, D)."""
+    """Multiply rows (B, width) by the table's rotation and add its mean, where it has them: (B, D)."""
+    mean = tensors.get("mean")
     if "rotation" not in tensors:
-        return rows
+        return rows if mean is None else rows + mean.to(rows.dtype)
     with torch.autocast(rows.device.type, enabled=False):  # autocast must not reduce the precision of a table
-        return rows @ tensors["rotation"].to(rows.dtype)
+        rotation = tensors["rotation"].to(rows.dtype)
+        return rows @ rotation if mean is None else torch.addmm(mean.to(rows.dtype), rows, rotation)
 
 
 def decode_codes(codes: Tensor, codebooks: Tensor, rotation: Tensor | None = None) -> Tensor:

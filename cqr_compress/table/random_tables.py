@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from cqr_compress.errors import SpecError
+from cqr_compress.table.base_spec import dtype_name
 from cqr_compress.table.bitpack import pack_codes
 from cqr_compress.table.blocks import row_blocks
 from cqr_compress.table.hashing import hash_ids
-from cqr_compress.table.spec import DIGIT, HASHED, QUOTIENT, REMAINDER, STORED, CodebookSpec, dtype_name
+from cqr_compress.table.spec import DIGIT, HASHED, QUOTIENT, REMAINDER, STORED, CodebookSpec
 from cqr_compress.table.table import CompressedTable
 
 

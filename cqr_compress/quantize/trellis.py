@@ -1,0 +1,288 @@
+"""Trellis-coded quantization with a rate for each principal direction."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from cqr_compress.errors import SpecError
+from cqr_compress.quantize.base import FitEffort, TableFacts, TableRows, refuse_others
+from cqr_compress.quantize.layouts import MAX_ROTATED_DIM, budget_bytes, table_fields, value_dtype
+from cqr_compress.quantize.options import ConvertOptions
+from cqr_compress.quantize.trellis_search import search_paths
+from cqr_compress.table.base_spec import FLOAT_DTYPES
+from cqr_compress.table.spec import AnySpec, TrellisSpec
+from cqr_compress.table.trellis import seeded_values, values_of_states
+from cqr_compress.table.trellis_spec import MAX_RATE, SEEDED_VALUES, STORED_VALUES
+
+_ROUNDS = 4
+_FIT_VALUES, _FIT_ROWS = 2**20, (2048, 16384)
+"""Values, and smallest and largest number of rows, of the sample that paths are searched for in each round."""
+_LONG_WINDOW, _SHORT_WINDOW = 12, 10
+_LONG_WINDOW_VALUES = 2**24
+"""Largest table, in values, with a window of 12 bits: its search is four times as slow and gains 0.1 to 0.3 dB."""
+_LONG_WINDOW_BITS = 1.5
+_PRIOR_COUNT = 2.0
+"""Weight of a value before a round, in average weights of a row's error, when it is averaged."""
+
+# Of Gaussian values, for paths of 64 dimensions with rates of 1 to 8 bits: squared error over the least possible,
+# 4**-rate, in dB, and the factor on the values that it takes, by window. Few states for each bit work best with
+# values that are spread wider than the Gaussian (towards Panter & Dite 1951, doi:10.1109/JRPROC.1951.230419).
+_LOSS_DB = {
+    8: (0.70, 1.08, 1.42, 1.78, 2.34, 2.91, 3.45, 4.32),
+    10: (0.63, 0.80, 0.98, 1.24, 1.51, 1.97, 2.33, 2.86),
+    12: (0.64, 0.70, 0.81, 0.91, 1.08, 1.30, 1.60, 2.01),
+}
+_WIDENING = {
+    8: (0.89, 1.05, 1.1, 1.2, 1.3, 1.45, 1.45, 1.75),
+    10: (0.86, 1.05, 1.1, 1.2, 1.2, 1.3, 1.3, 1.45),
+    12: (0.85, 1.0, 1.05, 1.1, 1.1, 1.2, 1.2, 1.3),
+}
+WINDOWS = tuple(_LOSS_DB)
+
+
+def allocate(variances: Tensor, num_bits: int, window: int) -> Tensor:
+    """Allocate bits to dimensions, each where it lowers the squared error most (reverse water-filling).
+
+    Cover & Thomas, "Elements of Information Theory", section 10.3.3, with the errors of a trellis for whole bits.
+
+    Args:
+        variances: (P,) of the dimensions.
+        num_bits: sum of the rates, at most 8 * P.
+        window: bits of a state.
+
+    Returns:
+        (P,) uint8 rates of 0 to 8 bits.
+    """
+    errors = [1.0, *(10 ** (loss / 10) * 0.25**k for k, loss in enumerate(_LOSS_DB[window], start=1))]
+    gains = [errors[k] - errors[k + 1] for k in range(MAX_RATE)]
+    rates = [0] * len(variances)
+    heap = [(-variance * gains[0], d) for d, variance in enumerate(variances.tolist())]
+    heapq.heapify(heap)
+    for _ in range(num_bits):
+        gain, d = heapq.heappop(heap)
+        rates[d] += 1
+        if rates[d] < MAX_RATE:
+            heapq.heappush(heap, (gain * gains[rates[d]] / gains[rates[d] - 1], d))
+    return torch.tensor(rates, dtype=torch.uint8, device="cpu")
+
+
+@dataclass(frozen=True)
+class TrellisQuantizer:
+    """A fitted trellis.
+
+    Attributes:
+        spec: the table's spec.
+        tensors: the shared tensors, in the spec's dtypes.
+        projection: (D, P) float32, from centered rows to dimensions of about unit variance.
+        weights: (P,) float32 weights of the dimensions' squared errors.
+    """
+
+    spec: TrellisSpec
+    tensors: dict[str, Tensor]
+    projection: Tensor
+    weights: Tensor
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """Return `rates`, `scale`, `mean`, and `values`, `rotation`, `gain_range` where the spec has them."""
+        return self.tensors
+
+    def encode(self, rows: Tensor, first_row: int) -> dict[str, Tensor]:
+        """Encode rows: (B, D) float32 to `codes` (B, row_nbytes) and `gain` (B,) uint8."""
+        spec, tensors = self.spec, self.tensors
+        centered = rows - tensors["mean"].float()
+        unit = centered / _norms(centered)[:, None] if spec.gain_bits else centered
+        rates, kept = tensors["rates"], tensors["rates"] > 0
+        values = tensors["values"].float() if "values" in tensors else seeded_values(spec.window, spec.seed)
+        found, codes = search_paths(
+            (unit @ self.projection)[:, kept], self.weights[kept], rates[kept], spec.window, values
+        )
+        if not spec.gain_bits:
+            return {"codes": codes}
+        states = torch.zeros(len(rows), spec.width, dtype=torch.int32)
+        states[:, kept] = found
+        made = values_of_states(replace(spec, gain_bits=0), tensors, states)
+        if spec.rotation:
+            made = made @ tensors["rotation"].float()
+        gains = (centered * made).sum(1) / made.square().sum(1).clamp_min(1e-30)
+        low, log_ratio = tensors["gain_range"].double()
+        steps = (gains.double().clamp_min(1e-300).log() - low.log()) / log_ratio.clamp_min(1e-12) * 255
+        return {"codes": codes, "gain": steps.round().clamp(0, 255).to(torch.uint8)}
+
+
+def fit_trellis(
+    rows: TableRows, spec: TrellisSpec, effort: FitEffort, step: Callable[[], None] = lambda: None
+) -> TrellisQuantizer:
+    """Fit mean, basis, rates, scales and values to the sample of a table.
+
+    Args:
+        rows: rows of the table.
+        spec: the layout.
+        effort: `refine_rounds` rounds of search, scales by least squares, and values by weighted averages.
+        step: called after each round.
+    """
+    sample, D, P = rows.sample, spec.embedding_dim, spec.width
+    cost = torch.ones(len(sample)) if rows.weights is None else rows.weights[rows.sample_ids].clone()
+    mean = ((sample * cost[:, None]).sum(0, dtype=torch.float64) / cost.sum(dtype=torch.float64)).float()
+    dtype = FLOAT_DTYPES[spec.codebook_dtype]
+    mean = mean.to(dtype).float()
+    centered = sample - mean
+    norms = _norms(centered) if spec.gain_bits else torch.ones(len(sample))
+    cost = cost * norms.square()
+    unit = centered / norms[:, None] if spec.gain_bits else centered
+    covariance = (unit * cost[:, None]).T.double() @ unit.double() / cost.sum(dtype=torch.float64)
+    if spec.rotation:
+        variances, directions = (part.flip(-1)[..., :P] for part in torch.linalg.eigh(covariance))
+    else:
+        variances, directions = covariance.diagonal(), torch.eye(D, dtype=torch.float64)
+    rates = allocate(variances, 8 * spec.row_nbytes, spec.window)
+    sigma = variances.clamp_min(0).sqrt().float().clamp_min(1e-12)
+    kept = rates > 0
+    widening = torch.tensor((1.0, *_WIDENING[spec.window]))[rates.long()]
+    fitted = _fit_ids(len(sample), D)
+    columns = (unit[fitted] @ directions.float())[:, kept] / sigma[kept]
+    scale, values = _fit_values(
+        columns, cost[fitted], sigma[kept].square(), rates[kept], widening[kept], spec, effort.refine_rounds, step
+    )
+    full = torch.zeros(P)
+    full[kept] = sigma[kept] * scale
+    projection = directions.float() / torch.where(kept, full, 1.0)
+    tensors = {"rates": rates, "mean": mean.to(dtype)}
+    if spec.rotation:  # int8 with a scale for each direction, which `scale` contains
+        largest = directions.abs().amax(0).float().clamp_min(1e-12)
+        tensors["rotation"] = (directions.float() / largest * 127).round().T.contiguous().to(torch.int8)
+        tensors["scale"] = (full * largest / 127).to(dtype)
+    else:
+        tensors["scale"] = full.to(dtype)
+    if spec.value_source == STORED_VALUES:
+        tensors["values"] = values.to(dtype)
+    if spec.gain_bits:
+        low, high = float(norms.min()) * 0.9, float(norms.max()) * 1.1
+        tensors["gain_range"] = torch.tensor([low, math.log(high / low)]).to(dtype)
+    return TrellisQuantizer(spec, tensors, projection.contiguous(), full.square())
+
+
+def _fit_values(
+    columns: Tensor,
+    cost: Tensor,
+    variances: Tensor,
+    rates: Tensor,
+    scale: Tensor,
+    spec: TrellisSpec,
+    rounds: int,
+    step: Callable[[], None],
+) -> tuple[Tensor, Tensor]:
+    """Alternate between search, scales (P,) by least squares, and values (2**window,) by averages if stored."""
+    values, dtype = seeded_values(spec.window, spec.seed), FLOAT_DTYPES[spec.codebook_dtype]
+    for _ in range(rounds):
+        target, weights = columns / scale, variances * scale.square()
+        states, _ = search_paths(target, weights, rates, spec.window, values)
+        made = values[states.long()]
+        by_row = made * cost[:, None]
+        scale = (columns * by_row).sum(0) / (made * by_row).sum(0).clamp_min(1e-9)
+        if spec.value_source == STORED_VALUES:
+            share = (cost[:, None] * (variances * scale.square())).flatten().double()
+            flat, prior = states.flatten().long(), _PRIOR_COUNT * share.mean()
+            total = torch.bincount(flat, share * (columns / scale).flatten(), 2**spec.window)
+            count = torch.bincount(flat, share, 2**spec.window)
+            values = ((total + prior * values) / (count + prior)).to(dtype).float()
+        step()
+    return scale, values
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Return the root mean squares (B,) of rows (B, D), at least 1e-9 of a unit."""
+    return rows.square().mean(1).sqrt().clamp_min(1e-9)
+
+
+def _fit_ids(num_rows: int, dim: int) -> Tensor:
+    """Draw the rows of the sample that paths are searched for."""
+    limit = min(max(_FIT_VALUES // dim, _FIT_ROWS[0]), _FIT_ROWS[1])
+    if num_rows <= limit:
+        return torch.arange(num_rows)
+    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))[:limit]
+
+
+@dataclass(frozen=True)
+class TrellisMethod:
+    """Trellis-coded quantization."""
+
+    def check(self, options: ConvertOptions) -> None:
+        """Refuse layout options other than a rotation and a window."""
+        refuse_others(options, ("rotation", "window"))
+        if options.rotation not in (None, "pca"):
+            raise SpecError(f"rotation is {options.rotation!r}: a trellis takes 'pca'")
+        if options.window not in (None, *WINDOWS):
+            raise SpecError(f"window is {options.window}: choose from {', '.join(map(str, WINDOWS))}")
+
+    def has_fixed_size(self, options: ConvertOptions) -> bool:
+        """Return False: rows take as many bytes as the budget allows."""
+        return False
+
+    def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
+        """Iterate over layouts with and without rotation, gain and stored values, up to the budget."""
+        D, budget = facts.shape[1], budget_bytes(facts, options) or facts.nbytes
+        rotations = (options.rotation,) if options.rotation else (None, "pca") if D <= MAX_ROTATED_DIM else (None,)
+        variances = facts.principal_variances() if "pca" in rotations else torch.empty(0)
+        for rotation, gain_bits, source in product(rotations, (0, 8), (SEEDED_VALUES, STORED_VALUES)):
+            spec = TrellisSpec(
+                method="trellis",
+                row_nbytes=D,
+                window=options.window or _SHORT_WINDOW,
+                rotation=rotation,
+                gain_bits=gain_bits,
+                value_source=source,
+                codebook_dtype=value_dtype(facts, options),
+                seed=options.seed,
+                **table_fields(facts),
+            )
+            spec = _largest(spec, variances, budget)
+            if options.window is None and _deserves_long_window(spec):
+                spec = _largest(replace(spec, window=_LONG_WINDOW), variances, budget)
+            yield spec
+
+    def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
+        """Return 4 rounds, if `refine_rounds` is None."""
+        return FitEffort(refine_rounds=_ROUNDS if refine_rounds is None else max(1, refine_rounds))
+
+    def num_steps(self, spec: AnySpec, effort: FitEffort) -> int:
+        """Return the number of rounds."""
+        return effort.refine_rounds
+
+    def fit(self, rows: TableRows, spec: AnySpec, effort: FitEffort, step: Callable[[], None]) -> TrellisQuantizer:
+        """Fit a trellis to the rows of a table."""
+        assert isinstance(spec, TrellisSpec)
+        return fit_trellis(rows, spec, effort, step)
+
+
+def _deserves_long_window(spec: TrellisSpec) -> bool:
+    """Return whether a window of 12 bits pays: not at low rates, and in large tables it takes too long."""
+    N, D = spec.num_embeddings, spec.embedding_dim
+    return N * D <= _LONG_WINDOW_VALUES and 8 * spec.row_nbytes >= _LONG_WINDOW_BITS * D
+
+
+def _largest(spec: TrellisSpec, variances: Tensor, budget: float) -> TrellisSpec:
+    """Return the layout with the most bytes per row within a budget, and the rank that those bytes are worth."""
+    N, D = spec.num_embeddings, spec.embedding_dim
+    least = -(-spec.window // 8)
+    for _ in range(4):  # the rotation takes bytes, of which the number depends on the rates
+        side = spec.nbytes - N * spec.row_nbytes
+        row_nbytes = max(least, min(spec.width, int((budget - side) // N)))
+        rank = spec.rank
+        if spec.rotation:
+            rates = allocate(variances, 8 * row_nbytes, spec.window)
+            coded = max(int((rates > 0).sum()), row_nbytes)
+            rank = coded if coded < D else None
+        if (row_nbytes, rank) == (spec.row_nbytes, spec.rank):
+            break
+        spec = replace(spec, row_nbytes=row_nbytes, rank=rank)
+    return spec
+
+
+TRELLIS = TrellisMethod()

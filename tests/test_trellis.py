@@ -1,0 +1,289 @@
+"""Trellis-coded tables: the ring of bits, the search, the fit, and its error beside the rate-distortion bound."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import cqr_compress as cqr
+from cqr_compress.errors import ShapeError, SpecError
+from cqr_compress.kernel import ops
+from cqr_compress.quantize.base import FitEffort
+from cqr_compress.quantize.trellis import WINDOWS, allocate, fit_trellis
+from cqr_compress.quantize.trellis_search import search_paths
+from cqr_compress.table.decode import decode_rows
+from cqr_compress.table.spec import TrellisSpec, spec_from_json
+from cqr_compress.table.trellis import pack_states, seeded_values, window_states
+
+needs_library = pytest.mark.skipif(not ops.available(), reason="no compiled library")
+
+
+@st.composite
+def rings(draw: st.DrawFn, smallest: int = 0) -> tuple[Tensor, int]:
+    """Rates of 1 to 40 dimensions that add up to whole bytes, and a window that fits the ring."""
+    rates = draw(st.lists(st.integers(smallest, 8), min_size=2, max_size=40))
+    rest = -sum(rates) % 8
+    for d in range(len(rates)):
+        added = min(rest, 8 - rates[d])
+        rates[d], rest = rates[d] + added, rest - added
+    total = sum(rates)
+    if rest or total == 0:
+        return draw(rings(smallest))
+    return torch.tensor(rates, dtype=torch.uint8), draw(st.integers(4, min(16, total)))
+
+
+def states_by_definition(codes: Tensor, rates: Tensor, window: int) -> Tensor:
+    """Windows of the bits of a row as one long integer, written twice."""
+    rows = []
+    for row in codes.tolist():
+        bits = int.from_bytes(bytes(row), "little")
+        ring = bits | bits << 8 * len(row) | bits << 16 * len(row)
+        starts = itertools.accumulate(rates.tolist()[:-1], initial=0)
+        rows.append([ring >> start & (2**window - 1) for start in starts])
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+@settings(deadline=None, max_examples=150)
+@given(rings(), st.integers(0, 2**31), st.integers(0, 9))
+def test_windows_of_the_ring_are_read_and_written(ring: tuple[Tensor, int], seed: int, num_rows: int) -> None:
+    rates, window = ring
+    row_nbytes = int(rates.sum()) // 8
+    codes = torch.randint(256, (num_rows, row_nbytes), generator=torch.Generator().manual_seed(seed)).byte()
+    states = window_states(codes, rates, window)
+    assert torch.equal(states, states_by_definition(codes, rates, window).view(num_rows, len(rates)))
+    if window >= 8:  # else a state does not contain all bits of a dimension
+        assert torch.equal(pack_states(states, rates, row_nbytes), codes)
+    if ops.available():
+        ids = torch.randint(max(1, num_rows), (13 if num_rows else 0,))
+        found = ops.trellis_states(ids, codes, rates, window)
+        assert found is not None and torch.equal(found, states[ids])
+
+
+@needs_library
+@settings(deadline=None, max_examples=60)
+@given(rings(), st.integers(0, 2**31), st.booleans(), st.booleans())
+def test_compiled_rows_equal_those_of_torch(
+    ring: tuple[Tensor, int], seed: int, with_gain: bool, with_mean: bool
+) -> None:
+    rates, window = ring
+    generator = torch.Generator().manual_seed(seed)
+    N, P, row_nbytes = 7, len(rates), int(rates.sum()) // 8
+    codes = torch.randint(256, (N, row_nbytes), generator=generator).byte()
+    values, scale, mean = (torch.randn(n, generator=generator) for n in (2**window, P, P))
+    gain, gains = torch.randint(256, (N,), generator=generator).byte(), torch.rand(256, generator=generator)
+    ids = torch.randint(N, (29,), generator=generator)
+    wanted = values[window_states(codes, rates, window)] * scale
+    wanted = (wanted * gains[gain.long()][:, None] if with_gain else wanted) + (mean if with_mean else 0.0)
+    found = ops.trellis_lookup(
+        ids, codes, rates, window, values, scale, mean if with_mean else None,
+        *((gain, gains) if with_gain else (None, None)),
+    )  # fmt: skip
+    assert found is not None and torch.allclose(found, wanted[ids], atol=1e-6)
+
+
+def cost(states: Tensor, rows: Tensor, weights: Tensor, values: Tensor) -> Tensor:
+    return ((rows - values[states.long()]).square() * weights).sum(1, dtype=torch.float64)
+
+
+def searches(rows: Tensor, weights: Tensor, rates: Tensor, window: int, values: Tensor) -> dict[str, Tensor]:
+    """States by the compiled search, where there is one, and by torch's; their codes are checked on the way."""
+    found = {}
+    for name in ("compiled", "torch"):
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "torch":
+                patch.setattr("cqr_compress.kernel.ops.available", lambda: False)
+            states, codes = search_paths(rows, weights, rates, window, values)
+        assert torch.equal(window_states(codes, rates, window), states)
+        found[name] = states
+    return found
+
+
+@settings(deadline=None, max_examples=60)
+@given(rings(smallest=1), st.integers(0, 2**31), st.integers(0, 20))
+def test_searches_agree(ring: tuple[Tensor, int], seed: int, num_rows: int) -> None:
+    rates, window = ring
+    window = max(window, 8)
+    if int(rates.sum()) < window:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    rows, values = torch.randn(num_rows, len(rates), generator=generator), seeded_values(min(window, 12), seed)
+    weights = torch.rand(len(rates), generator=generator) + 0.1
+    costs = [
+        cost(states, rows, weights, values)
+        for states in searches(rows, weights, rates, min(window, 12), values).values()
+    ]
+    assert torch.allclose(costs[0], costs[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("rates", [[2, 2, 2, 2], [1, 3, 0, 4], [4, 4], [1] * 8, [8, 8], [2, 3, 4, 4, 3]])
+@pytest.mark.parametrize("window", [8])
+def test_a_path_is_the_best_of_all_through_its_seam(rates: list[int], window: int) -> None:
+    kept = torch.tensor([rate for rate in rates if rate], dtype=torch.uint8)
+    row_nbytes = int(kept.sum()) // 8
+    rows, values = torch.randn(20, len(kept)), torch.randn(2**window)
+    weights = torch.rand(len(kept)) + 0.5
+    every = torch.arange(2 ** (8 * row_nbytes)).view(-1, 1) >> torch.arange(0, 8 * row_nbytes, 8) & 255
+    every_state = window_states(every.byte(), kept, window)
+    for found in searches(rows, weights, kept, window, values).values():
+        for row, path, found_cost in zip(rows, found, cost(found, rows, weights, values), strict=True):
+            through = every_state[every_state[:, 0] == path[0]]
+            best = cost(through, row.expand(len(through), -1), weights, values).min()
+            assert math.isclose(float(found_cost), float(best), rel_tol=1e-5)
+
+
+def test_paths_do_not_depend_on_threads_and_blocks() -> None:
+    rates = torch.tensor([3, 2, 1, 2] * 8, dtype=torch.uint8)
+    rows, weights, values = torch.randn(500, 32), torch.ones(32), seeded_values(10, 1)
+    whole, codes = search_paths(rows, weights, rates, 10, values)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert torch.equal(search_paths(rows, weights, rates, 10, values)[0], whole)
+    finally:
+        torch.set_num_threads(threads)
+    parts = [search_paths(part, weights, rates, 10, values)[1] for part in rows.split(37)]
+    assert torch.equal(torch.cat(parts), codes)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_error_of_gaussian_values_is_close_to_the_bound(bits: int) -> None:
+    rows = torch.randn(150, 128)
+    rates = torch.full((128,), bits, dtype=torch.uint8)
+    factor = {1: 0.86, 2: 1.05, 3: 1.1, 4: 1.2}[bits]
+    values = seeded_values(10, 0)
+    states, _ = search_paths(rows / factor, torch.ones(128), rates, 10, values)
+    error = (rows - factor * values[states.long()]).square().mean() / rows.square().mean()
+    excess_db = 10 * math.log10(float(error) * 4**bits)
+    assert 0.3 < excess_db < {1: 0.7, 2: 0.9, 3: 1.1, 4: 1.4}[bits]
+
+
+def test_rates_are_those_of_reverse_water_filling() -> None:
+    variances = torch.tensor([4.0**k for k in range(6, -1, -1)])
+    for window in WINDOWS:
+        rates = allocate(variances, 21, window)
+        assert rates.dtype == torch.uint8 and int(rates.sum()) == 21
+        assert torch.all(rates[:-1] >= rates[1:]) and int(rates.max()) <= 8
+        assert (allocate(variances, 8 * 7, window) == 8).all()
+    equal = allocate(torch.ones(10), 25, 10)
+    assert int(equal.max()) - int(equal.min()) <= 1
+
+
+def fitted(rows: Tensor, **fields: object) -> tuple[TrellisSpec, float, dict[str, Tensor]]:
+    """Fit a layout and return its spec, its relative error and its tensors."""
+    base = {"method": "trellis", "num_embeddings": len(rows), "embedding_dim": rows.shape[1], "row_nbytes": 6}
+    spec = TrellisSpec(**(base | fields))  # type: ignore[arg-type]
+    source = _Rows(rows)
+    quantizer = fit_trellis(source, spec, FitEffort(refine_rounds=2))
+    tensors = {**quantizer.shared_tensors(), **quantizer.encode(rows, 0)}
+    for short, shape in spec.body_shapes().items():
+        assert tuple(tensors[short].shape) == shape.shape and tensors[short].dtype == shape.dtype, short
+    decoded = decode_rows(spec, tensors, torch.arange(len(rows)))
+    return spec, float((rows - decoded).square().sum() / rows.square().sum()), tensors
+
+
+class _Rows:
+    def __init__(self, rows: Tensor, weights: Tensor | None = None) -> None:
+        self.sample, self.weights = rows, weights
+        self.sample_ids, self.stored_apart_ids = torch.arange(len(rows)), torch.empty(0, dtype=torch.int64)
+
+    def blocks(self) -> list[tuple[int, Tensor]]:
+        return [(0, self.sample)]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("rotation", [None, "pca"])
+@pytest.mark.parametrize("gain_bits", [0, 8])
+@pytest.mark.parametrize("value_source", ["seeded", "stored"])
+def test_every_layout_is_fitted(
+    table: Tensor, window: int, rotation: str | None, gain_bits: int, value_source: str
+) -> None:
+    _, error, _ = fitted(
+        table, window=window, rotation=rotation, gain_bits=gain_bits, value_source=value_source
+    )  # fmt: skip
+    assert error < (0.06 if rotation else 0.08)
+
+
+def test_a_rotation_a_gain_and_a_rank_help_where_they_should(table: Tensor) -> None:
+    mixed = table @ torch.linalg.qr(torch.randn(16, 16))[0]
+    assert fitted(mixed, rotation="pca")[1] < 0.9 * fitted(mixed)[1]
+    norms = torch.randn(len(table), 1).exp() * torch.nn.functional.normalize(torch.randn(len(table), 16))
+    assert fitted(norms, gain_bits=8, row_nbytes=5)[1] < 0.7 * fitted(norms)[1]
+    flat = table[:, :6] @ torch.randn(6, 16)
+    assert fitted(flat, rotation="pca", rank=6)[1] < 0.002
+
+
+def test_a_mean_takes_no_rates(table: Tensor) -> None:
+    assert math.isclose(
+        fitted(table + 5)[1] * float((table + 5).square().sum()),
+        fitted(table)[1] * float(table.square().sum()),
+        rel_tol=0.02,
+    )
+
+
+def test_values_have_one_of_each_interval_after_any_number_of_new_bits() -> None:
+    for window, seed in itertools.product(WINDOWS, (0, 7)):
+        values = seeded_values(window, seed)
+        assert torch.equal(values.half().float(), values) and abs(float(values.mean())) < 1e-3
+        ranks = values.argsort().argsort()
+        for k in range(1, 9):
+            if k <= window:
+                groups = ranks.view(-1, 2**k) >> (window - k)
+                assert torch.equal(groups.sort(1).values, torch.arange(2**k).expand_as(groups))
+    assert not torch.equal(seeded_values(10, 0), seeded_values(10, 1))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"window": 3}, {"window": 17}, {"rotation": "opq"}, {"rank": 4}, {"rotation": "pca", "rank": 16},
+        {"row_nbytes": 17}, {"row_nbytes": 1}, {"gain_bits": 4}, {"value_source": "drawn"}, {"codebook_dtype": "int8"},
+    ],
+)  # fmt: skip
+def test_invalid_specs_are_refused(fields: dict[str, object]) -> None:
+    base = {"kind": "trellis", "method": "trellis", "num_embeddings": 9, "embedding_dim": 16, "row_nbytes": 4}
+    assert isinstance(spec_from_json(base), TrellisSpec)
+    assert spec_from_json(spec_from_json(base).to_json()) == spec_from_json(base)
+    with pytest.raises(SpecError):
+        spec_from_json({**base, **fields})
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("rates", "codes"),
+    [([9, 7], (3, 2)), ([8, 8], (3, 3)), ([255, 1], (3, 32)), ([8, 0], (3, 2)), ([0, 0, 0], (3, 1))],
+)
+def test_rates_that_do_not_match_the_codes_are_refused_before_a_read(
+    rates: list[int], codes: tuple[int, int]
+) -> None:
+    given_rates = torch.tensor(rates, dtype=torch.uint8)
+    with pytest.raises(ShapeError, match="do not form a table"):
+        ops.trellis_states(torch.zeros(2, dtype=torch.int64), torch.zeros(codes).byte(), given_rates, 8)
+    with pytest.raises(ShapeError):
+        pack_states(torch.zeros(2, len(rates), dtype=torch.int64), given_rates, codes[1])
+
+
+@needs_library
+@pytest.mark.parametrize("bad", [-1, 5, 2**62, -(2**62)])
+def test_ids_outside_the_table_are_found(bad: int) -> None:
+    codes, rates = torch.zeros(5, 2).byte(), torch.tensor([8, 8], dtype=torch.uint8)
+    assert ops.trellis_states(torch.tensor([0, bad]), codes, rates, 8) is None
+
+
+def test_a_table_is_converted_within_its_budget(table: Tensor) -> None:
+    model = torch.nn.ModuleDict({"item": torch.nn.Embedding.from_pretrained(table)})
+    layer = cqr.compress_(model, method="trellis", ratio=8)[0]
+    assert isinstance(layer.spec, TrellisSpec) and layer.quality is not None
+    assert 0.9 * table.nbytes / 8 < layer.spec.nbytes <= table.nbytes / 8
+    assert layer.quality.relative_mse < 0.03
+
+
+@pytest.mark.parametrize(
+    "option", [{"rotation": "opq"}, {"window": 9}, {"n_bits": 4}, {"rank": 8, "rotation": "pca"}]
+)
+def test_options_of_other_methods_are_refused(option: dict[str, object]) -> None:
+    with pytest.raises(SpecError):
+        cqr.ConvertOptions(method="trellis", **option)  # type: ignore[arg-type]
