@@ -87,7 +87,7 @@ def random_table(spec: AnySpec, seed: int = 0) -> CompressedTable:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for short, shape in spec.tensor_shapes().items():
-        if short == "rates":
+        if short == "dim_rates":
             tensors[short] = random_rates(shape.shape[0], spec.row_nbytes, generator)  # type: ignore[union-attr]
         elif shape.dtype == torch.int8:
             tensors[short] = torch.randint(-3, 4, shape.shape, generator=generator, dtype=torch.int8)
@@ -150,17 +150,17 @@ def trellis_row(spec: TrellisSpec, tensors: Mapping[str, Tensor], parameters: di
     """A trellis-coded row from the bits of its ring, as one long integer."""
     bits = int.from_bytes(bytes(tensors["codes"][i].tolist()), "little")
     ring, first, values = bits | bits << 8 * spec.row_nbytes, 0, []
-    table = parameters.get("values", seeded_values(spec.window, spec.seed).double())
-    for d, rate in enumerate(tensors["rates"].tolist()):
-        values.append(table[ring >> first & (2**spec.window - 1)] * parameters["scale"][d])
+    table = parameters.get("state_values", seeded_values(spec.window, spec.seed).double())
+    for d, rate in enumerate(tensors["dim_rates"].tolist()):
+        values.append(table[ring >> first & (2**spec.window - 1)] * parameters["dim_scale"][d])
         first += rate
     row = torch.stack(values)
     if spec.gain_bits:
         low, log_ratio = parameters["gain_range"]
-        row = row * low * torch.exp(log_ratio * int(tensors["gain"][i]) / 255)
+        row = row * low * torch.exp(log_ratio * int(tensors["row_gain"][i]) / 255)
     if spec.rotation:
         row = row @ tensors["rotation"].double()
-    return row + parameters["mean"]
+    return row + parameters["row_mean"]
 
 
 def reference_rows(table: CompressedTable, parameters: dict[str, Tensor]) -> Tensor:

@@ -71,7 +71,7 @@ def test_trials_are_counted_and_the_best_one_is_shown(table: Tensor) -> None:
     found = plan(table, recorder, method="auto", ratio=16)
     ((label, total),) = recorder.stages
     assert label == "choosing a layout for emb.weight" and recorder.done == total > 20
-    assert all(re.fullmatch(r"best 0\.\d+ \(\d+x.*b.*\)", text) for text in recorder.texts)
+    assert all(re.fullmatch(r"best 0\.\d+ \((\d+x.*b|\d+ bytes window).*\)", text) for text in recorder.texts)
     assert found.error is not None and f"({found.error:.4f} relative)" in found.reason
 
 

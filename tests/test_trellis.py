@@ -277,7 +277,7 @@ def test_a_table_is_converted_within_its_budget(table: Tensor) -> None:
     model = torch.nn.ModuleDict({"item": torch.nn.Embedding.from_pretrained(table)})
     layer = cqr.compress_(model, method="trellis", ratio=8)[0]
     assert isinstance(layer.spec, TrellisSpec) and layer.quality is not None
-    assert 0.9 * table.nbytes / 8 < layer.spec.nbytes <= table.nbytes / 8
+    assert 0.85 * table.nbytes / 8 < layer.spec.nbytes <= table.nbytes / 8
     assert layer.quality.relative_mse < 0.03
 
 

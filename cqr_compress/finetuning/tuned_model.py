@@ -18,7 +18,7 @@ from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.table.spec import AnySpec, CodebookSpec, spec_from_json
 from cqr_compress.table.table import CompressedTable
 
-_TRAINED = ("codebooks", "row_scale", "row_offset", "scale", "mean", "values", "gain_range")
+_TRAINED = ("codebooks", "row_scale", "row_offset", "dim_scale", "row_mean", "state_values", "gain_range")
 Snapshot = dict[str, Any]
 
 

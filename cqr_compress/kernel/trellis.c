@@ -10,8 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define BLOCK 8 /* dimensions that are decoded together */
-#define TAIL 64 /* bytes at the end of a row that are copied, with the first bytes behind them */
+#define BLOCK 8 /* dimensions whose windows are read together */
+#define CHUNK 64 /* dimensions that are scaled together */
 #define UNREACHED 1e30f
 
 /* ---- search ---- */
@@ -176,80 +176,59 @@ static int find_positions(positions *at, const uint8_t *rates, int P, int64_t wi
     return bit == 8 * width ? 0 : -2;
 }
 
-/* The ring from the byte `width - TAIL`, or 0, on, with its first bytes behind its last: TAIL + 16 bytes. */
-INLINE void copy_tail(uint8_t *tail, const uint8_t *row, int64_t width) {
-    int64_t length = width < TAIL ? width : TAIL;
-    memcpy(tail, row + width - length, length);
-    if (width >= 16) memcpy(tail + length, row, 16);
-    else
-        for (int i = 0; i < 16; i++) tail[length + i] = tail[i < length ? i : i % length];
-}
-
 INLINE uint64_t word_at(const uint8_t *p) {
     uint64_t word;
     memcpy(&word, p, 8);
     return word;
 }
 
-/* The states of the dimensions of one block. */
-INLINE void block_states(int32_t *states, const uint8_t *ring, const int64_t *shift, int is_narrow, int mask) {
-    uint64_t word = word_at(ring);
-    for (int j = 0; j < BLOCK; j++)
-        states[j] = (is_narrow ? word >> shift[j] : word_at(ring + (shift[j] >> 3)) >> (shift[j] & 7)) & mask;
+/* The 64 bits of a ring of at least 8 bytes from its byte `first` on, which may be its length. */
+INLINE uint64_t ring_word(const uint8_t *row, int64_t width, int64_t first) {
+    int64_t over = first + 8 - width;
+    if (over <= 0) return word_at(row + first);
+    return over == 8 ? word_at(row) : word_at(row + width - 8) >> 8 * over | word_at(row) << (64 - 8 * over);
 }
 
-/* values[states] of one block with windows within 64 bits. */
-INLINE void block_values(float *out, const uint8_t *ring, const int64_t *shift, int mask, const float *values) {
-#if defined(__AVX512F__) && defined(__AVX512VL__)
-    __m512i words = _mm512_set1_epi64((int64_t)word_at(ring));
-    words = _mm512_srlv_epi64(words, _mm512_loadu_si512(shift));
-    __m256i states = _mm256_and_si256(_mm512_cvtepi64_epi32(words), _mm256_set1_epi32(mask));
-    _mm256_storeu_ps(out, _mm256_i32gather_ps(values, states, 4));
-#elif defined(__AVX2__)
-    __m256i words = _mm256_set1_epi64x((int64_t)word_at(ring)), masks = _mm256_set1_epi64x(mask);
-    for (int j = 0; j < BLOCK; j += 4) {
-        __m256i by = _mm256_loadu_si256((const __m256i *)(shift + j));
-        __m256i states = _mm256_and_si256(_mm256_srlv_epi64(words, by), masks);
-        _mm_storeu_ps(out + j, _mm256_i64gather_ps(values, states, 4));
-    }
-#else
-    int32_t states[BLOCK];
-    block_states(states, ring, shift, 1, mask);
-    for (int j = 0; j < BLOCK; j++) out[j] = values[states[j]];
-#endif
+/* The states of the dimensions of a block, 0 for those beyond the last. */
+INLINE void block_states(uint32_t *states, const uint8_t *row, int64_t width, const positions *at, int block, int mask) {
+    const int64_t *shift = at->shift + (int64_t)block * BLOCK, first = at->byte[block];
+    if (at->is_narrow[block]) {
+        uint64_t word = ring_word(row, width, first);
+        for (int j = 0; j < BLOCK; j++) states[j] = word >> shift[j] & mask;
+    } else
+        for (int j = 0; j < BLOCK; j++)
+            states[j] = ring_word(row, width, first + (shift[j] >> 3)) >> (shift[j] & 7) & mask;
 }
 
-/* One row: states (P), or rows out (P) = gain * values * scale + mean; `mean` may be null. */
+/* One row: states (P), or out (P) = gain * values * scale + mean; `mean` may be null. The values of a chunk are stored
+ * before they are read as vectors, because a vector that is read from recent scalar stores has to wait for them. */
 INLINE void decode_row(int32_t *states, float *out, const uint8_t *row, int64_t width, const positions *at, int P, int L,
                        const float *values, const float *scale, const float *mean, float gain) {
-    uint8_t tail[TAIL + 16];
-    const uint8_t *end = tail - (width > TAIL ? width - TAIL : 0);
     const int mask = (1 << L) - 1;
-    copy_tail(tail, row, width);
-    for (int d = 0, block = 0; d < P; d += BLOCK, block++) {
-        const int64_t *shift = at->shift + d, first = at->byte[block];
-        const uint8_t *ring = (first + BLOCK + 8 <= width ? row : end) + first;
-        int n = P - d < BLOCK ? P - d : BLOCK;
-        if (states) {
-            int32_t found[BLOCK];
-            block_states(found, ring, shift, at->is_narrow[block], mask);
-            for (int j = 0; j < n; j++) states[d + j] = found[j];
-            continue;
+    uint8_t ring[16];
+    if (width < 8) {
+        for (int i = 0; i < 16; i++) ring[i] = i < width ? row[i] : ring[i - width];
+        row = ring;
+        width = 16;
+    }
+    for (int start = 0; start < P; start += CHUNK) {
+        float made[CHUNK];
+        const int n = P - start < CHUNK ? P - start : CHUNK;
+        for (int d = 0; d < n; d += BLOCK) {
+            uint32_t found[BLOCK];
+            block_states(found, row, width, at, (start + d) / BLOCK, mask);
+            if (states)
+                for (int j = 0; j < BLOCK && d + j < n; j++) states[start + d + j] = found[j];
+            else
+                for (int j = 0; j < BLOCK; j++) made[d + j] = values[found[j]];
         }
-        float made[BLOCK];
-        if (at->is_narrow[block]) block_values(made, ring, shift, mask, values);
-        else {
-            int32_t found[BLOCK];
-            block_states(found, ring, shift, 0, mask);
-            for (int j = 0; j < BLOCK; j++) made[j] = values[found[j]];
-        }
-        if (n == BLOCK && mean)
-            for (int j = 0; j < BLOCK; j++) out[d + j] = gain * (made[j] * scale[d + j]) + mean[d + j];
-        else if (n == BLOCK)
-            for (int j = 0; j < BLOCK; j++) out[d + j] = gain * (made[j] * scale[d + j]);
+        if (states) continue;
+        float *to = out + start;
+        const float *by = scale + start, *add = mean ? mean + start : 0;
+        if (mean)
+            for (int j = 0; j < n; j++) to[j] = gain * (made[j] * by[j]) + add[j];
         else
-            for (int j = 0; j < n; j++)
-                out[d + j] = gain * (made[j] * scale[d + j]) + (mean ? mean[d + j] : 0.0f);
+            for (int j = 0; j < n; j++) to[j] = gain * (made[j] * by[j]);
     }
 }
 

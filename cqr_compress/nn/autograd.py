@@ -67,8 +67,8 @@ def lookup_cpu(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Ten
 
 def _trellis_rows(spec: TrellisSpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
     """Compute trellis-coded rows; arguments and result as in `lookup_cpu`."""
-    codes, scale, rates = tensors["codes"], tensors["scale"], tensors["rates"]
-    gain, whole = tensors.get("gain"), "rotation" not in tensors
+    codes, scale, rates = tensors["codes"], tensors["dim_scale"], tensors["dim_rates"]
+    gain, whole = tensors.get("row_gain"), "rotation" not in tensors
     bytes_ = [t for t in (codes, rates, gain) if t is not None]
     if not all(_usable(t, scale) for t in bytes_) or len(codes) != spec.num_embeddings:
         return None
@@ -78,7 +78,7 @@ def _trellis_rows(spec: TrellisSpec, tensors: Mapping[str, Tensor], ids: Tensor)
             return None
         gain = None if gain is None else gain.index_select(0, ids)
         return rotated(tensors, values_of_states(spec, tensors, states, gain))
-    mean = tensors["mean"].float() if whole and "mean" in tensors else None
+    mean = tensors["row_mean"].float() if whole and "row_mean" in tensors else None
     gains = None if gain is None else gain_table(tensors["gain_range"].float())
     values = value_table(spec, tensors)
     rows = ops.trellis_lookup(ids, codes, rates, spec.window, values, scale.float(), mean, gain, gains)

@@ -120,7 +120,7 @@ def _blocks(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor) -> It
     rows = N if is_tracing() else BLOCK_ROWS
     products = _codeword_products(spec, tensors, queries) if isinstance(spec, CodebookSpec) else None
     if isinstance(spec, TrellisSpec):  # (x R + m) . h = x . (h R^T) + m . h
-        projected, constant = _projected(tensors, queries.t()), tensors["mean"].to(queries.dtype) @ queries.t()
+        projected, constant = _projected(tensors, queries.t()), tensors["row_mean"].to(queries.dtype) @ queries.t()
     for start in range(0, N, rows):
         ids = torch.arange(start, min(start + rows, N), device=queries.device)
         if isinstance(spec, CodebookSpec):
@@ -143,7 +143,7 @@ def _projected(tensors: Mapping[str, Tensor], queries: Tensor) -> Tensor:
 
 def _unrotated(spec: TrellisSpec, tensors: Mapping[str, Tensor], start: int, ids: Tensor) -> Tensor:
     """Decode trellis-coded rows of ascending ids from `start` on, before rotation and mean: (B, P)."""
-    centered = {short: t for short, t in tensors.items() if short not in ("mean", "rotation")}
+    centered = {short: t for short, t in tensors.items() if short not in ("row_mean", "rotation")}
     rows = lookup_cpu(spec, centered, ids)
     if rows is None:
         here = {short: t[start : start + len(ids)] if short in PER_ROW else t for short, t in centered.items()}

@@ -143,7 +143,7 @@ class TableLayer(nn.Module):
     def _lookup_tensors(self) -> dict[str, Tensor]:
         """Return the table's tensors, with those that are computed from a seed."""
         tensors, seeded = self.table_tensors(), self.owner._buffers.get(_VALUES)
-        return tensors if seeded is None else {**tensors, "values": seeded}
+        return tensors if seeded is None else {**tensors, "state_values": seeded}
 
     def table(self) -> CompressedTable:
         """Return the table with the dtypes in memory; its tensors are shared, except converted exact rows."""

@@ -18,7 +18,7 @@ from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.trellis_search import search_paths
 from cqr_compress.table.base_spec import FLOAT_DTYPES
 from cqr_compress.table.spec import AnySpec, TrellisSpec
-from cqr_compress.table.trellis import seeded_values, values_of_states
+from cqr_compress.table.trellis import seeded_values, value_table, values_of_states
 from cqr_compress.table.trellis_spec import MAX_RATE, SEEDED_VALUES, STORED_VALUES
 
 _ROUNDS = 4
@@ -90,16 +90,16 @@ class TrellisQuantizer:
     weights: Tensor
 
     def shared_tensors(self) -> dict[str, Tensor]:
-        """Return `rates`, `scale`, `mean`, and `values`, `rotation`, `gain_range` where the spec has them."""
+        """Return all tensors of the spec without an entry for each row."""
         return self.tensors
 
     def encode(self, rows: Tensor, first_row: int) -> dict[str, Tensor]:
-        """Encode rows: (B, D) float32 to `codes` (B, row_nbytes) and `gain` (B,) uint8."""
+        """Encode rows: (B, D) float32 to `codes` (B, row_nbytes) and `row_gain` (B,) uint8."""
         spec, tensors = self.spec, self.tensors
-        centered = rows - tensors["mean"].float()
+        centered = rows - tensors["row_mean"].float()
         unit = centered / _norms(centered)[:, None] if spec.gain_bits else centered
-        rates, kept = tensors["rates"], tensors["rates"] > 0
-        values = tensors["values"].float() if "values" in tensors else seeded_values(spec.window, spec.seed)
+        rates, kept = tensors["dim_rates"], tensors["dim_rates"] > 0
+        values = value_table(spec, tensors)
         found, codes = search_paths(
             (unit @ self.projection)[:, kept], self.weights[kept], rates[kept], spec.window, values
         )
@@ -113,7 +113,7 @@ class TrellisQuantizer:
         gains = (centered * made).sum(1) / made.square().sum(1).clamp_min(1e-30)
         low, log_ratio = tensors["gain_range"].double()
         steps = (gains.double().clamp_min(1e-300).log() - low.log()) / log_ratio.clamp_min(1e-12) * 255
-        return {"codes": codes, "gain": steps.round().clamp(0, 255).to(torch.uint8)}
+        return {"codes": codes, "row_gain": steps.round().clamp(0, 255).to(torch.uint8)}
 
 
 def fit_trellis(
@@ -153,15 +153,15 @@ def fit_trellis(
     full = torch.zeros(P)
     full[kept] = sigma[kept] * scale
     projection = directions.float() / torch.where(kept, full, 1.0)
-    tensors = {"rates": rates, "mean": mean.to(dtype)}
-    if spec.rotation:  # int8 with a scale for each direction, which `scale` contains
+    tensors = {"dim_rates": rates, "row_mean": mean.to(dtype)}
+    if spec.rotation:  # int8 with a scale for each direction, which `dim_scale` contains
         largest = directions.abs().amax(0).float().clamp_min(1e-12)
         tensors["rotation"] = (directions.float() / largest * 127).round().T.contiguous().to(torch.int8)
-        tensors["scale"] = (full * largest / 127).to(dtype)
+        tensors["dim_scale"] = (full * largest / 127).to(dtype)
     else:
-        tensors["scale"] = full.to(dtype)
+        tensors["dim_scale"] = full.to(dtype)
     if spec.value_source == STORED_VALUES:
-        tensors["values"] = values.to(dtype)
+        tensors["state_values"] = values.to(dtype)
     if spec.gain_bits:
         low, high = float(norms.min()) * 0.9, float(norms.max()) * 1.1
         tensors["gain_range"] = torch.tensor([low, math.log(high / low)]).to(dtype)
@@ -228,6 +228,8 @@ class TrellisMethod:
     def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
         """Iterate over layouts with and without rotation, gain and stored values, up to the budget."""
         D, budget = facts.shape[1], budget_bytes(facts, options) or facts.nbytes
+        if (options.window or _SHORT_WINDOW) > MAX_RATE * D:
+            return
         rotations = (options.rotation,) if options.rotation else (None, "pca") if D <= MAX_ROTATED_DIM else (None,)
         variances = facts.principal_variances() if "pca" in rotations else torch.empty(0)
         for rotation, gain_bits, source in product(rotations, (0, 8), (SEEDED_VALUES, STORED_VALUES)):

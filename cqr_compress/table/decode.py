@@ -14,7 +14,7 @@ from cqr_compress.table.spec import AnySpec, CodebookSpec, TrellisSpec
 from cqr_compress.table.tracing import is_exporting, is_tracing
 from cqr_compress.table.trellis import values_of_states, window_states
 
-PER_ROW = frozenset({"codes", "row_scale", "row_offset", "gain"})
+PER_ROW = frozenset({"codes", "row_scale", "row_offset", "row_gain"})
 """Tensors with one entry for each row of the table."""
 
 
@@ -116,8 +116,8 @@ def decode_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Te
         table = at_least_float32(tensors["codebooks"]).reshape(-1, spec.sub_dim)
         return rotated(tensors, sum_codewords(flat, table, spec.num_levels).reshape(-1, spec.width))
     if isinstance(spec, TrellisSpec):
-        states = window_states(tensors["codes"], tensors["rates"], spec.window)
-        return rotated(tensors, values_of_states(spec, tensors, states, tensors.get("gain")))
+        states = window_states(tensors["codes"], tensors["dim_rates"], spec.window)
+        return rotated(tensors, values_of_states(spec, tensors, states, tensors.get("row_gain")))
     codes = unpack_codes(tensors["codes"], spec.embedding_dim, spec.n_bits)
     scale, offset = (at_least_float32(tensors[name])[:, None] for name in ("row_scale", "row_offset"))
     return offset + scale * codes
@@ -125,7 +125,7 @@ def decode_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Te
 
 def rotated(tensors: Mapping[str, Tensor], rows: Tensor) -> Tensor:
     """Multiply rows (B, width) by the table's rotation and add its mean, where it has them: (B, D)."""
-    mean = tensors.get("mean")
+    mean = tensors.get("row_mean")
     if "rotation" not in tensors:
         return rows if mean is None else rows + mean.to(rows.dtype)
     with torch.autocast(rows.device.type, enabled=False):  # autocast must not reduce the precision of a table

@@ -79,7 +79,7 @@ def check_rates(rates: Tensor, row_nbytes: int) -> None:
 
 def value_table(spec: TrellisSpec, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the values of the states, stored or computed from the seed: (2**window,) float32 or float64."""
-    values, scale = tensors.get("values"), tensors["scale"]
+    values, scale = tensors.get("state_values"), tensors["dim_scale"]
     if values is None:
         values = seeded_values(spec.window, spec.seed)
     return values.to(scale.device, torch.float64 if scale.dtype == torch.float64 else torch.float32)
@@ -125,7 +125,7 @@ def values_of_states(
 
     Args:
         spec: the table's spec.
-        tensors: `scale`, and `values`, `gain_range` where the spec has them.
+        tensors: `dim_scale`, and `state_values`, `gain_range` where the spec has them.
         states: (B, P) integers.
         gain: (B,) uint8 codes of the gains of the rows; None if the spec has none.
 
@@ -133,7 +133,7 @@ def values_of_states(
         (B, P) float32 or float64.
     """
     values = value_table(spec, tensors)
-    rows: Tensor = F.embedding(states, values[:, None]).squeeze(2) * tensors["scale"].to(values.dtype)
+    rows: Tensor = F.embedding(states, values[:, None]).squeeze(2) * tensors["dim_scale"].to(values.dtype)
     if gain is None:
         return rows
     gains = gain_table(tensors["gain_range"].to(values.dtype))

@@ -32,12 +32,12 @@ class TrellisSpec(TableSpec):
         rank: P, number of coded dimensions before the rotation; None for D.
         gain_bits: 8 if each row has a factor, on a logarithmic scale; else 0.
         value_source: "stored", or "seeded" if the values are computed from the seed and take no bytes.
-        codebook_dtype: dtype of `scale`, `mean`, `values` and `gain_range`.
+        codebook_dtype: dtype of `dim_scale`, `row_mean`, `state_values` and `gain_range`.
         seed: seed of the values and the fit.
     """
 
     kind: ClassVar[str] = "trellis"
-    dtype_sources: ClassVar[dict[str, str]] = {"codebook_dtype": "scale"}
+    dtype_sources: ClassVar[dict[str, str]] = {"codebook_dtype": "dim_scale"}
     row_nbytes: int
     window: int = 10
     rotation: str | None = None
@@ -82,23 +82,23 @@ class TrellisSpec(TableSpec):
         return 1 << self.window
 
     def body_shapes(self) -> dict[str, TensorShape]:
-        """Return `codes` (N, row_nbytes), `rates` and `scale` (P,), `mean` (D,), and the optional tensors.
+        """Return `codes` (N, row_nbytes), `dim_rates` and `dim_scale` (P,), `row_mean` (D,), and optional tensors.
 
-        These are `values` (2**window,), `rotation` (P, D) int8, `gain` (N,) uint8 and `gain_range` (2,).
+        These are `state_values` (2**window,), `rotation` (P, D) int8, `row_gain` (N,) uint8 and `gain_range` (2,).
         """
         N, P, D, dtype = self.num_embeddings, self.width, self.embedding_dim, FLOAT_DTYPES[self.codebook_dtype]
         shapes = {
             "codes": TensorShape((N, self.row_nbytes), torch.uint8),
-            "rates": TensorShape((P,), torch.uint8),
-            "scale": TensorShape((P,), dtype),
-            "mean": TensorShape((D,), dtype),
+            "dim_rates": TensorShape((P,), torch.uint8),
+            "dim_scale": TensorShape((P,), dtype),
+            "row_mean": TensorShape((D,), dtype),
         }
         if self.value_source == STORED_VALUES:
-            shapes["values"] = TensorShape((self.num_values,), dtype)
+            shapes["state_values"] = TensorShape((self.num_values,), dtype)
         if self.rotation:
             shapes["rotation"] = TensorShape((P, D), torch.int8)
         if self.gain_bits:
-            shapes["gain"] = TensorShape((N,), torch.uint8)
+            shapes["row_gain"] = TensorShape((N,), torch.uint8)
             shapes["gain_range"] = TensorShape((2,), dtype)
         return shapes
 
