@@ -12,6 +12,7 @@ from cqr_compress.planning.choose import TablePlan
 from cqr_compress.planning.scan import ScannedTable
 from cqr_compress.progress import Progress
 from cqr_compress.quantize.registry import method_of
+from cqr_compress.table.blocks import row_blocks
 from cqr_compress.table.decode import decode
 from cqr_compress.table.quality import QualityMeter
 
@@ -53,7 +54,12 @@ def encode_table(
         for short, tensor in encoded.items():
             put(short, tensor)
         ids = torch.arange(start, start + len(rows))
-        decoded = decode(spec, {**shared, **encoded}, ids)
+        decoded = torch.cat(
+            [
+                decode(spec, shared | {short: t[a:b] for short, t in encoded.items()}, ids[a:b])
+                for a, b in row_blocks(len(rows), spec.work_width)
+            ]
+        )
         lost = ids[~decoded.isfinite().all(1)]
         if not torch.isin(lost, scan.exact_ids).all():
             raise VerificationError(

@@ -24,7 +24,7 @@ BRIEF = FitEffort(kmeans_iterations=4, refine_rounds=1, beam=1)
 _MIN_SHARE = 0.8
 _SCALAR_LOSS = 2.72
 _CLOSE = 1.08
-_PROBES, _HOPELESS = 8, 1.25
+_PROBES, _HOPELESS = 5, 1.25
 """Number of codebooks that are tried before the others are dropped, if all have 25% more error than a trellis."""
 _PROMISING = 1.5
 """Layouts with more error in a brief trial, relative to the best, have no longer one."""
@@ -95,7 +95,7 @@ def worth_trying(specs: Sequence[AnySpec]) -> list[AnySpec]:
             sources = spec.code_sources if spec.method == "cqr" else ()
             key = (spec.num_columns, spec.codebook_size, spec.rotation, spec.rank, sources)
         elif isinstance(spec, TrellisSpec):
-            key = (spec.rotation, spec.gain_bits, spec.value_source)
+            key = (spec.rotation, spec.gain_bits)
         if key not in best or spec.nbytes > best[key].nbytes:
             best[key] = spec
     most = max(spec.nbytes for spec in best.values())

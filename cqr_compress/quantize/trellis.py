@@ -17,9 +17,10 @@ from cqr_compress.quantize.layouts import MAX_ROTATED_DIM, budget_bytes, table_f
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.trellis_search import search_paths
 from cqr_compress.table.base_spec import FLOAT_DTYPES
+from cqr_compress.table.blocks import row_blocks
 from cqr_compress.table.spec import AnySpec, TrellisSpec
 from cqr_compress.table.trellis import seeded_values, value_table, values_of_states
-from cqr_compress.table.trellis_spec import MAX_RATE, SEEDED_VALUES, STORED_VALUES
+from cqr_compress.table.trellis_spec import MAX_RATE, STORED_VALUES
 
 _ROUNDS = 4
 _FIT_VALUES, _FIT_ROWS = 2**20, (2048, 16384)
@@ -28,6 +29,9 @@ _LONG_WINDOW, _SHORT_WINDOW = 12, 10
 _LONG_WINDOW_VALUES = 2**24
 """Largest table, in values, with a window of 12 bits: its search is four times as slow and gains 0.1 to 0.3 dB."""
 _LONG_WINDOW_BITS = 1.5
+_MOMENT_ROWS = 4096
+_STORED_SHARE = 0.0025
+"""Largest share of the budget for stored values: they lower the error by about 0.03 dB or 0.005 bits per value."""
 _PRIOR_COUNT = 2.0
 """Weight of a value before a round, in average weights of a row's error, when it is averaged."""
 
@@ -95,14 +99,16 @@ class TrellisQuantizer:
 
     def encode(self, rows: Tensor, first_row: int) -> dict[str, Tensor]:
         """Encode rows: (B, D) float32 to `codes` (B, row_nbytes) and `row_gain` (B,) uint8."""
+        parts = [self._encode(rows[a:b]) for a, b in row_blocks(len(rows), self.spec.work_width)]
+        return {short: torch.cat([part[short] for part in parts]) for short in parts[0]}
+
+    def _encode(self, rows: Tensor) -> dict[str, Tensor]:
         spec, tensors = self.spec, self.tensors
         centered = rows - tensors["row_mean"].float()
         unit = centered / _norms(centered)[:, None] if spec.gain_bits else centered
         rates, kept = tensors["dim_rates"], tensors["dim_rates"] > 0
-        values = value_table(spec, tensors)
-        found, codes = search_paths(
-            (unit @ self.projection)[:, kept], self.weights[kept], rates[kept], spec.window, values
-        )
+        target, values = (unit @ self.projection)[:, kept], value_table(spec, tensors)
+        found, codes = search_paths(target, self.weights[kept], rates[kept], spec.window, values)
         if not spec.gain_bits:
             return {"codes": codes}
         states = torch.zeros(len(rows), spec.width, dtype=torch.int32)
@@ -129,14 +135,13 @@ def fit_trellis(
     """
     sample, D, P = rows.sample, spec.embedding_dim, spec.width
     cost = torch.ones(len(sample)) if rows.weights is None else rows.weights[rows.sample_ids].clone()
-    mean = ((sample * cost[:, None]).sum(0, dtype=torch.float64) / cost.sum(dtype=torch.float64)).float()
     dtype = FLOAT_DTYPES[spec.codebook_dtype]
-    mean = mean.to(dtype).float()
+    mean = (cost @ sample / cost.sum()).to(dtype).float()
     centered = sample - mean
     norms = _norms(centered) if spec.gain_bits else torch.ones(len(sample))
-    cost = cost * norms.square()
-    unit = centered / norms[:, None] if spec.gain_bits else centered
-    covariance = (unit * cost[:, None]).T.double() @ unit.double() / cost.sum(dtype=torch.float64)
+    cost *= norms.square()
+    unit = centered.div_(norms[:, None]) if spec.gain_bits else centered
+    covariance = weighted_covariance(unit, cost)
     if spec.rotation:
         variances, directions = (part.flip(-1)[..., :P] for part in torch.linalg.eigh(covariance))
     else:
@@ -196,6 +201,14 @@ def _fit_values(
     return scale, values
 
 
+def weighted_covariance(rows: Tensor, weights: Tensor) -> Tensor:
+    """Compute the weighted second moments of rows (n, D) with weights (n,), in blocks: (D, D) float64."""
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for part, cost in zip(torch.split(rows, _MOMENT_ROWS), torch.split(weights, _MOMENT_ROWS), strict=True):
+        total += ((part * cost[:, None]).T @ part).double()
+    return total / weights.sum(dtype=torch.float64)
+
+
 def _norms(rows: Tensor) -> Tensor:
     """Return the root mean squares (B,) of rows (B, D), at least 1e-9 of a unit."""
     return rows.square().mean(1).sqrt().clamp_min(1e-9)
@@ -226,20 +239,19 @@ class TrellisMethod:
         return False
 
     def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
-        """Iterate over layouts with and without rotation, gain and stored values, up to the budget."""
+        """Iterate over layouts with and without rotation and gain, as large as the budget allows."""
         D, budget = facts.shape[1], budget_bytes(facts, options) or facts.nbytes
         if (options.window or _SHORT_WINDOW) > MAX_RATE * D:
             return
         rotations = (options.rotation,) if options.rotation else (None, "pca") if D <= MAX_ROTATED_DIM else (None,)
         variances = facts.principal_variances() if "pca" in rotations else torch.empty(0)
-        for rotation, gain_bits, source in product(rotations, (0, 8), (SEEDED_VALUES, STORED_VALUES)):
+        for rotation, gain_bits in product(rotations, (0, 8)):
             spec = TrellisSpec(
                 method="trellis",
                 row_nbytes=D,
                 window=options.window or _SHORT_WINDOW,
                 rotation=rotation,
                 gain_bits=gain_bits,
-                value_source=source,
                 codebook_dtype=value_dtype(facts, options),
                 seed=options.seed,
                 **table_fields(facts),
@@ -247,6 +259,8 @@ class TrellisMethod:
             spec = _largest(spec, variances, budget)
             if options.window is None and _deserves_long_window(spec):
                 spec = _largest(replace(spec, window=_LONG_WINDOW), variances, budget)
+            if spec.num_values * FLOAT_DTYPES[spec.codebook_dtype].itemsize <= _STORED_SHARE * budget:
+                spec = _largest(replace(spec, value_source=STORED_VALUES), variances, budget)
             yield spec
 
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
