@@ -138,6 +138,8 @@ LAYOUTS: list[dict[str, Any]] = [
     {"method": "cqr", "num_columns": 4, "n_bits": 3, "helper": "stored"},
     {"method": "hash", "ratio": 8.0},
     {"method": "int4"},
+    {"method": "trellis", "ratio": 20.0},
+    {"method": "trellis", "ratio": 12.0, "rotation": "pca"},
 ]
 
 
@@ -324,11 +326,21 @@ def test_reassignments_move_no_more_ids_than_they_may(small: Path, tmp_path: Pat
         reassign_(model, losses, max_moved=0.0)
 
 
-def test_reassigned_codes_come_closer_to_where_rows_want_to_be(small: Path) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"method": "pq", "num_columns": 4, "n_bits": 4}, {"method": "trellis", "ratio": 16.0},
+        {"method": "trellis", "ratio": 20.0, "rotation": "pca"}, {"method": "trellis", "ratio": 16.0, "window": 8},
+    ],
+    ids=lambda asked: "-".join(map(str, asked.values())),
+)  # fmt: skip
+def test_reassigned_codes_come_closer_to_where_rows_want_to_be(
+    asked: dict[str, Any], dense: Path, tmp_path: Path
+) -> None:
     from cqr_compress.clustering.reassign import reassign_
 
     model = Ratings()
-    cqr.load_compressed(model, small)
+    cqr.load_compressed(model, compressed(dense, tmp_path, **asked))
     model.float().eval()
 
     def losses() -> Iterator[Tensor]:

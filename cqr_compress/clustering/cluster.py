@@ -20,7 +20,7 @@ from cqr_compress.clustering.options import Clustering, ClusterOptions
 from cqr_compress.errors import ShapeError, SpecError, TableNotFoundError
 from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.progress import NoProgress, Progress
-from cqr_compress.table.spec import HASHED, STORED, CodebookSpec
+from cqr_compress.table.spec import HASHED, STORED, AnySpec, CodebookSpec
 
 
 def cluster_(
@@ -83,17 +83,15 @@ def cluster_(
 
 def clusterable_layers(model: nn.Module) -> dict[str, TableLayer]:
     """Find the layers with one level of stored codes, each table once, by name in the model."""
-    return codebook_layers(model, _is_clusterable)
+    return layers_with(model, _is_clusterable)
 
 
-def codebook_layers(model: nn.Module, wanted: Callable[[CodebookSpec], bool]) -> dict[str, TableLayer]:
-    """Find the layers with codebooks whose spec satisfies a predicate, each table once, by name in the model."""
+def layers_with(model: nn.Module, wanted: Callable[[AnySpec], bool]) -> dict[str, TableLayer]:
+    """Find the layers whose spec satisfies a predicate, each table once, by name in the model."""
     layers: dict[str, TableLayer] = {}
     for name, module in model.named_modules():
-        if isinstance(module, TableLayer) and module.owner not in layers.values():
-            spec = module.spec
-            if isinstance(spec, CodebookSpec) and wanted(spec):
-                layers[name] = module.owner
+        if isinstance(module, TableLayer) and module.owner not in layers.values() and wanted(module.spec):
+            layers[name] = module.owner
     return layers
 
 
@@ -114,7 +112,9 @@ def _nothing_to_cluster(model: nn.Module) -> str:
     )
 
 
-def _is_clusterable(spec: CodebookSpec) -> bool:
+def _is_clusterable(spec: AnySpec) -> bool:
+    if not isinstance(spec, CodebookSpec):
+        return False
     return spec.num_stored_levels == 1 and set(spec.code_sources) <= {STORED, HASHED}
 
 

@@ -42,13 +42,15 @@ class LayerClustering:
         cls, name: str, layer: TableLayer, weights: Tensor | None, options: ClusterOptions, gradient_informed: bool
     ) -> LayerClustering:
         targets, tensors = Targets.begin(name, layer, options, gradient_informed), layer.table_tensors()
-        seed = targets.spec.seed + 1 + options.seed
+        spec = targets.spec
+        assert isinstance(spec, CodebookSpec)
+        seed = spec.seed + 1 + options.seed
         return cls(
             targets=targets,
             weights=weights,
             codebooks=torch.zeros_like(tensors["codebooks"], dtype=torch.float32),
             codes=tensors["codes"].clone(),
-            sample=_sample_ids(layer, options.points_per_centroid * targets.spec.codebook_size, seed),
+            sample=_sample_ids(layer, options.points_per_centroid * spec.codebook_size, seed),
             seed=seed,
         )
 
@@ -56,6 +58,7 @@ class LayerClustering:
     def update_column(self, column: int, gradients: RowGradients | None) -> None:
         """Compute the centroids of a column, and the nearest centroid of each id."""
         spec, options = self.targets.spec, self.targets.options
+        assert isinstance(spec, CodebookSpec)
         K = spec.codebook_size
         weights = self.weights
         if weights is None and gradients is not None:
@@ -88,6 +91,7 @@ class LayerClustering:
     def finish(self, optimizer: torch.optim.Optimizer | None) -> Clustering:
         """Write the new pointers, codewords and hash seed to the layer, identically in all processes."""
         layer, spec = self.targets.layer, self.targets.spec
+        assert isinstance(spec, CodebookSpec)
         tensors = layer.table_tensors()
         for made in (self.codes, self.codebooks):
             distributed.broadcast_(made)

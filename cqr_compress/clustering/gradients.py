@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cqr_compress.clustering.observe import usage
 from cqr_compress.nn.table_layer import TableLayer
-from cqr_compress.table.spec import CodebookSpec
+from cqr_compress.table.spec import CodebookSpec, TrellisSpec
 
 _EM_STEPS = 100
 
@@ -43,7 +43,7 @@ class RowGradients:
     def zeros(cls, layer: TableLayer, columns: slice) -> RowGradients:
         """Create zeros on the layer's device, for a pass over data."""
         N, device = layer.num_embeddings, layer.device
-        spec = cast(CodebookSpec, layer.spec)
+        spec = cast("CodebookSpec | TrellisSpec", layer.spec)
         width, S = len(range(*columns.indices(spec.width))), spec.sub_dim
         return cls(
             columns=columns,

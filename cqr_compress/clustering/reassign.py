@@ -1,7 +1,7 @@
 """Reassignment of codes during training: codes are reassigned toward a damped Newton target of each row.
 
-Codebooks are unchanged. Unlike clustering, this supports any number of stored levels, and a limit on the share of
-ids that change keeps the training stable.
+Codebooks are unchanged. Unlike clustering, this supports any number of stored levels and trellises, and a limit on
+the share of ids that change keeps the training stable.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cqr_compress import distributed
-from cqr_compress.clustering.cluster import codebook_layers, listed_layers
+from cqr_compress.clustering.cluster import layers_with, listed_layers
 from cqr_compress.clustering.gradient_passes import update_columns
 from cqr_compress.clustering.gradients import RowGradients
 from cqr_compress.clustering.observe import Losses
@@ -24,8 +24,10 @@ from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.progress import NoProgress, Progress
 from cqr_compress.quantize.base import FitEffort
 from cqr_compress.quantize.code_search import encode_rows
+from cqr_compress.quantize.trellis_search import search_paths
 from cqr_compress.table.bitpack import pack_codes, unpack_codes
-from cqr_compress.table.spec import STORED
+from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec, TrellisSpec
+from cqr_compress.table.trellis import gain_table, value_table
 
 _EFFORT = FitEffort(refine_rounds=1, restarts=1)
 _FLOOR = 0.1  # keeps the metric positive definite
@@ -85,14 +87,23 @@ def reassign_(
             f"{type(model).__name__} has no layer whose codes are all stored{listed_layers(model)}: load a table "
             "compressed with pq, rq, prq, or cqr and helper stored or none"
         )
-    updates = [LayerReassignment.begin(name, layer, options, max_moved) for name, layer in layers.items()]
+    updates = [
+        (TrellisReassignment if isinstance(layer.spec, TrellisSpec) else LayerReassignment).begin(
+            name, layer, options, max_moved
+        )
+        for name, layer in layers.items()
+    ]
     done = update_columns(model, updates, losses, options.buffer_bytes, "reassigning codes", progress)
     return [update.finish() for update in done]
 
 
 def reassignable_layers(model: nn.Module) -> dict[str, TableLayer]:
     """Find the layers whose codes are all stored, each table once, by name in the model."""
-    return codebook_layers(model, lambda spec: set(spec.code_sources) == {STORED})
+    return layers_with(model, _is_reassignable)
+
+
+def _is_reassignable(spec: AnySpec) -> bool:
+    return isinstance(spec, TrellisSpec) or (isinstance(spec, CodebookSpec) and set(spec.code_sources) == {STORED})
 
 
 @dataclass(eq=False)
@@ -115,7 +126,7 @@ class LayerReassignment:
     def update_column(self, column: int, gradients: RowGradients | None) -> None:
         """Re-encode one column of every row, and apply the changes with the largest expected gain."""
         targets, spec = self.targets, self.targets.spec
-        assert gradients is not None and targets.prior is not None
+        assert gradients is not None and targets.prior is not None and isinstance(spec, CodebookSpec)
         first = gradients.columns.start // spec.sub_dim
         values, vectors = gradients.directions(column - first)
         basis = vectors * (values + _FLOOR).sqrt()  # (S, S): Euclidean distances become the Fisher metric
@@ -132,18 +143,23 @@ class LayerReassignment:
             precision = (gradients.fisher[ids] + targets.prior.precision).cpu()
             gain[ids.cpu()] = (before - (wanted - made).square().sum(1)) * precision
             found[ids.cpu()] = new.to(torch.int32)
-        better = gain > 0
-        self.wanted |= better
-        limit = max(1, int(self.max_moved * spec.num_embeddings))
-        chosen = better.nonzero().flatten()
-        if len(chosen) > limit:
-            chosen = gain.topk(limit).indices.sort().values
-        self.moved[chosen] = True
+        chosen = self.choose(gain)
         at = slice(column * spec.num_levels, (column + 1) * spec.num_levels)
         for ids in targets.id_blocks(chosen):
             codes = unpack_codes(self.codes[ids], spec.num_columns * spec.num_levels, spec.n_bits)
             codes[:, at] = found[ids].to(codes.dtype)
             self.codes[ids] = pack_codes(codes, spec.n_bits)
+
+    def choose(self, gain: Tensor) -> Tensor:
+        """Choose the ids to change by the expected decrease of their loss (N,): (m,) int64 ascending."""
+        better = gain > 0
+        self.wanted |= better
+        limit = max(1, int(self.max_moved * len(gain)))
+        chosen = better.nonzero().flatten()
+        if len(chosen) > limit:
+            chosen = gain.topk(limit).indices.sort().values
+        self.moved[chosen] = True
+        return chosen
 
     @torch.no_grad()
     def finish(self) -> Reassignment:
@@ -153,3 +169,37 @@ class LayerReassignment:
         distributed.broadcast_(held)
         usage: Any = float(self.moved.float().mean()), float(self.wanted.float().mean())
         return Reassignment(self.targets.name, *distributed.broadcast_object(usage))
+
+
+class TrellisReassignment(LayerReassignment):
+    """A reassignment of the paths of a trellis-coded layer; gains stay, and the metric is taken as diagonal."""
+
+    @torch.no_grad()
+    def update_column(self, column: int, gradients: RowGradients | None) -> None:
+        """Search the path of every row again, and apply the changes with the largest expected gain."""
+        targets, spec = self.targets, self.targets.spec
+        assert gradients is not None and targets.prior is not None and isinstance(spec, TrellisSpec)
+        assert gradients.blocks is not None
+        tensors = {short: t.detach() for short, t in targets.layer.table_tensors().items()}
+        kept, values = tensors["dim_rates"] > 0, value_table(spec, tensors)
+        metric = gradients.blocks[0].diagonal() / gradients.fisher.sum().clamp_min(1e-30) + _FLOOR
+        scale = tensors["dim_scale"].float()
+        found, gain = self.codes.clone(), torch.empty(spec.num_embeddings)
+        for ids in targets.id_blocks():
+            rows = targets.layer.lookup_unrotated(ids)
+            wanted = gradients.directed_target(ids, rows, targets.prior, targets.options.step_size, column)
+            factor = torch.ones(len(ids), 1, device=rows.device)
+            if spec.gain_bits:
+                codes = tensors["row_gain"][ids].long()
+                factor = gain_table(tensors["gain_range"].float())[codes][:, None]
+            states, codes = search_paths(
+                (wanted / (factor * scale))[:, kept], (metric * scale.square())[kept],
+                tensors["dim_rates"][kept], spec.window, values,
+            )  # fmt: skip
+            made = torch.zeros_like(rows)
+            made[:, kept] = factor * values[states.long()] * scale[kept]
+            before, after = (((wanted - r).square() * metric)[:, kept].sum(1) for r in (rows, made))
+            gain[ids.cpu()] = ((before - after) * (gradients.fisher[ids] + targets.prior.precision)).cpu()
+            found[ids.cpu()] = codes.cpu()
+        chosen = self.choose(gain)
+        self.codes[chosen] = found[chosen]

@@ -13,7 +13,7 @@ from cqr_compress.clustering.options import ClusterOptions
 from cqr_compress.errors import NonFiniteError, SpecError
 from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.table.blocks import row_blocks
-from cqr_compress.table.spec import CodebookSpec
+from cqr_compress.table.spec import CodebookSpec, TrellisSpec
 
 
 @dataclass(eq=False)
@@ -31,7 +31,7 @@ class Targets:
 
     name: str
     layer: TableLayer
-    spec: CodebookSpec
+    spec: CodebookSpec | TrellisSpec
     options: ClusterOptions
     moments: Moments | None = None
     prior: Prior | None = None
@@ -44,8 +44,10 @@ class Targets:
             NonFiniteError: codebooks with NaN or infinity.
         """
         spec = layer.spec
-        assert isinstance(spec, CodebookSpec)
-        _check_finite(layer.table_tensors()["codebooks"], "codebooks", name)
+        assert isinstance(spec, (CodebookSpec, TrellisSpec))
+        for short in ("codebooks", "dim_scale"):
+            if short in layer.table_tensors():
+                _check_finite(layer.table_tensors()[short], "codebooks", name)
         targets = cls(name, layer, spec, options)
         if gradient_informed:
             targets.moments = Moments.from_rows(layer.lookup_unrotated(ids) for ids in targets.id_blocks())

@@ -50,14 +50,15 @@ class FisherMatrix:
         self.matrix += (weighted.T @ weighted).double()
         self.counts.index_add_(0, ids, usage(gradient.float()))
 
-    def metric_sqrt(self, num_blocks: int = 1) -> Tensor:
+    def metric_sqrt(self, num_blocks: int = 1, power: float = 1.0) -> Tensor:
         """Compute A such that ||(x - y) @ A||**2 is the Fisher-weighted squared error of a row y of x.
 
         A is the symmetric square root of the matrix, after scaling it to a mean eigenvalue of 1 and adding 0.1 to
-        each eigenvalue, which makes it positive definite.
+        each eigenvalue, which makes it positive definite; or of a power of it below 1, which trusts it less.
 
         Args:
             num_blocks: number of diagonal blocks; entries outside the blocks are taken as 0.
+            power: exponent of the eigenvalues before the square root.
 
         Returns:
             (D, D) float32 on the CPU, symmetric, positive definite, zero outside the blocks.
@@ -69,7 +70,7 @@ class FisherMatrix:
         for start in range(0, D, S):
             block = slice(start, start + S)
             values, vectors = torch.linalg.eigh(matrix[block, block])
-            metric_sqrt[block, block] = (vectors * (values.clamp_min(0) + _FLOOR).sqrt()) @ vectors.T
+            metric_sqrt[block, block] = (vectors * (values.clamp_min(0) + _FLOOR) ** (power / 2)) @ vectors.T
         return metric_sqrt.float()
 
 

@@ -24,7 +24,8 @@ from cqr_compress.quantize.base import TableRows
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.refine import in_dtypes
 from cqr_compress.quantize.registry import method_of
-from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec
+from cqr_compress.quantize.trellis import multiplied
+from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec, TrellisSpec
 
 _ADDITIVE = ("pq", "rq", "prq")
 
@@ -57,7 +58,8 @@ class FisherFit:
         return {
             name: layer
             for name, layer in tuned.tables.items()
-            if isinstance(layer.spec, CodebookSpec) and layer.spec.num_stored_levels
+            if isinstance(layer.spec, TrellisSpec)
+            or (isinstance(layer.spec, CodebookSpec) and layer.spec.num_stored_levels)
         }
 
     @torch.no_grad()
@@ -65,7 +67,7 @@ class FisherFit:
         """Install one fit after another in the model: with equal weights of all ids, then weighted by counts.
 
         Where a rotation or a single column allows it, the layout is chosen again among those of the same method
-        within the budget of the conversion.
+        within the budget of the conversion. Trellises are fitted under the square root of the metric, too.
 
         Yields:
             A log line that describes the fit.
@@ -75,15 +77,18 @@ class FisherFit:
             ShapeError: a table has another shape in the original.
         """
         given = {name: layer.spec for name, layer in self.tables(self.tuned).items() if name in self.fisher}
-        for weighted, rotated in itertools.product((False, True), self._ways(given)):
+        for weighted, (rotated, power) in itertools.product((False, True), self._ways(given)):
             layouts = []
             with open_checkpoint(self.original) as checkpoint:
                 for name, spec in given.items():
-                    assert isinstance(spec, CodebookSpec)
                     layer, fisher = self.tuned.tables[name], self.fisher[name]
                     counts = self.counts.get(name, fisher.counts.cpu()) if weighted else None
                     scan = source_rows(checkpoint, name, layer.table(), counts, self.progress)
-                    made = self._fit(name, scan, fisher, spec, rotated) if distributed.rank() == 0 else None
+                    made: tuple[AnySpec, dict[str, Tensor]] | None = None
+                    if distributed.rank() == 0 and isinstance(spec, TrellisSpec):
+                        made = self._fit_trellis(name, scan, fisher.metric_sqrt(power=power), spec)
+                    elif distributed.rank() == 0 and isinstance(spec, CodebookSpec):
+                        made = self._fit(name, scan, fisher, spec, rotated)
                     found, tensors = distributed.broadcast_object(made) or (spec, {})
                     kept = {s: t for s, t in layer.table_tensors().items() if s.startswith("kept_")}
                     self.tuned.install(name, found, {**tensors, **kept})
@@ -91,10 +96,40 @@ class FisherFit:
             more = ", weighted by frequency" if weighted else ""
             yield f"re-quantized {', '.join(layouts)} under Fisher-weighted error{more}"
 
-    def _ways(self, given: Mapping[str, AnySpec]) -> tuple[bool, ...]:
-        """Return whether to add a rotation: False only, or both if a table supports it."""
-        some = any(isinstance(spec, CodebookSpec) and _may_rotate(spec) for spec in given.values())
-        return (False, True) if some else (False,)
+    def _ways(self, given: Mapping[str, AnySpec]) -> list[tuple[bool, float]]:
+        """Return whether to add a rotation, where a table supports it, and powers of the metric of trellises."""
+        may_rotate = any(isinstance(spec, CodebookSpec) and _may_rotate(spec) for spec in given.values())
+        trellis = any(isinstance(spec, TrellisSpec) for spec in given.values())
+        return [(False, 1.0), *([(True, 1.0)] if may_rotate else []), *([(False, 0.5)] if trellis else [])]
+
+    def _fit_trellis(
+        self, name: str, scan: ScannedTable, metric_sqrt: Tensor, spec: TrellisSpec
+    ) -> tuple[TrellisSpec, dict[str, Tensor]]:
+        """Choose a layout and fit it."""
+        budget = max(spec.nbytes, self.budgets.get(name, 0))
+        options = ConvertOptions(
+            method="trellis",
+            ratio=max(1.0001, spec.dense_nbytes / (budget + 0.5)),
+            rotation="pca",
+            codebook_dtype=spec.codebook_dtype,
+            min_rows=0,
+            seed=spec.seed,
+        )
+        moved = transformed(scan, metric_sqrt)
+        self.progress.start(f"choosing a layout for {name}", 0, "trials")
+        try:
+            found = plan_table(moved, options, self.progress).spec
+        except BudgetError:
+            found = None
+        if not isinstance(found, TrellisSpec) or found.nbytes > budget:  # a rotation does not fit the budget
+            held = self.tuned.tables[name].table_tensors()
+            return spec, {short: held[short] for short in spec.body_shapes()}
+        self.progress.start(f"fitting {name}", 0, "steps")
+        method = method_of("trellis")
+        quantizer = method.fit(moved, found, method.effort(found, None), self.progress.advance)
+        encoded = [quantizer.encode(block, start) for start, block in moved.blocks()]
+        made = multiplied(quantizer.shared_tensors(), torch.linalg.inv(metric_sqrt.double()).float())
+        return found, made | {short: torch.cat([part[short] for part in encoded]) for short in encoded[0]}
 
     def _fit(
         self, name: str, scan: ScannedTable, fisher: FisherMatrix, spec: CodebookSpec, rotated: bool

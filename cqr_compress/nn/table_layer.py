@@ -191,7 +191,7 @@ class TableLayer(nn.Module):
 
     @torch.no_grad()
     def lookup_unrotated(self, ids: Tensor) -> Tensor:
-        """Evaluate the codebook formula, before rotation and without rows that are stored apart.
+        """Decode rows before rotation and mean, and without rows that are stored apart.
 
         Args:
             ids: (B,) int64 in [0, N).
@@ -199,7 +199,8 @@ class TableLayer(nn.Module):
         Returns:
             (B, width) float32.
         """
-        tensors = {short: t for short, t in self.table_tensors().items() if short in ("codes", "codebooks")}
+        after = ("rotation", "row_mean", "kept_ids", "kept_rows")
+        tensors = {short: t for short, t in self._lookup_tensors().items() if short not in after}
         rows = lookup_cpu(self.spec, tensors, ids)
         if rows is None:
             here = {short: t[ids] if short in PER_ROW else t for short, t in tensors.items()}

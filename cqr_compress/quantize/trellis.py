@@ -158,19 +158,29 @@ def fit_trellis(
     full = torch.zeros(P)
     full[kept] = sigma[kept] * scale
     projection = directions.float() / torch.where(kept, full, 1.0)
-    tensors = {"dim_rates": rates, "row_mean": mean.to(dtype)}
-    if spec.rotation:  # int8 with a scale for each direction, which `dim_scale` contains
-        largest = directions.abs().amax(0).float().clamp_min(1e-12)
-        tensors["rotation"] = (directions.float() / largest * 127).round().T.contiguous().to(torch.int8)
-        tensors["dim_scale"] = (full * largest / 127).to(dtype)
-    else:
-        tensors["dim_scale"] = full.to(dtype)
+    tensors = {"dim_rates": rates, "row_mean": mean.to(dtype), "dim_scale": full.to(dtype)}
+    if spec.rotation:
+        tensors |= int8_rotation(full[:, None] * directions.float().T, dtype)
     if spec.value_source == STORED_VALUES:
         tensors["state_values"] = values.to(dtype)
     if spec.gain_bits:
         low, high = float(norms.min()) * 0.9, float(norms.max()) * 1.1
         tensors["gain_range"] = torch.tensor([low, math.log(high / low)]).to(dtype)
     return TrellisQuantizer(spec, tensors, projection.contiguous(), full.square())
+
+
+def int8_rotation(matrix: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Round a matrix (P, D) to `rotation` (P, D) int8 and `dim_scale` (P,), its scale for each row."""
+    scale = matrix.abs().amax(1).clamp_min(1e-30) / 127
+    return {"rotation": (matrix / scale[:, None]).round().to(torch.int8), "dim_scale": scale.to(dtype)}
+
+
+def multiplied(tensors: dict[str, Tensor], matrix: Tensor) -> dict[str, Tensor]:
+    """Return shared tensors of a table with a rotation, whose rows are multiplied by `matrix` (D, D)."""
+    dtype = tensors["dim_scale"].dtype
+    rotation = tensors["dim_scale"].float()[:, None] * tensors["rotation"].float()
+    mean = (tensors["row_mean"].float() @ matrix).to(dtype)
+    return tensors | int8_rotation(rotation @ matrix, dtype) | {"row_mean": mean}
 
 
 def _fit_values(

@@ -77,6 +77,21 @@ class TrellisSpec(TableSpec):
         return self.embedding_dim if self.rank is None else self.rank
 
     @property
+    def num_columns(self) -> int:
+        """1: all dimensions of a row share one path."""
+        return 1
+
+    @property
+    def num_levels(self) -> int:
+        """1: each dimension is one value."""
+        return 1
+
+    @property
+    def sub_dim(self) -> int:
+        """Dimensions of the only column."""
+        return self.width
+
+    @property
     def num_values(self) -> int:
         """Number of values, one for each state: 2**window."""
         return 1 << self.window
