@@ -106,6 +106,24 @@ def test_a_library_is_imported_in_its_own_place_only(library: str) -> None:
     assert users == HOMES[library]
 
 
+CREATORS = {
+    "arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint",
+    "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
+}  # fmt: skip
+OF_THE_DEFAULT_DTYPE = {"empty", "eye", "linspace", "logspace", "ones", "rand", "randn", "zeros"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_tensor_is_created_with_the_default_device_or_dtype_of_the_process(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CREATORS:
+            stated = {keyword.arg for keyword in node.keywords}
+            if ast.unparse(node.func.value) != "torch" or None in stated:  # **CPU_FLOAT
+                continue
+            needed = {"device", "dtype"} if node.func.attr in OF_THE_DEFAULT_DTYPE else {"device"}
+            assert needed <= stated, f"line {node.lineno}: {ast.unparse(node)}"
+
+
 def test_loading_needs_neither_faiss_nor_rich() -> None:
     code = (
         "import sys, cqr_compress as cqr; cqr.load_compressed, cqr.decompress_, cqr.CompressedEmbedding;"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import cqr_compress as cqr
+from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.commands.finetune import finetune
 from cqr_compress.errors import (
     CqrCompressWarning,
@@ -937,6 +938,70 @@ def model():
     assert seen[0][0] is False and set(seen[1:]) == {(True, torch.float64, "meta")}
     one, other = (cqr.load_dense_state_dict(tmp_path / f"{name}.safetensors") for name in ("plain", "out"))
     assert one.keys() == other.keys() and all(one[name].dtype == other[name].dtype for name in one)
+
+
+@pytest.fixture
+def other_defaults() -> Iterator[Callable[[], None]]:
+    """Change torch's default dtype and device; they are restored after the test."""
+
+    def change() -> None:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+
+    yield change
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("asked", [*LAYOUTS, {"method": "int8"}, {"method": "qr", "ratio": 8}], ids=str)
+def test_results_do_not_depend_on_the_default_dtype_and_device(
+    dense: Path, tmp_path: Path, asked: dict[str, Any], other_defaults: Callable[[], None]
+) -> None:
+    state = torch.load(dense)
+
+    def model() -> nn.Module:
+        with torch.device("cpu"):
+            made = Ratings().float()
+        made.load_state_dict(state)
+        return made
+
+    def train_batches(epoch: int) -> list[tuple[Tensor, ...]]:
+        with torch.device("cpu"):
+            return list(itertools.islice(batches(epoch, 512), 6))
+
+    def results(folder: Path) -> list[Tensor]:
+        folder.mkdir()
+        small, tuned, fitted, again = (
+            folder / f"{name}.safetensors" for name in ("small", "tuned", "fit", "again")
+        )
+        cqr.convert(dense, small, min_rows=0, **asked)
+        cqr.evaluate([small], original=dense)
+        cqr.inspect(dense)
+        finetune(small, tuned, task(model=model, train_batches=train_batches), epochs=1, eval_every=3)
+        cqr.refit(small, fitted, original=dense, refine_rounds=1)
+        loaded, live = model(), model()
+        cqr.load_compressed(loaded, tuned)
+        scores = loaded.eval()(*HELD_OUT[:2])
+        cqr.save_compressed(loaded, again)
+        cqr.decompress_(loaded)
+        cqr.compress_(live, min_rows=0, **asked)
+        with cqr.init_empty_weights():
+            empty = Ratings()
+        cqr.load_compressed(empty, small)
+        found = [scores, *loaded.state_dict().values(), *live.state_dict().values()]
+        for path in (small, tuned, fitted, again):
+            found += cqr.load_dense_state_dict(path).values()
+            with open_checkpoint(path) as stored:
+                found += (entry.stored.read() for entry in stored.entries.values())
+        return found
+
+    torch.manual_seed(0)
+    expected = results(tmp_path / "plain")
+    other_defaults()
+    torch.manual_seed(0)
+    found = results(tmp_path / "other")
+    for a, b in zip(expected, found, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 def test_a_removed_working_directory_of_a_user_is_left(tmp_path: Path) -> None:

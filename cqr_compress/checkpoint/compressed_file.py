@@ -24,6 +24,7 @@ from cqr_compress.checkpoint.formats.nesting import check_structure
 from cqr_compress.checkpoint.header import METADATA_KEY, Header
 from cqr_compress.errors import FormatError, brief
 from cqr_compress.table.base_spec import TensorShape
+from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.spec import AnySpec
 from cqr_compress.table.table import CompressedTable
 
@@ -150,7 +151,8 @@ class CompressedFile:
         tensors: dict[str, Tensor] = {
             short: entries[stored_name(name, short)].stored.read() for short in spec.tensor_shapes()
         }
-        for ids in tensors.get("kept_ids", torch.empty(0)).tensor_split([spec.num_kept_rows]):
+        stored_apart = tensors.get("kept_ids", torch.empty(0, **CPU_FLOAT))
+        for ids in stored_apart.tensor_split([spec.num_kept_rows]):
             ascending = bool((ids[1:] > ids[:-1]).all())
             if len(ids) and not (ascending and int(ids[0]) >= 0 and int(ids[-1]) < spec.num_embeddings):
                 raise FormatError(f"kept_ids of table {name!r} are not ascending ids of its rows")

@@ -115,7 +115,8 @@ def pointers(layer: TableLayer) -> Tensor:
     spec = layer.spec
     assert isinstance(spec, CodebookSpec) and spec.num_stored_levels == 1
     stored = replace(spec, num_levels=1, code_sources=(STORED,))
-    return row_codes(stored, layer.table_tensors()["codes"], torch.empty(0))[:, :, 0]
+    ids = torch.empty(0, dtype=torch.int64, device="cpu")  # not read: every code is stored
+    return row_codes(stored, layer.table_tensors()["codes"], ids)[:, :, 0]
 
 
 def _sample_ids(layer: TableLayer, size: int, seed: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cqr_compress.clustering.observe import usage
 from cqr_compress.nn.table_layer import TableLayer
+from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.spec import CodebookSpec, TrellisSpec
 
 _EM_STEPS = 100
@@ -47,10 +48,10 @@ class RowGradients:
         width, S = len(range(*columns.indices(spec.width))), spec.sub_dim
         return cls(
             columns=columns,
-            gradient=torch.zeros(N, width, device=device),
-            fisher=torch.zeros(N, device=device),
-            counts=torch.zeros(N, device=device),
-            blocks=torch.zeros(width // S, S, S, device=device),
+            gradient=torch.zeros(N, width, device=device, dtype=torch.float32),
+            fisher=torch.zeros(N, device=device, dtype=torch.float32),
+            counts=torch.zeros(N, device=device, dtype=torch.float32),
+            blocks=torch.zeros(width // S, S, S, device=device, dtype=torch.float32),
         )
 
     def add(self, ids: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
@@ -199,7 +200,7 @@ class Moments:
     @classmethod
     def from_rows(cls, blocks: Iterable[Tensor]) -> Moments:
         """Compute the moments of rows, given in blocks of (B, width) float32."""
-        count, total, squares = 0, torch.zeros(()), 0.0
+        count, total, squares = 0, torch.zeros((), **CPU_FLOAT), 0.0
         for rows in blocks:
             total = total.to(rows.device) + rows.sum(0, dtype=torch.float64)
             squares += float(rows.square().sum(dtype=torch.float64))

@@ -98,7 +98,7 @@ def dense_iterates(problem: Problem, k: int, seed: int = 0, smart: bool = False)
         spread = right.T * inverse  # X @ spread = U
     while True:
         size = d1 if spread is None else spread.shape[1]
-        noise = torch.randn(size, k - d2, dtype=torch.float64, generator=generator)
+        noise = torch.randn(size, k - d2, dtype=torch.float64, generator=generator, device="cpu")
         H = torch.cat([T, noise if spread is None else spread @ noise], 1)
         T = H @ _solve(problem.X @ H, problem.Y)
         yield T
@@ -127,14 +127,14 @@ def sparse_iterates(problem: Problem, k: int, seed: int = 0) -> Iterator[Tensor]
     T = torch.zeros_like(problem.best)
     step = 0
     while True:
-        H = torch.zeros(d1, k, dtype=torch.float64)
-        pointers = torch.randint(k // 2, (d1,), generator=generator)
+        H = torch.zeros(d1, k, dtype=torch.float64, device="cpu")
+        pointers = torch.randint(k // 2, (d1,), generator=generator, device="cpu")
         if step:
             pointers = cluster_rows(T, k // 2, seed + step)[0]
-        buckets = torch.randint(k // 2, (d1,), generator=generator)
-        signs = torch.randint(2, (d1,), generator=generator).double() * 2 - 1
-        H[torch.arange(d1), pointers] = 1.0
-        H[torch.arange(d1), k // 2 + buckets] = signs
+        buckets = torch.randint(k // 2, (d1,), generator=generator, device="cpu")
+        signs = torch.randint(2, (d1,), generator=generator, device="cpu").double() * 2 - 1
+        H[torch.arange(d1, device="cpu"), pointers] = 1.0
+        H[torch.arange(d1, device="cpu"), k // 2 + buckets] = signs
         T = H @ _solve(problem.X @ H, problem.Y)
         step += 1
         yield T

@@ -26,6 +26,7 @@ from cqr_compress.quantize.base import FitEffort
 from cqr_compress.quantize.code_search import encode_rows
 from cqr_compress.quantize.trellis_search import search_paths
 from cqr_compress.table.bitpack import pack_codes, unpack_codes
+from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec, TrellisSpec
 from cqr_compress.table.trellis import gain_table, value_table
 
@@ -118,7 +119,7 @@ class LayerReassignment:
 
     @classmethod
     def begin(cls, name: str, layer: TableLayer, options: ClusterOptions, max_moved: float) -> LayerReassignment:
-        none = torch.zeros(layer.num_embeddings, dtype=torch.bool)
+        none = torch.zeros(layer.num_embeddings, dtype=torch.bool, device="cpu")
         targets = Targets.begin(name, layer, options, gradient_informed=True)
         return cls(targets, max_moved, layer.table_tensors()["codes"].cpu().clone(), none, none.clone())
 
@@ -131,8 +132,8 @@ class LayerReassignment:
         values, vectors = gradients.directions(column - first)
         basis = vectors * (values + _FLOOR).sqrt()  # (S, S): Euclidean distances become the Fisher metric
         codebooks = (targets.layer.table_tensors()["codebooks"][column].detach().float() @ basis).cpu()
-        found = torch.empty(spec.num_embeddings, spec.num_levels, dtype=torch.int32)
-        gain = torch.empty(spec.num_embeddings)
+        found = torch.empty(spec.num_embeddings, spec.num_levels, dtype=torch.int32, device="cpu")
+        gain = torch.empty(spec.num_embeddings, **CPU_FLOAT)
         for ids in targets.id_blocks():
             rows = targets.column(ids, column, None)
             wanted = gradients.directed_target(ids, rows, targets.prior, targets.options.step_size, column - first)

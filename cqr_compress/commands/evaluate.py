@@ -25,6 +25,7 @@ from cqr_compress.finetuning.task_model import evaluate_task, load_model, own_de
 from cqr_compress.planning.frequencies import Frequencies, read_frequencies
 from cqr_compress.planning.scan import ScannedTable, source_rows
 from cqr_compress.progress import Progress, shown
+from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.quality import QualityMeter, recall
 from cqr_compress.table.table import CompressedTable
 
@@ -208,7 +209,7 @@ def _table(
 ) -> TableEvaluation:
     N = table.spec.num_embeddings
     meter = QualityMeter.for_table(N, seed, scan.weights)
-    errors, energies, cosines = torch.empty(N), torch.empty(N), torch.empty(N)
+    errors, energies, cosines = torch.empty(3, N, **CPU_FLOAT)
     for start, rows in scan.blocks():
         decoded = table.decode(start, start + len(rows))
         meter.add(rows, decoded, start)
@@ -231,7 +232,7 @@ def _bands(counts: Tensor) -> list[tuple[str, Tensor]]:
     before = share - counts[order].double() / counts.double().sum()
     bands, low = [], 0.0
     for name, high in _BANDS:
-        mask = torch.zeros(len(counts), dtype=torch.bool)
+        mask = torch.zeros(len(counts), dtype=torch.bool, device="cpu")
         mask[order[(before >= low) & (before < high) & (counts[order] > 0)]] = True
         bands.append((name, mask))
         low = high

@@ -113,7 +113,7 @@ def _state_dict(opened: CompressedFile, progress: Progress) -> dict[str, Tensor]
     state: dict[str, Tensor] = OrderedDict()
     for name, spec in opened.specs.items():
         progress.start(f"decoding {name}", spec.num_embeddings, "rows")
-        table = torch.empty(spec.num_embeddings, spec.embedding_dim, dtype=spec.torch_dtype)
+        table = torch.empty(spec.num_embeddings, spec.embedding_dim, dtype=spec.torch_dtype, device="cpu")
         for start, rows in _decoded_blocks(opened, name):
             table[start : start + len(rows)] = rows
             progress.advance(len(rows))

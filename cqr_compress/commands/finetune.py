@@ -251,7 +251,7 @@ def _counts(task: Task, tables: Mapping[str, TableLayer]) -> dict[str, Tensor]:
         for name, layer in tables.items():
             counts = task.frequencies(name)
             if counts is not None:
-                found[name] = check_counts(name, torch.as_tensor(counts), layer.num_embeddings)
+                found[name] = check_counts(name, torch.as_tensor(counts, device="cpu"), layer.num_embeddings)
     return found
 
 

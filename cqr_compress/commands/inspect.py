@@ -22,6 +22,7 @@ from cqr_compress.planning.scan import ScannedTable, scan_table
 from cqr_compress.progress import Progress, shown
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.blocks import row_blocks
+from cqr_compress.table.defaults import CPU_FLOAT
 
 SCHEMA_VERSION = 2
 ESTIMATED_RATIOS = (8, 16, 32)
@@ -210,7 +211,7 @@ def effective_rank(rows: Tensor) -> float:
         rows: (n, D) float32; of more than 2,048 dimensions, 2,048 rows are used.
     """
     if rows.shape[1] > _MAX_RANK and len(rows) > _MAX_RANK:
-        rows = rows[torch.linspace(0, len(rows) - 1, _MAX_RANK).long()]
+        rows = rows[torch.linspace(0, len(rows) - 1, _MAX_RANK, **CPU_FLOAT).long()]
     rows = rows / rows.abs().max().clamp_min(1e-38)
     gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows  # the smaller: both have its eigenvalues
     singular = torch.linalg.eigvalsh(gram.double()).clamp_min(0).sqrt()
@@ -223,8 +224,8 @@ def _count_duplicates(entry: TensorEntry, progress: Progress) -> int:
     N, D = entry.shape
     width = D * entry.dtype.itemsize
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**62), 2**62, (width,), generator=generator) | 1
-    hashes = torch.empty(N, dtype=torch.int64)
+    weights = torch.randint(-(2**62), 2**62, (width,), generator=generator, device="cpu") | 1
+    hashes = torch.empty(N, dtype=torch.int64, device="cpu")
     for start, stop in row_blocks(N, 4 * width):
         content = entry.stored.read_rows(start, stop).view(torch.uint8).to(torch.int64)
         hashes[start:stop] = (content * weights).sum(1)

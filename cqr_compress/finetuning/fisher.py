@@ -35,7 +35,7 @@ class FisherMatrix:
         D, device = layer.embedding_dim, layer.device
         return cls(
             torch.zeros(D, D, dtype=torch.float64, device=device),
-            torch.zeros(layer.num_embeddings, device=device),
+            torch.zeros(layer.num_embeddings, device=device, dtype=torch.float32),
         )
 
     def add(self, ids: Tensor, gradient: Tensor, rotation: Tensor | None) -> None:
@@ -66,7 +66,7 @@ class FisherMatrix:
         D = len(self.matrix)
         S = D // num_blocks
         matrix = self.matrix.cpu() / (self.matrix.trace().cpu() / D).clamp_min(1e-300)
-        metric_sqrt = torch.zeros(D, D, dtype=torch.float64)
+        metric_sqrt = torch.zeros(D, D, dtype=torch.float64, device="cpu")
         for start in range(0, D, S):
             block = slice(start, start + S)
             values, vectors = torch.linalg.eigh(matrix[block, block])

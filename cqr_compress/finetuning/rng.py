@@ -58,7 +58,7 @@ class RandomState:
             "torch_cpu": self.torch_cpu,
             "torch_cuda": self.torch_cuda,
             "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-            "python": [version, torch.tensor(internal), gauss_next],
+            "python": [version, torch.tensor(internal, device="cpu"), gauss_next],
         }
 
     @classmethod

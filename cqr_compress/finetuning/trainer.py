@@ -184,7 +184,7 @@ class Trainer:
         for group, base_lr in zip(self._optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base_lr * self.lr_factor()
         self._optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), device=self.device, dtype=torch.float32)
         for batch in step.batches:
             loss = self._loss_of(batch)
             if not loss.requires_grad:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cqr_compress.errors import RowIndexError, ShapeError
 from cqr_compress.kernel.build import native
+from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.hashing import hash_coefficients
 from cqr_compress.table.spec import HASHED, CodebookSpec
 
-_FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # torch's defaults can be changed
 _LANES = 16
 _WRONG_RATES, _NO_MEMORY = -2, -3
 _SEARCHES_PER_THREAD = 16
@@ -50,7 +49,7 @@ def lookup_codewords(ids: Tensor, codes: Tensor, codebooks: Tensor, num_rows: in
             f"of {num_rows} rows with codes of {n_bits} bits"
         )
     values, is_half = _readable(codebooks)
-    out = torch.empty(B, C * S, **_FLOAT)
+    out = torch.empty(B, C * S, **CPU_FLOAT)
     bad = _library().lookup_codewords(
         out.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B, num_rows,
         codes.data_ptr(), codes.shape[1], values.data_ptr(), is_half, C, L, K, S, n_bits, _threads(B),
@@ -86,7 +85,7 @@ def lookup_backward(
         )
     if 8 * codes.shape[1] < C * L * n_bits or codes.dtype != torch.uint8:
         raise ShapeError(f"codes {tuple(codes.shape)} {codes.dtype} do not belong to codebooks {shape}")
-    grad = torch.zeros(shape, **_FLOAT)
+    grad = torch.zeros(shape, **CPU_FLOAT)
     bad = _library().lookup_backward(
         grad.data_ptr(), grad_rows.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B, len(codes),
         codes.data_ptr(), codes.shape[1], C, L, K, S, n_bits, min(_threads(B), C * L),
@@ -162,7 +161,7 @@ def lookup_integers(
             f"codes {tuple(codes.shape)} {codes.dtype}, scale {tuple(scale.shape)} and offset "
             f"{tuple(offset.shape)} do not form a table of {num_rows} x {dim}"
         )
-    out = torch.empty(B, dim, **_FLOAT)
+    out = torch.empty(B, dim, **CPU_FLOAT)
     bad = _library().lookup_integers(
         out.data_ptr(), ids.data_ptr(), ids.dtype == torch.int64, B, num_rows,
         codes.data_ptr(), codes.shape[1], scale.data_ptr(), offset.data_ptr(), scale.dtype == torch.float16,
@@ -191,9 +190,9 @@ def nearest(rows: Tensor, centroids: Tensor) -> Tensor:
             "float32 of equal dimensions"
         )
     K = -(-len(centroids) // _LANES) * _LANES
-    columns = torch.zeros(S, K, **_FLOAT)
+    columns = torch.zeros(S, K, **CPU_FLOAT)
     columns[:, : len(centroids)] = centroids.T
-    halves = torch.full((K,), torch.inf, **_FLOAT)
+    halves = torch.full((K,), torch.inf, **CPU_FLOAT)
     halves[: len(centroids)] = centroids.square().sum(1) / 2
     codes = torch.empty(n, dtype=torch.int32, device="cpu")
     _library().nearest(

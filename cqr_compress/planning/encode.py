@@ -53,7 +53,7 @@ def encode_table(
         encoded = quantizer.encode(rows, start)
         for short, tensor in encoded.items():
             put(short, tensor)
-        ids = torch.arange(start, start + len(rows))
+        ids = torch.arange(start, start + len(rows), device="cpu")
         decoded = torch.cat(
             [
                 decode(spec, shared | {short: t[a:b] for short, t in encoded.items()}, ids[a:b])
@@ -74,4 +74,4 @@ def encode_table(
 def exact_rows_of(scan: ScannedTable) -> Tensor:
     """Read the rows that are stored verbatim."""
     rows = [scan.entry.stored.read_rows(int(i), int(i) + 1) for i in scan.exact_ids]
-    return torch.cat([torch.empty(0, scan.shape[1], dtype=scan.entry.dtype), *rows])
+    return torch.cat([torch.empty(0, scan.shape[1], dtype=scan.entry.dtype, device="cpu"), *rows])

@@ -128,13 +128,13 @@ def _read_csv(path: Path, name: str | None, num_rows: Mapping[str, int]) -> dict
     found = {}
     for table in ids:
         N = _rows_of(table, num_rows, repr(str(path)))
-        at = torch.tensor(ids[table])
+        at = torch.tensor(ids[table], device="cpu")
         if int(at.min()) < 0 or int(at.max()) >= N:
             raise ShapeError(
                 f"{str(path)!r} has ids from {int(at.min())} to {int(at.max())}, but {table!r} has {N} rows"
             )
-        found[table] = torch.zeros(N, dtype=torch.float64).index_add_(
-            0, at, torch.tensor(counts[table], dtype=torch.float64)
+        found[table] = torch.zeros(N, dtype=torch.float64, device="cpu").index_add_(
+            0, at, torch.tensor(counts[table], dtype=torch.float64, device="cpu")
         )
     if not found:
         raise CheckpointError(f"{str(path)!r} contains no counts")

@@ -19,6 +19,7 @@ from cqr_compress.planning.scan import ScannedTable, scan_table
 from cqr_compress.progress import Progress
 from cqr_compress.quantize.layouts import budget_bytes
 from cqr_compress.quantize.options import ConvertOptions
+from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.quality import Quality, QualityMeter
 from cqr_compress.table.spec import AnySpec
 
@@ -114,7 +115,7 @@ def plan_tables(
             continue
         held += scan.sample.nbytes
         if held > _HELD_SAMPLE_BYTES:
-            scan = replace(scan, sample=torch.empty(0))
+            scan = replace(scan, sample=torch.empty(0, **CPU_FLOAT))
         tables[candidate.name] = PlannedTable(entry, plan, plan.spec, scan, options)
         for alias in candidate.aliases:
             if alias in checkpoint.aliases:

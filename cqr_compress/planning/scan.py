@@ -15,6 +15,7 @@ from cqr_compress.progress import Progress
 from cqr_compress.quantize.base import TableFacts, row_weights
 from cqr_compress.quantize.options import MAX_SAMPLE_ROWS
 from cqr_compress.table.blocks import row_blocks
+from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.table import CompressedTable
 
 MAX_SAMPLE_BYTES = 512 * 2**20
@@ -126,9 +127,9 @@ def scan_table(
     asked = _check_ids(exact_rows, N, entry.name)
     limit = max(1, min(max_sample, MAX_SAMPLE_BYTES // (4 * D)))
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.arange(N) if limit >= N else torch.randperm(N, generator=generator)[:limit].sort().values
-    sample = torch.empty(len(ids), D)
-    usable = torch.ones(len(ids), dtype=torch.bool)
+    ids = torch.randperm(N, generator=generator, device="cpu")[:limit].sort().values
+    sample = torch.empty(len(ids), D, **CPU_FLOAT)
+    usable = torch.ones(len(ids), dtype=torch.bool, device="cpu")
     bad: list[Tensor] = []
     zero: list[Tensor] = []
     signed: list[Tensor] = []  # all-zero rows with a negative zero, which are stored verbatim
@@ -146,11 +147,11 @@ def scan_table(
         if finite.any():  # in the source's dtype: a float64 value below the range of float32 is not 0
             largest = max(largest, float(source[finite].abs().max()))
         total += float(rows.square().sum(dtype=torch.float64))
-        a, b = (int(i) for i in torch.searchsorted(ids, torch.tensor([start, stop])))
+        a, b = (int(i) for i in torch.searchsorted(ids, torch.tensor([start, stop], device="cpu")))
         sample[a:b] = rows[ids[a:b] - start]
         usable[a:b] = finite[ids[a:b] - start]
         step(stop - start)
-    bad_ids = torch.cat(bad) if bad else torch.empty(0, dtype=torch.int64)
+    bad_ids = torch.cat(bad) if bad else torch.empty(0, dtype=torch.int64, device="cpu")
     if len(bad_ids) and nonfinite != "keep":
         first = ", ".join(str(int(i)) for i in bad_ids[:5])
         raise NonFiniteError(
@@ -181,7 +182,7 @@ def _check_ids(exact_rows: Sequence[int], N: int, name: str) -> Tensor:
     outside = [row for row in exact_rows if not -N <= row < N]
     if outside:
         raise SpecError(f"exact row {outside[0]} is outside {name!r}: give ids from {-N} to {N - 1}")
-    return torch.tensor([row % N for row in exact_rows], dtype=torch.int64)
+    return torch.tensor([row % N for row in exact_rows], dtype=torch.int64, device="cpu")
 
 
 def source_rows(

@@ -275,9 +275,9 @@ def estimate_error(table: ScannedTable, spec: AnySpec, effort: FitEffort, num_ro
     """
     N, _ = table.shape
     generator = torch.Generator().manual_seed(spec.num_embeddings)
-    order = torch.randperm(len(table.sample), generator=generator)
+    order = torch.randperm(len(table.sample), generator=generator, device="cpu")
     if len(table.sample) <= num_rows:
-        order = torch.arange(len(table.sample))  # with the effort of the final fit, this is that fit
+        order = torch.arange(len(table.sample), device="cpu")  # with the effort of the final fit, this is that fit
     fitted = table.sample[order[:num_rows]]
     other = table.sample[order[num_rows : num_rows + num_rows // 2]]
     weights = None if table.weights is None else table.weights[table.sample_ids][order]
@@ -287,7 +287,7 @@ def estimate_error(table: ScannedTable, spec: AnySpec, effort: FitEffort, num_ro
 
     def error(part: Tensor, cost: Tensor | None) -> float:
         body = {**quantizer.shared_tensors(), **quantizer.encode(part, 0)}
-        decoded = decode_rows(small, body, torch.arange(len(part)))
+        decoded = decode_rows(small, body, torch.arange(len(part), device="cpu"))
         lost, energy = (decoded - part).square().sum(1), part.square().sum(1)
         if cost is not None:
             lost, energy = lost * cost, energy * cost
@@ -307,11 +307,11 @@ class _SampleRows:
 
     @property
     def sample_ids(self) -> Tensor:
-        return torch.arange(len(self.sample))
+        return torch.arange(len(self.sample), device="cpu")
 
     @property
     def stored_apart_ids(self) -> Tensor:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         yield 0, self.sample

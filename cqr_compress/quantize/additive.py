@@ -27,6 +27,7 @@ from cqr_compress.quantize.rotation import balanced_pca, procrustes
 from cqr_compress.table.base_spec import FLOAT_DTYPES
 from cqr_compress.table.bitpack import pack_codes
 from cqr_compress.table.decode import decode_codes
+from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.spec import AnySpec, CodebookSpec
 
 _PQ_BITS = tuple(range(1, 13))
@@ -83,8 +84,8 @@ def fit_additive(
     C, L, K = spec.num_columns, spec.num_levels, spec.codebook_size
     rotation = balanced_pca(rows, C, spec.rank) if spec.rotation else None
     rotated = rows if rotation is None else rows @ rotation
-    codebooks = torch.empty(C, L, K, spec.sub_dim)
-    codes = torch.empty(len(rows), C, L, dtype=torch.int64)
+    codebooks = torch.empty(C, L, K, spec.sub_dim, **CPU_FLOAT)
+    codes = torch.empty(len(rows), C, L, dtype=torch.int64, device="cpu")
     columns = rotated.view(len(rows), C, spec.sub_dim).transpose(0, 1).contiguous()
     for c, column in enumerate(columns):
         residual = column

@@ -31,7 +31,7 @@ def encode_rows(rows: Tensor, codebooks: Tensor, effort: FitEffort, seed: int) -
         (B, C, L) int64.
     """
     C, L, _, S = codebooks.shape
-    codes = torch.empty(len(rows), C, L, dtype=torch.int64)
+    codes = torch.empty(len(rows), C, L, dtype=torch.int64, device="cpu")
     for c in range(C):
         column = rows[:, c * S : (c + 1) * S].contiguous()
         if L == 1:
@@ -56,14 +56,14 @@ def beam_search(rows: Tensor, codebooks: Tensor, beam: int) -> Tensor:
         (B, L) int64.
     """
     L, K, S = codebooks.shape
-    out = torch.empty(len(rows), L, dtype=torch.int64)
+    out = torch.empty(len(rows), L, dtype=torch.int64, device="cpu")
     step = max(1, _BLOCK_VALUES // (beam * max(K, S)))
     norms = codebooks.square().sum(2)
     for start in range(0, len(rows), step):
         block = rows[start : start + step]
         residual = block[:, None]  # (B, 1, S), then (B, beam, S)
         error = residual.square().sum(2)
-        codes = torch.empty(len(block), 1, 0, dtype=torch.int64)
+        codes = torch.empty(len(block), 1, 0, dtype=torch.int64, device="cpu")
         for level in range(L):
             width = residual.shape[1]
             distance = torch.addmm(norms[level], residual.reshape(-1, S), codebooks[level].T, alpha=-2)
@@ -102,8 +102,8 @@ def search_codes(rows: Tensor, codebooks: Tensor, codes: Tensor, restarts: int, 
         for _ in range(restarts):
             trial = best.clone()
             for _ in range(max(1, L // 6)):
-                level = torch.randint(L, (len(block), 1), generator=generator)
-                trial.scatter_(1, level, torch.randint(K, (len(block), 1), generator=generator))
+                level = torch.randint(L, (len(block), 1), generator=generator, device="cpu")
+                trial.scatter_(1, level, torch.randint(K, (len(block), 1), generator=generator, device="cpu"))
             trial, error = _icm(block, codebooks, trial)
             better = error < best_error
             best[better], best_error[better] = trial[better], error[better]
@@ -114,7 +114,7 @@ def search_codes(rows: Tensor, codebooks: Tensor, codes: Tensor, restarts: int, 
 def _icm(rows: Tensor, codebooks: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Update each level's codeword with the others fixed, in two sweeps; modifies `codes` in place."""
     L, K, S = codebooks.shape
-    first = torch.arange(L) * K
+    first = torch.arange(L, device="cpu") * K
     table = codebooks.reshape(L * K, S)
     residual = rows - torch.nn.functional.embedding_bag(codes + first, table, mode="sum")
     for _ in range(2):

@@ -25,6 +25,7 @@ from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.base_spec import FLOAT_DTYPES
 from cqr_compress.table.bitpack import pack_codes
 from cqr_compress.table.codes import computed_codes
+from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.spec import HASHED, STORED, AnySpec, CodebookSpec
 
 _N_BITS = tuple(range(1, 13))
@@ -51,7 +52,7 @@ class ClusteredQuantizer:
     def encode(self, rows: Tensor, first_row: int) -> dict[str, Tensor]:
         """Encode rows: (B, D) float32 to `codes` (B, codes_width) uint8."""
         spec, books = self.spec, self.codebooks.float()
-        helper = computed_codes(spec, torch.arange(first_row, first_row + len(rows)))
+        helper = computed_codes(spec, torch.arange(first_row, first_row + len(rows), device="cpu"))
         columns = rows.view(len(rows), spec.num_columns, spec.sub_dim).unbind(1)
         codes = [point_rows(column, books[c], helper[:, c], spec) for c, column in enumerate(columns)]
         return {"codes": pack_codes(torch.stack(codes, 1), spec.n_bits)}
@@ -80,7 +81,7 @@ def fit_clustered(
     """
     C, L, K, S = spec.num_columns, spec.num_levels, spec.codebook_size, spec.sub_dim
     level = spec.code_sources.index(STORED)
-    codebooks = torch.zeros(C, L, K, S)
+    codebooks = torch.zeros(C, L, K, S, **CPU_FLOAT)
     codes = computed_codes(spec, ids)
     for c in range(C):
         column = rows[:, c * S : (c + 1) * S].contiguous()

@@ -23,6 +23,7 @@ from cqr_compress.table.base_spec import FLOAT_DTYPES
 from cqr_compress.table.blocks import row_blocks
 from cqr_compress.table.codes import computed_codes
 from cqr_compress.table.decode import decode_codes
+from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.spec import HASHED, QUOTIENT, REMAINDER, AnySpec, CodebookSpec
 
 _CG_ITERATIONS = 30
@@ -68,13 +69,13 @@ def fit_hashed(
         The quantizer, its codebooks rounded to `spec.codebook_dtype`.
     """
     shape = (spec.num_columns, spec.num_levels, spec.codebook_size, spec.sub_dim)
-    target, counts = torch.zeros(shape), torch.zeros(shape[:3])
+    target, counts = torch.zeros(shape, **CPU_FLOAT), torch.zeros(shape[:3], **CPU_FLOAT)
     for first, rows in blocks():
-        ids = torch.arange(first, first + len(rows))
+        ids = torch.arange(first, first + len(rows), device="cpu")
         wanted = ~torch.isin(ids, stored_apart_ids)
         ids, rows = ids[wanted], rows[wanted]
         codes = computed_codes(spec, ids)
-        cost = torch.ones(len(rows)) if weights is None else weights[ids]
+        cost = torch.ones(len(rows), **CPU_FLOAT) if weights is None else weights[ids]
         _add_rows(target, codes, rows * cost[:, None])
         for c in range(shape[0]):
             for level in range(shape[1]):
@@ -108,7 +109,7 @@ def _normal_product(
     """Compute H^T W H codebooks, from the ids only."""
     out = torch.zeros_like(codebooks)
     for start, stop in row_blocks(spec.num_embeddings, spec.embedding_dim * 2):
-        ids = torch.arange(start, stop)
+        ids = torch.arange(start, stop, device="cpu")
         ids = ids[~torch.isin(ids, stored_apart_ids)]
         codes = computed_codes(spec, ids)
         rows = decode_codes(codes, codebooks)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cqr_compress.kernel import ops
+from cqr_compress.table.defaults import CPU_FLOAT
 
 POINTS_PER_CENTROID = 256
 """Maximum number of points per centroid; more points are subsampled at random."""
@@ -99,7 +100,7 @@ def _split_largest(centroids: Tensor, sizes: Tensor, generator: torch.Generator)
         return
     count = min(len(empty), int((sizes > 0).sum()))
     drawn = torch.multinomial(sizes, count, generator=generator)
-    draws = torch.rand(count, centroids.shape[1], generator=generator, device="cpu")
+    draws = torch.rand(count, centroids.shape[1], generator=generator, **CPU_FLOAT)
     signs = torch.where(draws < 0.5, -1.0, 1.0).to(centroids.dtype)
     centroids[empty[:count]] = centroids[drawn] * (1 + _PERTURBATION * signs)
     centroids[drawn] = centroids[drawn] * (1 - _PERTURBATION * signs)

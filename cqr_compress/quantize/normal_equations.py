@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cqr_compress.table.defaults import CPU_FLOAT
+
 _RIDGE = 1e-4
 _MAX_UNKNOWNS = 8192
 
@@ -48,14 +50,17 @@ class NormalEquations:
         """Create equations without rows, for codebooks (L, K, S)."""
         L, K, S = codebooks.shape
         unknowns = 0 if L > 1 and L * K > _MAX_UNKNOWNS else L * K
-        return cls(torch.zeros(L * K, S), torch.zeros(K if L == 1 else unknowns * unknowns))
+        return cls(
+            torch.zeros(L * K, S, **CPU_FLOAT),
+            torch.zeros(K if L == 1 else unknowns * unknowns, **CPU_FLOAT),
+        )
 
     def add(self, rows: Tensor, codes: Tensor, weights: Tensor | None) -> None:
         """Add rows (B, S), their codes (B, L) and weights (B,)."""
         L = codes.shape[1]
         K = len(self.target) // L
-        flat = codes + torch.arange(L) * K
-        cost = torch.ones(len(rows)) if weights is None else weights
+        flat = codes + torch.arange(L, device="cpu") * K
+        cost = torch.ones(len(rows), **CPU_FLOAT) if weights is None else weights
         weighted = rows if weights is None else rows * weights[:, None]
         for level in range(L):
             self.target.index_add_(0, flat[:, level], weighted)

@@ -24,6 +24,7 @@ from cqr_compress.table.base_spec import TensorShape
 from cqr_compress.table.bitpack import pack_codes
 from cqr_compress.table.codes import row_codes
 from cqr_compress.table.decode import decode_codes
+from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.spec import STORED, CodebookSpec
 
 _RESTARTS, _BEAM = 4, 16
@@ -65,7 +66,7 @@ def refine(
         NonFiniteError: a refined value is outside the range of its dtype.
     """
     C, S = spec.num_columns, spec.sub_dim
-    weights = torch.ones(spec.num_embeddings) if rows.weights is None else rows.weights.clone()
+    weights = torch.ones(spec.num_embeddings, **CPU_FLOAT) if rows.weights is None else rows.weights.clone()
     weights[rows.stored_apart_ids] = 0
     codebooks = tensors["codebooks"].float()
     packed = tensors["codes"].clone() if "codes" in tensors else None
@@ -76,7 +77,7 @@ def refine(
         """Iterate over blocks: slice of ids, rows (B, D), rotated rows by column (C, B, S), codes (B, C, L)."""
         for start, block in rows.blocks():
             at = slice(start, start + len(block))
-            ids = torch.arange(at.start, at.stop)
+            ids = torch.arange(at.start, at.stop, device="cpu")
             transposed = block if rotation is None else block @ rotation.T
             codes = row_codes(spec, None if packed is None else packed[at], ids).to(torch.int64)
             yield at, block, transposed.view(-1, C, S).transpose(0, 1).contiguous(), codes
@@ -85,7 +86,7 @@ def refine(
         """Compute the relative error; with a round, re-encode all rows first and re-solve the rotation last."""
         nonlocal rotation
         error = norm = 0.0
-        cross = torch.zeros(spec.embedding_dim, spec.width)
+        cross = torch.zeros(spec.embedding_dim, spec.width, **CPU_FLOAT)
         for at, block, parts, codes in columns():
             if round_ is not None and packed is not None:
                 for c, part in enumerate(parts):
@@ -96,13 +97,13 @@ def refine(
             cost = weights[at]
             transposed = parts.transpose(0, 1).reshape(len(block), -1)
             energy = block.square().sum(1)
-            lost = energy - transposed.square().sum(1) if spec.rank else torch.zeros(len(block))
+            lost = energy - transposed.square().sum(1) if spec.rank else torch.zeros(len(block), **CPU_FLOAT)
             error += float(((lost + (transposed - decoded).square().sum(1)) * cost).sum(dtype=torch.float64))
             norm += float((energy * cost).sum(dtype=torch.float64))
             if spec.rotation == "opq":
                 cross += (block * cost[:, None]).T @ decoded
         if round_ is not None and rotation is not None and spec.rotation == "opq":
-            rotation = procrustes(torch.eye(len(cross)), cross).T.contiguous()
+            rotation = procrustes(torch.eye(len(cross), **CPU_FLOAT), cross).T.contiguous()
         return error / max(norm, 1e-300)
 
     errors = [measure(None)]
@@ -129,7 +130,7 @@ def can_refine(spec: CodebookSpec, tensors: dict[str, Tensor]) -> bool:
     if "rotation" not in tensors:
         return True
     rotation = tensors["rotation"].float()
-    return float((rotation @ rotation.T - torch.eye(spec.width)).abs().max()) < _ORTHOGONAL
+    return float((rotation @ rotation.T - torch.eye(spec.width, **CPU_FLOAT)).abs().max()) < _ORTHOGONAL
 
 
 def _encode(part: Tensor, codebooks: Tensor, codes: Tensor, spec: CodebookSpec, seed: int) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cqr_compress.table.defaults import CPU_FLOAT
+
 RECALL_BASE = 8192
 RECALL_QUERIES = 512
 RECALL_K = 10
@@ -84,14 +86,15 @@ class QualityMeter:
     def for_table(cls, num_rows: int, seed: int, weights: Tensor | None = None) -> QualityMeter:
         """Create a meter with a sample of at most 8,192 of `num_rows` rows."""
         generator = torch.Generator().manual_seed(seed)
-        order = torch.arange(num_rows)
+        order = torch.arange(num_rows, device="cpu")
         if num_rows > RECALL_BASE:
-            order = torch.randperm(num_rows, generator=generator)[:RECALL_BASE].sort().values
+            order = torch.randperm(num_rows, generator=generator, device="cpu")[:RECALL_BASE].sort().values
         return cls(order, weights)
 
     def add(self, source: Tensor, decoded: Tensor, first_row: int) -> None:
         """Add the rows that start at `first_row`: (B, D) each, any floating dtype."""
-        a, b = torch.searchsorted(self.sample_ids, torch.tensor([first_row, first_row + len(source)])).tolist()
+        ends = torch.tensor([first_row, first_row + len(source)], device="cpu")
+        a, b = torch.searchsorted(self.sample_ids, ends).tolist()
         picked = self.sample_ids[a:b] - first_row
         self.source.append(source[picked])
         self.decoded.append(decoded[picked])
@@ -171,8 +174,9 @@ def recall(
     k = min(k, m - 1)
     if k < 1:
         return 1.0
-    asked = torch.arange(m) if queries is None else queries
-    queries = asked[torch.unique(torch.linspace(0, len(asked) - 1, min(num_queries, len(asked))).long())]
+    asked = torch.arange(m, device="cpu") if queries is None else queries
+    at = torch.linspace(0, len(asked) - 1, min(num_queries, len(asked)), **CPU_FLOAT).long()
+    queries = asked[torch.unique(at)]
     wanted, found = (_nearest(rows, queries, k) for rows in (source, decoded))
     shared = (wanted[:, :, None] == found[:, None, :]).any(2).float()
     return float(shared.mean())
@@ -181,5 +185,5 @@ def recall(
 def _nearest(rows: Tensor, queries: Tensor, k: int) -> Tensor:
     """Find the indices of the k nearest other rows of each query: (q, k)."""
     distances = rows.square().sum(1) - 2 * rows[queries] @ rows.T
-    distances[torch.arange(len(queries)), queries] = float("inf")
+    distances[torch.arange(len(queries), device="cpu"), queries] = float("inf")
     return distances.topk(k, dim=1, largest=False).indices

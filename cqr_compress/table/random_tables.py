@@ -14,6 +14,7 @@ from cqr_compress.errors import SpecError
 from cqr_compress.table.base_spec import dtype_name
 from cqr_compress.table.bitpack import pack_codes
 from cqr_compress.table.blocks import row_blocks
+from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.hashing import hash_ids
 from cqr_compress.table.spec import DIGIT, HASHED, QUOTIENT, REMAINDER, STORED, CodebookSpec
 from cqr_compress.table.table import CompressedTable
@@ -104,7 +105,7 @@ def sketch_table(
     )
     shapes = spec.tensor_shapes()
     generator = torch.Generator().manual_seed(seed)
-    codebooks = torch.rand(shapes["codebooks"].shape, generator=generator, device="cpu") * 2 - 1
+    codebooks = torch.rand(shapes["codebooks"].shape, generator=generator, **CPU_FLOAT) * 2 - 1
     tensors = {"codebooks": (codebooks * (init_scale * embedding_dim**-0.5)).to(dtype)}
     if "codes" in shapes:
         tensors["codes"] = torch.empty(shapes["codes"].shape, dtype=torch.uint8, device="cpu")

@@ -40,14 +40,15 @@ class CompressedTable:
     @property
     def exact_ids(self) -> Tensor:
         """Ids of the rows stored verbatim, ascending; in `kept_ids` those of all-zero rows follow them."""
-        return self.tensors.get("kept_ids", torch.empty(0, dtype=torch.int64))[: self.spec.num_kept_rows]
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
+        return self.tensors.get("kept_ids", none)[: self.spec.num_kept_rows]
 
     def decode(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Decode rows start..stop in blocks; the whole table by default."""
         stop = self.spec.num_embeddings if stop is None else stop
-        out = torch.empty(stop - start, self.spec.embedding_dim, dtype=self.spec.torch_dtype)
+        out = torch.empty(stop - start, self.spec.embedding_dim, dtype=self.spec.torch_dtype, device="cpu")
         for a, b in row_blocks(stop - start, self.spec.work_width):
-            out[a:b] = self.lookup(torch.arange(start + a, start + b))
+            out[a:b] = self.lookup(torch.arange(start + a, start + b, device="cpu"))
         return out
 
     def lookup(self, ids: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from cqr_compress import distributed
+from cqr_compress.table.defaults import CPU_FLOAT
 
 
 def gathered(values: list[Tensor]) -> Tensor:
     """Concatenate the values of all processes, on the CPU: (n,)."""
-    mine = torch.cat([value.detach().float().cpu() for value in values]) if values else torch.empty(0)
+    mine = torch.cat([value.detach().float().cpu() for value in values]) if values else torch.empty(0, **CPU_FLOAT)
     return torch.cat(distributed.all_gather_object(mine))
 
 

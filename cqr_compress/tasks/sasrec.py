@@ -86,11 +86,11 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
         at = wanted.flatten().nonzero().flatten()
         limit = _LOGITS // min(num_items, _CANDIDATES)
         if len(at) > limit:
-            at = at[torch.randperm(len(at))[:limit].to(at.device)]
+            at = at[torch.randperm(len(at), device="cpu")[:limit].to(at.device)]
         label = wanted.flatten()[at]
         candidates = torch.arange(1, num_items, device=label.device)  # 0 is padding
         if num_items > _CANDIDATES:
-            drawn = torch.randint(1, num_items, (_CANDIDATES,)).to(label.device)
+            drawn = torch.randint(1, num_items, (_CANDIDATES,), device="cpu").to(label.device)
             candidates = torch.unique(torch.cat([label, drawn]))
         hidden, table = model(items).flatten(0, 1)[at], model.item_emb
         scores = (
@@ -107,9 +107,9 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
             return F.cross_entropy(scores, label, reduction="none")
         items, wanted = batch
         hidden, real = model(items), wanted > 0
-        other = torch.randint(1, num_items, wanted.shape).to(wanted.device)
+        other = torch.randint(1, num_items, wanted.shape, device="cpu").to(wanted.device)
         again = ((other[:, :, None] == wanted[:, None]).any(2) & real).nonzero(as_tuple=True)
-        other[again] = torch.randint(1, num_items, (len(again[0]),)).to(wanted.device)
+        other[again] = torch.randint(1, num_items, (len(again[0]),), device="cpu").to(wanted.device)
         up, down = ((hidden * model.item_emb(ids)).sum(2)[real] for ids in (wanted, other))
         return F.softplus(-up) + F.softplus(down)
 

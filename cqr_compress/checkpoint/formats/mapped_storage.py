@@ -40,7 +40,7 @@ class SourceFile:
                 f"{str(self.path)!r} is truncated: bytes {offset} to {offset + nbytes} are required, but the "
                 f"file has {size}"
             )
-        out = torch.empty(nbytes, dtype=torch.uint8)
+        out = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         rest = out.numpy().data
         try:
             with self._lock:
@@ -148,7 +148,7 @@ class StridedTensor:
     def _read(self, offset: int, shape: tuple[int, ...]) -> Tensor:
         span = StridedTensor(self.storage, self.dtype, offset, shape, self.stride)._span()
         if span == 0:
-            return torch.empty(shape, dtype=self.dtype)
+            return torch.empty(shape, dtype=self.dtype, device="cpu")
         size = self.dtype.itemsize
         flat = self.storage.copy(offset * size, span * size).view(self.dtype)
         return flat.as_strided(shape, self.stride).contiguous()

@@ -78,12 +78,12 @@ class ExampleFiles:
             if rows >= _SHUFFLED_ROWS:
                 whole = rows - rows % self.options.batch_size
                 joined = _join(piece)
-                order = torch.randperm(rows)
+                order = torch.randperm(rows, device="cpu")
                 yield from self._split(joined, order[:whole])
                 piece = [tuple(part[order[whole:]] for part in joined)]
                 rows -= whole
         if rows:
-            yield from self._split(_join(piece), torch.randperm(rows))
+            yield from self._split(_join(piece), torch.randperm(rows, device="cpu"))
 
     def held_out_batches(self) -> Iterator[Examples]:
         """Iterate over this process's blocks of held-out examples, in order."""
@@ -100,7 +100,7 @@ class ExampleFiles:
         seen = 0
         for path in self.options.train:
             for block in self.read(path):
-                chosen = ((torch.arange(len(block[0])) + seen) % every == every - 1) == held_out
+                chosen = ((torch.arange(len(block[0]), device="cpu") + seen) % every == every - 1) == held_out
                 seen += len(block[0])
                 if chosen.any():
                     yield tuple(part[chosen] for part in block)
