@@ -113,8 +113,44 @@ def test_an_error_between_renames_takes_the_new_shards_back(
         monkeypatch.setattr(f"cqr_compress.checkpoint.{module}.rename", fail_at_the_index)
     with pytest.raises(OutputError, match="the disk is full. No partial file is left"):
         cqr.convert(ckpt, folder / "s.safetensors", method="int4", shard_bytes=SHARD_BYTES, force=True)
-    del before["s.report.json"]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EPERM, None])
+def test_an_output_that_cannot_be_renamed_leaves_the_earlier_one_with_its_report(
+    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int | None
+) -> None:
+    out = tmp_path / "s.safetensors"
+    cqr.convert(ckpt, out, method="int8")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    replace = Path.replace
+
+    def fail_at_the_output(self: Path, target: Path) -> Path:
+        if target == out:
+            raise KeyboardInterrupt if error is None else OSError(error, os.strerror(error))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail_at_the_output)
+    with pytest.raises(OutputError if error else KeyboardInterrupt, match=error and os.strerror(error)):
+        cqr.convert(ckpt, out, method="int4", force=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_report_of_a_replaced_output_is_not_put_back(
+    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "s.safetensors", output_files.rename
+
+    def interrupt_after(partial: Path, target: Path) -> None:
+        rename(partial, target)
+        raise KeyboardInterrupt
+
+    cqr.convert(ckpt, out, method="int8")
+    monkeypatch.setattr("cqr_compress.checkpoint.streaming_writer.rename", interrupt_after)
+    with pytest.raises(KeyboardInterrupt):
+        cqr.convert(ckpt, out, method="int4", force=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "s.safetensors"}
+    assert cqr.inspect(out).tables[0].method == "int4"
 
 
 def test_an_interrupt_after_the_index_is_renamed_keeps_its_shards(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from cqr_compress.checkpoint.base import Checkpoint
 from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.header import METADATA_KEY, Header
-from cqr_compress.checkpoint.output_files import atomic_file, check_outputs
+from cqr_compress.checkpoint.output_files import atomic_file, check_outputs, set_aside
 from cqr_compress.checkpoint.parts import Part
 from cqr_compress.checkpoint.shards import Output, index_path, split_shards
 from cqr_compress.checkpoint.size_report import SizeReport, report_path, size_report
@@ -114,7 +115,7 @@ class CompressedOutput:
 
         path = report_path(self.destination.path)
         self.destination.check()
-        _write(out, self.parts, metadata, check, lambda: path.unlink(missing_ok=True), progress)
+        _write(out, self.parts, metadata, check, path, progress)
         report = size_report(held, str(out.final_path), out.file_bytes, measured=True)
         try:
             write_report(path, report)
@@ -134,7 +135,7 @@ def write_dense(
     metadata = {**metadata, "format": "pt"}
     out = _output(destination, parts, metadata, with_checksums=False)
     destination.check(with_report=False)
-    _write(out, parts, lambda: metadata, lambda opened: None, lambda: None, progress)
+    _write(out, parts, lambda: metadata, lambda opened: None, None, progress)
     return out.file_bytes
 
 
@@ -163,7 +164,7 @@ def _write(
     parts: Sequence[Part],
     metadata: Callable[[], Mapping[str, str]],
     check: Callable[[Checkpoint], None],
-    before_commit: Callable[[], None],
+    earlier_report: Path | None,
     progress: Progress,
 ) -> None:
     silent = [part for part in parts if not part.shows_progress]
@@ -182,5 +183,5 @@ def _write(
         with out.reopen() as opened:
             out.verify(opened, progress.advance)
             check(opened)
-        before_commit()
-        out.commit()
+        with nullcontext() if earlier_report is None else set_aside(earlier_report, out.final_path):
+            out.commit()

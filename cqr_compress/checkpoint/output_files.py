@@ -105,6 +105,38 @@ def create_partial(target: Path) -> tuple[Path, IO[bytes]]:
     return path, file
 
 
+@contextlib.contextmanager
+def set_aside(path: Path, output: Path) -> Iterator[None]:
+    """Rename a file that describes an output while the block replaces the output.
+
+    The file is removed if the output is another one at the end of the block, and has its name again otherwise.
+
+    Raises:
+        OutputError: the file cannot be renamed; nothing has changed.
+    """
+    before = _identity(output)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    with output_errors(path), contextlib.suppress(FileNotFoundError):
+        path.replace(aside)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            if _identity(output) == before:
+                aside.replace(path)
+            else:
+                aside.unlink()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Identify a file, which another one has taken the place of if this differs; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def remove_abandoned(folder: Path, targets: Sequence[str], own: Collection[Path]) -> None:
     """Remove the temporary files of runs that were killed.
 
