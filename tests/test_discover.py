@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,31 @@ def test_a_shared_tensor_stands_under_the_name_that_says_table(tmp_path: Path) -
     assert list(found) == ["transformer.wte.weight"]
     assert found["transformer.wte.weight"].aliases == ("lm_head.weight",)
     assert found["transformer.wte.weight"].selected
+
+
+def test_names_of_many_shared_and_tied_tensors_take_linear_time(tmp_path: Path) -> None:
+    num = 3000
+    rows = torch.arange(2.0 * num * 8).view(2 * num, 2, 4)
+    shared = {f"{kind}{i}.weight": rows[i] for kind in ("m", "user_embedding") for i in range(num)}
+    pairs = {f"{i}.{kind}.weight": rows[i].clone() for kind in ("lm_head", "embed_tokens") for i in range(num)}
+    for name, state in (("shared", shared), ("pairs", pairs)):
+        torch.save(state, tmp_path / f"{name}.pt")
+        with open_checkpoint(tmp_path / f"{name}.pt") as checkpoint:
+            start = time.process_time()
+            named = with_table_names(checkpoint)
+            assert time.process_time() - start < 3
+        assert len(named.entries) == num and all("embed" in name for name in named.entries)
+        to = ("m", "user_embedding") if name == "shared" else ("lm_head", "embed_tokens")
+        assert named.aliases == {table.replace(*to[::-1]): table for table in named.entries}
+
+
+@pytest.mark.parametrize("row", [0, 4999])
+def test_tables_that_differ_in_one_value_are_not_tied(tmp_path: Path, row: int) -> None:
+    tables = {f"{name}.weight": torch.ones(5000, 4) for name in ("lm_head", "embed_tokens", "1.embed_tokens")}
+    tables["embed_tokens.weight"][row, 3] = 2
+    torch.save(tables, tmp_path / "m.pt")
+    with open_checkpoint(tmp_path / "m.pt") as checkpoint:
+        assert with_table_names(checkpoint).aliases == {"lm_head.weight": "1.embed_tokens.weight"}
 
 
 def test_equal_tensors_under_a_known_pair_are_tied_and_unequal_ones_are_not(tmp_path: Path) -> None:

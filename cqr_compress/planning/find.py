@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from cqr_compress.checkpoint.base import Checkpoint, TensorEntry, read_blocks
 from cqr_compress.errors import TableNotFoundError, TableRefusedError
@@ -134,41 +136,74 @@ def with_table_names(checkpoint: Checkpoint, compare: bool = True) -> Checkpoint
     Returns:
         The checkpoint with updated `entries` and `aliases`.
     """
-    entries, aliases = dict(checkpoint.entries), dict(checkpoint.aliases)
-    for canonical in list(entries):
-        group = [canonical, *checkpoint.aliases_of(canonical)]
-        best = max(group, key=lambda name: (_by_name(name)[0], -group.index(name)))
-        if best != canonical:
-            entries = {
-                (best if name == canonical else name): (TensorEntry(best, e.stored) if name == canonical else e)
-                for name, e in entries.items()
-            }
-            aliases = {name: (best if to == canonical else to) for name, to in aliases.items() if name != best}
-            aliases[canonical] = best
+    best = {name: _best_name([name, *checkpoint.aliases_of(name)]) for name in checkpoint.entries}
+    entries = {
+        best[name]: entry if best[name] == name else TensorEntry(best[name], entry.stored)
+        for name, entry in checkpoint.entries.items()
+    }
+    aliases = {name: best[to] for name, to in checkpoint.aliases.items() if name not in entries}
+    aliases |= {name: other for name, other in best.items() if other != name}
+    tied: dict[str, str] = {}
     for head_pattern, table_pattern in TIED_PAIRS if compare else ():
-        heads = [name for name in entries if re.search(head_pattern, name)]
-        tables = [name for name in entries if re.search(table_pattern, name)]
-        for head in heads:
-            for table in tables:
-                if (
-                    head in entries
-                    and table in entries
-                    and head != table
-                    and _equal(entries[head], entries[table])
-                ):
-                    aliases = {name: (table if to == head else to) for name, to in aliases.items()}
-                    aliases[head] = table
-                    del entries[head]
-    return replace(checkpoint, entries=entries, aliases=aliases)
+        left = [entry for name, entry in entries.items() if name not in tied and len(entry.shape) == 2]
+        heads = [entry for entry in left if re.search(head_pattern, entry.name)]
+        tables = [entry for entry in left if re.search(table_pattern, entry.name)]
+        found = dict(_equal_pairs(heads, tables, (_layout, _first_rows, _digest)))
+        tied = {head: found.get(table, table) for head, table in tied.items()} | {
+            head.name: found[head.name] for head in heads if head.name in found
+        }
+    return replace(
+        checkpoint,
+        entries={name: entry for name, entry in entries.items() if name not in tied},
+        aliases={name: tied.get(to, to) for name, to in aliases.items()} | tied,
+    )
 
 
-def _equal(a: TensorEntry, b: TensorEntry) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if len(a.shape) != 2:
-        return False
-    blocks = zip(read_blocks(a, BLOCK_BYTES), read_blocks(b, BLOCK_BYTES), strict=True)
-    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for (_, x), (_, y) in blocks)
+def _best_name(names: list[str]) -> str:
+    return max(names, key=lambda name: _by_name(name)[0])
+
+
+def _equal_pairs(
+    heads: list[TensorEntry],
+    tables: list[TensorEntry],
+    keys: Sequence[Callable[[TensorEntry], Hashable]],
+) -> Iterator[tuple[str, str]]:
+    """Name the heads that are equal to a table by all keys, each with the first such table.
+
+    A key is computed once for each tensor, and only if a tensor of the other kind is equal by the keys before it.
+    """
+    if not keys:
+        yield from ((head.name, tables[0].name) for head in heads)
+        return
+    groups: dict[Hashable, tuple[list[TensorEntry], list[TensorEntry]]] = {}
+    for kind, entries in enumerate((heads, tables)):
+        for entry in entries:
+            groups.setdefault(keys[0](entry), ([], []))[kind].append(entry)
+    for some_heads, some_tables in groups.values():
+        if some_heads and some_tables:
+            yield from _equal_pairs(some_heads, some_tables, keys[1:])
+
+
+def _layout(entry: TensorEntry) -> Hashable:
+    return entry.shape, entry.dtype
+
+
+def _first_rows(entry: TensorEntry) -> bytes:
+    """Return the first rows, of about 4 KiB: enough to tell trained tables apart."""
+    rows = 4096 // max(1, entry.nbytes // max(1, entry.shape[0])) + 1
+    return _bytes_of(entry.stored.read_rows(0, min(rows, entry.shape[0]))).tobytes()
+
+
+def _digest(entry: TensorEntry) -> bytes:
+    """Hash all values by SHA-256, so that equal digests are equal values."""
+    digest = hashlib.sha256()
+    for _, block in read_blocks(entry, BLOCK_BYTES):
+        digest.update(_bytes_of(block))
+    return digest.digest()
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    return values.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _matrices(checkpoint: Checkpoint) -> list[TensorEntry]:
