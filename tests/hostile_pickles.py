@@ -40,6 +40,12 @@ def doubled(start: bytes, pair: bytes, levels: int = 60) -> bytes:
     return start + b"".join(b"q\x010h\x01h\x01" + pair for _ in range(levels))
 
 
+def equal_hashes(num: int) -> list[bytes]:
+    """Tuples of equal hashes, which are those of the integers -1 and -2 in any order."""
+    minus = b"J\xff\xff\xff\xff", b"J\xfe\xff\xff\xff"
+    return [b"(" + b"".join(minus[i >> bit & 1] for bit in range(12)) + b"t" for i in range(num)]
+
+
 TUPLES = doubled(b")", b"\x86")
 LISTS = b"]" + b"".join(b"q\x010](h\x01h\x01e" for _ in range(60))
 TENSOR = tensor()
@@ -109,6 +115,15 @@ PICKLES: dict[str, bytes] = {
         b"(" + b"N" * 998 + b"tq\x010}" + b"h\x01Ns" * 20_000
     ),
     "keys of equal hashes": beside(b"}(" + b"".join(integer(i * (2**61 - 1)) + b"N" for i in range(50_000)) + b"u"),
+    "tuples of equal hashes": beside(b"}(" + b"".join(key + b"N" for key in equal_hashes(3000)) + b"u"),
+    "tuples of equal hashes in a set": beside(b"cbuiltins\nset\n](" + b"".join(equal_hashes(3000)) + b"e\x85R"),
+    "tuples of equal hashes in many dicts": beside(
+        b"(" + b"".join(b"}" + key + b"Ns" for key in equal_hashes(3000)) + b"l"
+    ),
+    "a tuple of 999 parts above 4,000 tensors": beside(
+        b"](" + TENSOR + b"q\x010" + b"h\x01" * 4000 + b"eq\x010(" + b"N" * 998 + b"tq\x020h\x01"
+        + b"q\x010}h\x02h\x01s" * 190
+    ),
     "an integer of 1 MB": beside(integer(2 ** (8 * 2**20 - 8))),
     "shared placeholders": beside(b"ca\nb\n)R" + b"q\x010ca\nb\nh\x01h\x01\x86R" * 60),
     "shared modules": beside(

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,9 @@ HUGE = 10**4000
         ("pq", lambda h, s: h.update(skeleton={"t": "none"})),
         ("pq", lambda h, s: h.update(skeleton={"d": [[{"u": 1}, None]]})),
         ("pq", lambda h, s: h.update(skeleton={"d": [[{}, None]]})),
+        ("pq", lambda h, s: h.update(skeleton={"d": [[i * (2**61 - 1), None] for i in range(1000)]})),
+        ("pq", lambda h, s: h.update(skeleton={"d": [[{"u": key}, None] for key in product((-1, -2), repeat=8)]})),
+        ("pq", lambda h, s: h.update(skeleton={"d": [[{"u": [0] * 1001}, None]]})),
         ("pq", lambda h, s: h.update(skeleton=nested(300, lambda inner: {"l": [inner]}))),
         ("pq", lambda h, s: h.update(unknown=nested(300, lambda inner: [inner]))),
         ("pq", lambda h, s: h.update(tuning={**TUNING, "dense": {"auc": "0.5"}})),

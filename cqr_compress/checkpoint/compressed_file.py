@@ -101,7 +101,7 @@ class CompressedFile:
         if twice := sorted(known & opened.aliases.keys()):
             raise FormatError(f"{where!r} has both a tensor and an alias named {brief(twice[0])}")
         if opened.header.structure is not None:
-            check_structure(opened.header.structure, known | opened.aliases.keys())
+            check_structure(opened.header.structure, known | opened.aliases.keys(), str(checkpoint.path))
         return opened
 
     @property

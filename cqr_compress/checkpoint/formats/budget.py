@@ -47,6 +47,8 @@ MAX_INTEGER_BYTES = 1024
 """Bytes of an integer; Python writes those of the states of random number generators in at most 20."""
 MAX_KEY_INTEGER = 2**60
 """Integers above have equal hashes too easily: a dict of n such keys can take n^2 steps."""
+MAX_EQUAL_HASHES = 16
+"""Different keys with the same hash, such as (-1, -2) and (-2, -1): a dict of n of them takes n^2 steps."""
 MAX_MEMO_DIGITS = 10
 """Decimal digits of a number of the memo."""
 MAX_NAME = 1000

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from cqr_compress.checkpoint.formats.budget import (
+    MAX_EQUAL_HASHES,
     MAX_INTEGER_BYTES,
     MAX_KEY_INTEGER,
     MAX_KEY_PARTS,
@@ -34,14 +35,56 @@ _COSTS = {
     **dict.fromkeys((pickle.GLOBAL, pickle.STACK_GLOBAL), 2000),
 }
 _OTHER_COST = 32
-_PART_COST = 8
+PART_COST = 8
 """Cost of a part of a key, which takes its time at every use of the key."""
 _COST = [_COSTS.get(bytes([opcode]), _OTHER_COST) for opcode in range(256)]
 """Bytes of memory of the object that an opcode makes, on a 64-bit machine, rounded up."""
 
 
-def check_key(key: Any) -> int:
-    """Refuse a key of a dict, or a member of a set, whose hash or comparison could take long; return its parts.
+class KeyCheck:
+    """Check of the keys of all dicts and the members of all sets of a file, which is named in messages."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._by_hash: dict[int, list[Any]] = {}
+
+    def check(self, keys: Iterable[Any]) -> int:
+        """Refuse keys whose hashes or comparisons could take long; return the number of their parts.
+
+        Strings count as no parts: their hashes are stored in them, and nobody can compute equal ones in advance.
+
+        Raises:
+            FormatError: a key of more than 1,000 parts, an integer of more than 60 bits, or more than 16 different
+                keys with the same hash.
+        """
+        parts = 0
+        for key in keys:
+            if type(key) is not str:
+                parts += num_parts(key, self._where)
+                if type(key) not in _OWN_HASHES:
+                    self._check_hash(key)
+        return parts
+
+    def _check_hash(self, key: Any) -> None:
+        try:
+            found = self._by_hash.setdefault(hash(key), [])
+        except TypeError:  # an unhashable key, which no dict takes
+            return
+        if key not in found:
+            found.append(key)
+        if len(found) > MAX_EQUAL_HASHES:
+            raise FormatError(
+                f"{self._where!r} has more than {MAX_EQUAL_HASHES} keys of dicts with the same hash: it is "
+                "damaged or made to take long"
+            )
+
+
+_OWN_HASHES = (int, bool, type(None), bytes)
+"""Types of keys whose hashes differ, if they are small integers, or cannot be computed in advance."""
+
+
+def num_parts(key: Any, where: str) -> int:
+    """Count the parts of a key of a dict, or a member of a set: each hash of a key visits all of them.
 
     Raises:
         FormatError: more than 1,000 parts, or an integer of more than 60 bits.
@@ -51,17 +94,12 @@ def check_key(key: Any) -> int:
         part = stack.pop()
         parts += 1
         if isinstance(part, int) and not -MAX_KEY_INTEGER < part < MAX_KEY_INTEGER:
-            raise FormatError(f"a key of a dict is an integer of {part.bit_length()} bits")
+            raise FormatError(f"a key of a dict in {where!r} is an integer of {part.bit_length()} bits")
         if isinstance(part, (tuple, frozenset)):
             stack.extend(islice(part, MAX_KEY_PARTS))
         if parts > MAX_KEY_PARTS:
-            raise FormatError(f"a key of a dict has more than {MAX_KEY_PARTS} parts")
+            raise FormatError(f"a key of a dict in {where!r} has more than {MAX_KEY_PARTS} parts")
     return parts
-
-
-def check_keys(keys: Iterable[Any]) -> int:
-    """Call `check_key` for each key, and count all parts; strings need no check."""
-    return sum(check_key(key) for key in keys if type(key) is not str)
 
 
 class Readable(Protocol):
@@ -105,6 +143,7 @@ class BudgetedUnpickler(pickle._Unpickler):
     def __init__(self, file: Readable, meter: Meter) -> None:
         super().__init__(file, encoding="utf-8", errors="surrogateescape")
         self.meter = meter
+        self.keys = KeyCheck(meter.where)
         self.dispatch = _CountingDispatch(_DISPATCH, meter)  # type: ignore[misc]  # of this file's meter
 
 
@@ -130,13 +169,13 @@ def _load_bytearray8(self: Any) -> None:
 
 def _load_setitem(self: Any) -> None:
     value, key = self.stack.pop(), self.stack.pop()
-    self.meter.spend(_PART_COST * check_keys((key,)))
+    self.meter.spend(PART_COST * self.keys.check((key,)))
     self.stack[-1][key] = value
 
 
 def _load_setitems(self: Any) -> None:
     items = self.pop_mark()
-    self.meter.spend(_PART_COST * check_keys(items[::2]))
+    self.meter.spend(PART_COST * self.keys.check(items[::2]))
     target = self.stack[-1]
     for i in range(0, len(items), 2):
         target[items[i]] = items[i + 1]
@@ -144,20 +183,20 @@ def _load_setitems(self: Any) -> None:
 
 def _load_dict(self: Any) -> None:
     items = self.pop_mark()
-    self.meter.spend(_PART_COST * check_keys(items[::2]))
+    self.meter.spend(PART_COST * self.keys.check(items[::2]))
     self.append({items[i]: items[i + 1] for i in range(0, len(items), 2)})
 
 
 def _load_additems(self: Any) -> None:
     items = self.pop_mark()
-    self.meter.spend(_PART_COST * check_keys(items))
+    self.meter.spend(PART_COST * self.keys.check(items))
     for item in items:
         self.stack[-1].add(item)
 
 
 def _load_frozenset(self: Any) -> None:
     items = self.pop_mark()
-    self.meter.spend(_PART_COST * check_keys(items))
+    self.meter.spend(PART_COST * self.keys.check(items))
     self.append(frozenset(items))
 
 

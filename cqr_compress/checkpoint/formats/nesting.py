@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cqr_compress.checkpoint.base import Checkpoint, TensorEntry, UnbuiltObject
 from cqr_compress.checkpoint.formats.budget import MAX_DEPTH, Meter
+from cqr_compress.checkpoint.formats.budgeted_unpickler import PART_COST, KeyCheck, num_parts
 from cqr_compress.checkpoint.formats.mapped_storage import StridedTensor
 from cqr_compress.checkpoint.formats.safe_pickle import Placeholder, describe
 from cqr_compress.errors import CheckpointError, FormatError, brief
@@ -139,7 +140,10 @@ def _module_state(
 
 
 def _children(value: Any, meter: Meter) -> list[tuple[Any, Any]]:
-    """Return the children of a container with their keys; none for a leaf."""
+    """Return the children of a container with their keys; none for a leaf.
+
+    A container in several places is visited, and paid for, in each.
+    """
     found: list[tuple[Any, Any]] = []
     if isinstance(value, dict):
         found = list(dict.items(value))
@@ -150,8 +154,13 @@ def _children(value: Any, meter: Meter) -> list[tuple[Any, Any]]:
     # the parts of a sparse or quantized tensor are not tensors of the model
     elif isinstance(value, Placeholder) and not value.class_name.startswith("torch._utils._rebuild"):
         found = list(value.contents.items())
-    meter.spend(_VISIT + 8 * len(found))  # a container in several places is visited in each
+    meter.spend(_VISIT + 8 * len(found) + PART_COST * _num_parts((key for key, _ in found), meter))
     return found
+
+
+def _num_parts(keys: Iterable[Any], meter: Meter) -> int:
+    """Count the parts of keys that are no strings, which every hash of a path visits."""
+    return sum(num_parts(key, meter.where) for key in keys if type(key) is not str)
 
 
 def _is_optimizer(key: Any, value: Any) -> bool:
@@ -165,7 +174,7 @@ def _collect(value: Any, path: Path_, in_optimizer: bool, walk: _Walk) -> None:
     if len(path) > MAX_DEPTH:
         raise CheckpointError(f"the objects in {walk.meter.where!r} are nested too deeply to be a checkpoint")
     if isinstance(value, StridedTensor):
-        walk.meter.spend(_VISIT + 8 * len(path))
+        walk.meter.spend(_VISIT + 8 * len(path) + PART_COST * _num_parts(path, walk.meter))
         (walk.optimizer if in_optimizer else walk.tensors)[path] = value
         return
     if isinstance(value, Placeholder) or (isinstance(value, type) and issubclass(value, Placeholder)):
@@ -307,17 +316,19 @@ def _is_storable_key(key: Any, depth: int = 0) -> bool:
     return isinstance(key, _PLAIN) and _is_storable(key)
 
 
-def check_structure(structure: Any, names: Container[str]) -> None:
+def check_structure(structure: Any, names: Container[str], where: str) -> None:
     """Check a structure that was read from a file.
 
     Args:
         structure: the JSON tree.
         names: names of the tensors that it can refer to.
+        where: path of the file, for messages.
 
     Raises:
-        FormatError: not a structure, a reference to another tensor, or more than 200 levels.
+        FormatError: not a structure, a reference to another tensor, more than 200 levels, or keys that `KeyCheck`
+            refuses.
     """
-    stack = [(structure, 0)]
+    stack, keys = [(structure, 0)], KeyCheck(where)
     while stack:
         node, depth = stack.pop()
         if isinstance(node, _PLAIN):
@@ -333,6 +344,7 @@ def check_structure(structure: Any, names: Container[str]) -> None:
             for pair in value:
                 if not isinstance(pair, list) or len(pair) != 2 or not _is_json_key(pair[0]):
                     raise FormatError(f"the nesting in the metadata is damaged: a {kind!r} without keys")
+                keys.check((_key_from_json(pair[0]),))
                 stack.append((pair[1], depth + 1))
         else:
             raise FormatError(f"the nesting in the metadata is damaged: {brief(kind)} of {brief(value)}")

@@ -11,13 +11,13 @@ from __future__ import annotations
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
 from cqr_compress.checkpoint.formats.budget import MAX_DIMENSIONS, MAX_NAME, Meter
-from cqr_compress.checkpoint.formats.budgeted_unpickler import BudgetedUnpickler, Readable, check_keys
+from cqr_compress.checkpoint.formats.budgeted_unpickler import BudgetedUnpickler, KeyCheck, Readable
 from cqr_compress.checkpoint.formats.mapped_storage import LazyStorage, StridedTensor
 from cqr_compress.errors import CheckpointError, FormatError, brief
 
@@ -143,6 +143,8 @@ class StructureUnpickler(BudgetedUnpickler):
         """Resolve a name from tables only, without imports."""
         if known := _KNOWN.get((module, name)):
             return known
+        if makes_keys := _MAKE_KEYS.get((module, name)):
+            return KnownFunction(partial(makes_keys, self.keys))
         if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
             return StorageType(_STORAGE_DTYPES[name])
         if module in ("torch", "torch.storage") and name in _QUANTIZED_STORAGE_DTYPES:
@@ -290,21 +292,20 @@ def _tuple(values: Any = ()) -> tuple[Any, ...]:
     return tuple(values) if isinstance(values, (list, tuple)) else ()
 
 
-def _set(values: Any = ()) -> Any:
+def _set(check: KeyCheck, values: Any = ()) -> Any:
     if not isinstance(values, (list, tuple)):
         return set()
-    check_keys(values)
+    check.check(values)
     return set(values)
 
 
-def _ordered_dict(pairs: Any = ()) -> OrderedDict[Any, Any]:
+def _ordered_dict(check: KeyCheck, pairs: Any = ()) -> OrderedDict[Any, Any]:
     pairs = [pair for pair in pairs if isinstance(pair, (list, tuple))] if isinstance(pairs, (list, tuple)) else []
-    check_keys(pair[0] for pair in pairs if pair)
+    check.check(pair[0] for pair in pairs if pair)
     return OrderedDict(pairs)
 
 
 _KNOWN: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): KnownFunction(_ordered_dict),
     ("collections", "defaultdict"): KnownFunction(_plain_dict),
     ("torch", "Size"): KnownFunction(_tuple),
     ("torch._utils", "_rebuild_tensor"): KnownFunction(_rebuild_tensor),
@@ -314,10 +315,9 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter_with_state"): KnownFunction(_rebuild_parameter),
     ("torch._tensor", "_rebuild_from_type_v2"): KnownFunction(_rebuild_from_type),
 }
-
-
+_MAKE_KEYS: dict[tuple[str, str], Callable[..., Any]] = {("collections", "OrderedDict"): _ordered_dict}
+"""Functions that make keys of values; the first argument is the check of the file's keys."""
 for _builtins in ("builtins", "__builtin__"):
     _KNOWN[_builtins, "getattr"] = KnownFunction(_inert_getattr)
-    _KNOWN[_builtins, "set"] = KnownFunction(_set)
-    _KNOWN[_builtins, "frozenset"] = KnownFunction(_set)
     _KNOWN[_builtins, "tuple"] = KnownFunction(_tuple)
+    _MAKE_KEYS[_builtins, "set"] = _MAKE_KEYS[_builtins, "frozenset"] = _set
