@@ -16,7 +16,7 @@ from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.checkpoint.json_file import read_json
 from cqr_compress.checkpoint.size_report import SizeReport, report_of, report_path
 from cqr_compress.errors import BudgetError, CheckpointError, NonFiniteError, TableRefusedError
-from cqr_compress.planning.choose import estimate_ratio
+from cqr_compress.planning.choose import estimate_error_of_options
 from cqr_compress.planning.find import Candidate, find_tables, refuse_foreign, with_table_names
 from cqr_compress.planning.scan import ScannedTable, scan_table
 from cqr_compress.progress import Progress, shown
@@ -235,7 +235,7 @@ def _count_duplicates(entry: TensorEntry, progress: Progress) -> int:
 
 def _estimate(scan: ScannedTable, ratio: int) -> float | None:
     try:
-        error = estimate_ratio(scan, ConvertOptions(method="pq", ratio=ratio))
+        error = estimate_error_of_options(scan, ConvertOptions(method="pq", ratio=ratio))
     except (BudgetError, TableRefusedError):
         return None
     return float(f"{error:.4g}")

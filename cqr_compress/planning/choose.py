@@ -88,7 +88,7 @@ def _check_magnitude(table: ScannedTable) -> None:
         )
 
 
-def estimate_ratio(table: ScannedTable, options: ConvertOptions) -> float:
+def estimate_error_of_options(table: ScannedTable, options: ConvertOptions) -> float:
     """Estimate the error that options lead to, by one brief fit of the layout with the most code bytes.
 
     Returns:
