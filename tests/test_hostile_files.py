@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import cqr_compress as cqr
 from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.checkpoint.json_file import read_json
 from cqr_compress.commands.inspect import effective_rank
 from cqr_compress.errors import CheckpointError, CqrCompressError, FormatError
 from cqr_compress.planning.frequencies import read_frequencies
@@ -57,6 +58,38 @@ def test_a_hostile_index_is_refused(tmp_path: Path, content: Any, message: str) 
     with pytest.raises(CheckpointError, match=message) as refused:
         open_checkpoint(index)
     assert len(str(refused.value)) < 800
+
+
+@pytest.mark.parametrize(
+    ("start", "part", "end", "limit"),
+    [
+        ("[", "[],", "[]]", "1,000,000 values"),
+        ("[", "{},", "{}]", "1,000,000 values"),
+        ("[", "1,", "1]", "1,000,000 values"),
+        ('["\\u4e00', "a", '"]', "16 MiB"),
+        ('["\N{GRINNING FACE}', "a", '"]', "16 MiB"),
+        ("[", " ", "]", "64 MiB"),
+    ],
+)
+def test_an_index_that_would_fill_the_memory_is_refused_before_it_is_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str, part: str, end: str, limit: str
+) -> None:
+    path = tmp_path / "m.safetensors.index.json"
+    nbytes = (65 if limit == "64 MiB" else 17) * 2**20
+    path.write_text(start + part * (nbytes // len(part)) + end, encoding="utf-8")
+    monkeypatch.setattr(json, "loads", lambda text: pytest.fail("it was parsed"))
+    with pytest.raises(CheckpointError, match=f"more than {limit} of JSON"):
+        open_checkpoint(path)
+
+
+def test_an_index_of_200_000_tensors_is_read(tmp_path: Path) -> None:
+    weight_map = {
+        f"language_model.model.layers.{i}.mlp.experts.down_proj.weight_packed": f"model-{i % 70:05}-of-00070.safetensors"
+        for i in range(200_000)
+    }
+    path = tmp_path / "m.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}, indent=2))
+    assert read_json(path)["weight_map"] == weight_map
 
 
 def test_links_of_a_hugging_face_cache_and_inside_the_folder_are_followed(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from cqr_compress.errors import CheckpointError, brief
 
 MAX_JSON_BYTES = 64 * 2**20
 """The index of a checkpoint of 10^5 tensors has 10 MB."""
+MAX_JSON_VALUES = 10**6
+"""A value of 3 bytes takes up to 200 in memory; an index has one value for each tensor."""
 
 
 def require_file(path: Path) -> None:
@@ -34,13 +36,19 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        CheckpointError: not a regular file of JSON, more than 64 MiB, or nested too deeply.
+        CheckpointError: not a regular file of JSON, more than 64 MiB (16 MiB with other letters than ASCII: one of
+            them makes all letters of its string take 4 bytes), more than a million values, or nested too deeply.
     """
     require_file(path)
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{str(path)!r} has more than {MAX_JSON_BYTES >> 20} MiB of JSON")
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+        limit = MAX_JSON_BYTES if content.isascii() and rb"\u" not in content else MAX_JSON_BYTES // 4
+        if len(content) > limit:
+            raise CheckpointError(f"{str(path)!r} has more than {limit >> 20} MiB of JSON")
+        if sum(content.count(mark) for mark in (b",", b"[", b"{")) > MAX_JSON_VALUES:
+            raise CheckpointError(f"{str(path)!r} has more than {MAX_JSON_VALUES:,} values of JSON")
+        return json.loads(content.decode())
     except RecursionError:
         raise CheckpointError(f"{str(path)!r} is JSON that is nested too deeply") from None
     except OSError as e:
