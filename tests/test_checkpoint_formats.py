@@ -1,16 +1,20 @@
 import argparse
+import io
 import json
 import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from cqr_compress.checkpoint.formats import safetensors_files
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import CheckpointError
 
@@ -208,6 +212,44 @@ def test_a_file_that_changes_after_it_was_opened_is_refused(tmp_path: Path, form
             checkpoint.entries["emb.weight"].stored.read()
         with pytest.raises(CheckpointError, match=message):
             checkpoint.entries["emb.weight"].stored.read_rows(4990, 5000)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "zip", "legacy"])
+@pytest.mark.parametrize("opens", [1, 2, 3])
+@pytest.mark.parametrize("content", ["shorter", "of another shape", "of the same shape", "rubbish"])
+def test_a_file_that_is_replaced_while_it_is_opened_is_said_to_be_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, opens: int, content: str
+) -> None:
+    path, other = tmp_path / "m", tmp_path / "other"
+    for target, rows in ((path, 50), (other, {"shorter": 10, "of another shape": 60}.get(content, 50))):
+        state = {"emb.weight": torch.randn(rows, 16)}
+        if form == "safetensors":
+            save_file(state, target)
+        else:
+            torch.save(state, target, _use_new_zipfile_serialization=form == "zip")
+    if content == "rubbish":
+        other.write_bytes(b"rubbish" * 100)
+    left = opens
+    before = path.stat().st_size
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(file: object, *args: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= str(file) == str(path)
+            if left == 0:
+                other.replace(path)
+                left = -100
+            return function(file, *args, **options)
+
+        return call
+
+    monkeypatch.setattr(io, "open", counted(io.open))
+    monkeypatch.setattr(safetensors_files, "safe_open", counted(safetensors_files.safe_open))
+    with pytest.raises(CheckpointError) as refused:
+        open_checkpoint(path)
+    assert f"was changed while it was read: it had {before} bytes and has {path.stat().st_size}" in str(
+        refused.value
+    )
 
 
 def test_every_short_prefix_of_a_legacy_file_is_refused_cleanly(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,25 @@ MAX_JSON_VALUES = 10**6
 """A value of 3 bytes takes up to 200 in memory; an index has one value for each tensor."""
 
 
-def require_file(path: Path) -> None:
+def require_file(path: Path) -> os.stat_result:
     """Refuse what is not a regular file: reading a FIFO or a device could wait for ever.
+
+    Returns:
+        The result of `stat`.
 
     Raises:
         CheckpointError: no such file, a name that the system refuses, or something else than a file.
     """
     try:
-        mode = path.stat().st_mode
+        about = path.stat()
     except FileNotFoundError:
         raise CheckpointError(f"no such file or folder: {str(path)!r}") from None
     except (OSError, ValueError) as e:  # too long a name, a loop of links, a null character
         raise CheckpointError(f"{brief(str(path))} cannot be read: {getattr(e, 'strerror', None) or e}") from e
-    if not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+    if not stat.S_ISREG(about.st_mode):
+        what = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe, socket or device"
         raise CheckpointError(f"{str(path)!r} is {what}, not a regular file")
+    return about
 
 
 def read_json(path: Path) -> Any:

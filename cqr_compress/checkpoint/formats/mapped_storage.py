@@ -51,10 +51,7 @@ class SourceFile:
         except OSError as e:
             raise CheckpointError(f"{str(self.path)!r} cannot be read: {e.strerror}") from e
         if len(rest) or now != self._opened:
-            raise CheckpointError(
-                f"{str(self.path)!r} was changed while it was read: it had {size} bytes and has {now[0]}. "
-                "Run the command again when the file is complete."
-            )
+            raise changed_error(self.path, size, now[0])
         return out
 
     def close(self) -> None:
@@ -64,6 +61,14 @@ class SourceFile:
     def _state(self) -> tuple[int, int]:
         about = os.fstat(self._file.fileno())
         return about.st_size, about.st_mtime_ns
+
+
+def changed_error(path: Path, before: int, now: int) -> CheckpointError:
+    """Return the error of a file that was changed, or replaced by another one, with its sizes in bytes."""
+    return CheckpointError(
+        f"{str(path)!r} was changed while it was read: it had {before} bytes and has {now}. Run the command again "
+        "when the file is complete."
+    )
 
 
 @dataclass(eq=False)

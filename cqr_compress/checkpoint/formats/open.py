@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from cqr_compress.checkpoint.base import Checkpoint, Format, TensorEntry
 from cqr_compress.checkpoint.checksums import WRITE_KEY
+from cqr_compress.checkpoint.formats.mapped_storage import changed_error
 from cqr_compress.checkpoint.formats.safetensors_files import SAFETENSORS
 from cqr_compress.checkpoint.formats.torch_files import BARE_PICKLE, TORCH_LEGACY, TORCH_TAR, TORCH_ZIP
 from cqr_compress.checkpoint.json_file import read_json, require_file
@@ -49,7 +51,31 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _open_file(path: Path, formats: tuple[Format, ...]) -> Checkpoint:
-    require_file(path)
+    """Open a file; the formats and their libraries open it several times, and each must find the same file."""
+    before = require_file(path)
+    try:
+        opened = _open_as(path, formats)
+    except Exception as e:
+        if error := _change_since(before, path):
+            raise error from e
+        raise
+    if error := _change_since(before, path):
+        opened.close_files()
+        raise error
+    return opened
+
+
+def _change_since(before: os.stat_result, path: Path) -> CheckpointError | None:
+    try:
+        now = path.stat()
+    except FileNotFoundError:
+        return CheckpointError(f"{str(path)!r} was removed while it was read")
+    if all(getattr(before, name) == getattr(now, name) for name in ("st_dev", "st_ino", "st_size", "st_mtime_ns")):
+        return None
+    return changed_error(path, before.st_size, now.st_size)
+
+
+def _open_as(path: Path, formats: tuple[Format, ...]) -> Checkpoint:
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
