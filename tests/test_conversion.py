@@ -285,7 +285,7 @@ def test_what_is_compressed_already_or_has_no_table_is_refused(tmp_path: Path, c
 def test_a_name_that_is_taken_is_refused(tmp_path: Path, table: torch.Tensor) -> None:
     torch.save({"emb.weight": table, "emb.codes": torch.zeros(3)}, tmp_path / "m.pt")
     with pytest.raises(
-        ShapeError, match="has a tensor 'emb.codes', a name that compressing table 'emb.weight' would create"
+        ShapeError, match="has a tensor 'emb.codes', a name that is reserved for a compressed table 'emb.weight'"
     ):
         cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors")
 

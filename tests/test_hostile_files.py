@@ -133,6 +133,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
     torch.save({"emb.weight": torch.randn(2000, 16), "out.weight": torch.randn(3, 4)}, folder / "m.pt")
     for method in ("pq", "hash", "int8"):
         cqr.convert(folder / "m.pt", folder / f"{method}.safetensors", method=method, ratio=3)
+    cqr.convert(folder / "m.pt", folder / "pq opq.safetensors", method="pq", ratio=3, rotation="opq")
 
     def read(method: str) -> tuple[Path, dict[str, Any], Any]:
         path = folder / f"{method}.safetensors"
@@ -161,6 +162,8 @@ HUGE = 10**4000
         ("hash", lambda h, s: s.update(code_sources=["x" * 10**6])),
         ("pq", lambda h, s: s.update(rotation=[1])),
         ("pq", lambda h, s: s.update(dtype={})),
+        ("pq", lambda h, s: s.update(code_sources=["digit"])),
+        ("pq opq", lambda h, s: s.update(rotation=None)),
         ("pq", lambda h, s: s.update(kind=[])),
         ("pq", lambda h, s: s.update({"x" * 10**6: 1})),
         ("int8", lambda h, s: s.update(n_bits=HUGE)),

@@ -392,6 +392,7 @@ def test_a_flipped_byte_is_refused(ckpt: Path, tmp_path: Path, cli: Cli, sharded
         (b'"out.weight":{"dtype":"F32","shape":[4,16]', b'"out.weight":{"dtype":"I32","shape":[4,16]', "checksum"),
         (b'"out.weight":{"dtype":"F32","shape":[4,16]', b'"out.weight":{"dtype":"F32","shape":[8,8] ', "checksum"),
         (rb"\"seed\":0", rb"\"seed\":7", "checksum"),
+        (b'"item_embedding.weight":{', b'"item_embedding.wdight":{', "checksum"),
     ],
 )
 def test_a_changed_header_is_refused(ckpt: Path, tmp_path: Path, old: bytes, new: bytes, message: str) -> None:

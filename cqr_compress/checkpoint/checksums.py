@@ -2,12 +2,13 @@
 
 cqr_compress_crc32  CRC-32 of each tensor of this file, of its dtype and shape as a text such as `float16 4 2` and
 then its bytes: eight hexadecimal digits per tensor, in the order of the sorted names; each exclusive-or the CRC-32
-of the header, the metadata under `cqr_compress`, where the file has it
+of the header (the metadata under `cqr_compress`, where the file has it) and then the sorted names as a JSON list
 cqr_compress_write  in shards and their index: 16 hexadecimal digits that all files of one write share
 """
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 
@@ -46,12 +47,13 @@ def checksum_of(entry: TensorEntry, step: Callable[[int], None]) -> int:
 
 def checksums_to_text(checksums: Mapping[str, int], metadata: Mapping[str, str]) -> str:
     """Format the checksums of a file as the value of CHECKSUMS_KEY, given the other metadata of the file."""
-    header = _header_checksum(metadata)
-    return "".join(f"{checksums[name] ^ header:08x}" for name in sorted(checksums))
+    names = sorted(checksums)
+    header = _header_checksum(metadata, names)
+    return "".join(f"{checksums[name] ^ header:08x}" for name in names)
 
 
-def _header_checksum(metadata: Mapping[str, str]) -> int:
-    return zlib.crc32(metadata.get(METADATA_KEY, "").encode())
+def _header_checksum(metadata: Mapping[str, str], names: list[str]) -> int:
+    return zlib.crc32((metadata.get(METADATA_KEY, "") + json.dumps(names)).encode())
 
 
 def checksums_from_text(metadata: Mapping[str, str], names: Iterable[str], where: str) -> dict[str, int]:
@@ -60,7 +62,8 @@ def checksums_from_text(metadata: Mapping[str, str], names: Iterable[str], where
     Raises:
         CheckpointError: it has not eight hexadecimal digits per tensor.
     """
-    ordered, text, header = sorted(names), metadata[CHECKSUMS_KEY], _header_checksum(metadata)
+    ordered, text = sorted(names), metadata[CHECKSUMS_KEY]
+    header = _header_checksum(metadata, ordered)
     try:
         if len(text) != 8 * len(ordered):
             raise ValueError(f"{len(text)} digits for {len(ordered)} tensors")

@@ -30,6 +30,8 @@ from cqr_compress.table.table import CompressedTable
 
 MARKER = TensorShape((0,), torch.uint8)
 """The empty tensor with the name of a table."""
+OPTIONAL_PARTS = frozenset({"codes", "rotation", "kept_ids", "kept_rows"})
+"""Short names of tensors that only some layouts read: no other tensor of a file has such a name."""
 _FREE_DECODED_BYTES = 2**30
 _MAX_EXPANSION = 2**16
 """Decoded bytes per stored byte beyond the first GiB: a table of hashed codes can claim any number of rows."""
@@ -83,6 +85,12 @@ class CompressedFile:
                     raise FormatError(
                         f"table {name!r} of {where!r} requires {stored_name(name, short)!r} of {expected.shape} "
                         f"{expected.dtype}, but the file has {found or 'no such tensor'}"
+                    )
+            for short in OPTIONAL_PARTS - spec.tensor_shapes().keys():
+                if (unread := stored_name(name, short)) in checkpoint.entries:
+                    raise FormatError(
+                        f"{where!r} has a tensor {unread!r}, which the layout of table {name!r} does not read: "
+                        "the header is damaged"
                     )
             if spec.dense_nbytes > _FREE_DECODED_BYTES + _MAX_EXPANSION * spec.nbytes:
                 raise FormatError(

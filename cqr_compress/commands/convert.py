@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import DTYPES, Checkpoint, TensorEntry
-from cqr_compress.checkpoint.compressed_file import CompressedFile, is_compressed, stored_name, stored_shapes
+from cqr_compress.checkpoint.compressed_file import (
+    OPTIONAL_PARTS,
+    CompressedFile,
+    is_compressed,
+    stored_name,
+    stored_shapes,
+)
 from cqr_compress.checkpoint.compressed_writer import CompressedOutput, Destination
 from cqr_compress.checkpoint.formats.nesting import is_text
 from cqr_compress.checkpoint.formats.open import open_checkpoint
@@ -193,11 +199,11 @@ def _check_names(checkpoint: Checkpoint, planned: Planned) -> None:
             raise CheckpointError(f"tensor {name!r} has dtype {entry.dtype}, which safetensors does not support")
     taken = {name for name in checkpoint.entries if name not in planned.tables}
     for name, table in planned.tables.items():
-        for short in table.spec.tensor_shapes():
+        for short in sorted(OPTIONAL_PARTS | table.spec.tensor_shapes().keys()):
             stored = stored_name(name, short)
             if stored in taken or stored in checkpoint.entries:
                 raise ShapeError(
-                    f"{where!r} has a tensor {stored!r}, a name that compressing table {name!r} would create. "
+                    f"{where!r} has a tensor {stored!r}, a name that is reserved for a compressed table {name!r}. "
                     f"Pass --exclude {name!r}."
                 )
             taken.add(stored)
