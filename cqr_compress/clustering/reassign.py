@@ -185,11 +185,11 @@ class TrellisReassignment(LayerReassignment):
         kept, values = tensors["dim_rates"] > 0, value_table(spec, tensors)
         metric = gradients.blocks[0].diagonal() / gradients.fisher.sum().clamp_min(1e-30) + _FLOOR
         scale = tensors["dim_scale"].float()
-        found, gain = self.codes.clone(), torch.empty(spec.num_embeddings)
+        found, gain = self.codes.clone(), torch.empty(spec.num_embeddings, **CPU_FLOAT)
         for ids in targets.id_blocks():
             rows = targets.layer.lookup_unrotated(ids)
             wanted = gradients.directed_target(ids, rows, targets.prior, targets.options.step_size, column)
-            factor = torch.ones(len(ids), 1, device=rows.device)
+            factor = torch.ones(len(ids), 1, dtype=rows.dtype, device=rows.device)
             if spec.gain_bits:
                 codes = tensors["row_gain"][ids].long()
                 factor = gain_table(tensors["gain_range"].float())[codes][:, None]

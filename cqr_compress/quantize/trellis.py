@@ -18,6 +18,7 @@ from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.trellis_search import search_paths
 from cqr_compress.table.base_spec import FLOAT_DTYPES
 from cqr_compress.table.blocks import row_blocks
+from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.spec import AnySpec, TrellisSpec
 from cqr_compress.table.trellis import seeded_values, value_table, values_of_states
 from cqr_compress.table.trellis_spec import MAX_RATE, STORED_VALUES
@@ -111,7 +112,7 @@ class TrellisQuantizer:
         found, codes = search_paths(target, self.weights[kept], rates[kept], spec.window, values)
         if not spec.gain_bits:
             return {"codes": codes}
-        states = torch.zeros(len(rows), spec.width, dtype=torch.int32)
+        states = torch.zeros(len(rows), spec.width, dtype=torch.int32, device="cpu")
         states[:, kept] = found
         made = values_of_states(replace(spec, gain_bits=0), tensors, states)
         if spec.rotation:
@@ -134,28 +135,28 @@ def fit_trellis(
         step: called after each round.
     """
     sample, D, P = rows.sample, spec.embedding_dim, spec.width
-    cost = torch.ones(len(sample)) if rows.weights is None else rows.weights[rows.sample_ids].clone()
+    cost = torch.ones(len(sample), **CPU_FLOAT) if rows.weights is None else rows.weights[rows.sample_ids].clone()
     dtype = FLOAT_DTYPES[spec.codebook_dtype]
     mean = (cost @ sample / cost.sum()).to(dtype).float()
     centered = sample - mean
-    norms = _norms(centered) if spec.gain_bits else torch.ones(len(sample))
+    norms = _norms(centered) if spec.gain_bits else torch.ones(len(sample), **CPU_FLOAT)
     cost *= norms.square()
     unit = centered.div_(norms[:, None]) if spec.gain_bits else centered
     covariance = weighted_covariance(unit, cost)
     if spec.rotation:
         variances, directions = (part.flip(-1)[..., :P] for part in torch.linalg.eigh(covariance))
     else:
-        variances, directions = covariance.diagonal(), torch.eye(D, dtype=torch.float64)
+        variances, directions = covariance.diagonal(), torch.eye(D, dtype=torch.float64, device="cpu")
     rates = allocate(variances, 8 * spec.row_nbytes, spec.window)
     sigma = variances.clamp_min(0).sqrt().float().clamp_min(1e-12)
     kept = rates > 0
-    widening = torch.tensor((1.0, *_WIDENING[spec.window]))[rates.long()]
+    widening = torch.tensor((1.0, *_WIDENING[spec.window]), **CPU_FLOAT)[rates.long()]
     fitted = _fit_ids(len(sample), D)
     columns = (unit[fitted] @ directions.float())[:, kept] / sigma[kept]
     scale, values = _fit_values(
         columns, cost[fitted], sigma[kept].square(), rates[kept], widening[kept], spec, effort.refine_rounds, step
     )
-    full = torch.zeros(P)
+    full = torch.zeros(P, **CPU_FLOAT)
     full[kept] = sigma[kept] * scale
     projection = directions.float() / torch.where(kept, full, 1.0)
     tensors = {"dim_rates": rates, "row_mean": mean.to(dtype), "dim_scale": full.to(dtype)}
@@ -165,7 +166,7 @@ def fit_trellis(
         tensors["state_values"] = values.to(dtype)
     if spec.gain_bits:
         low, high = float(norms.min()) * 0.9, float(norms.max()) * 1.1
-        tensors["gain_range"] = torch.tensor([low, math.log(high / low)]).to(dtype)
+        tensors["gain_range"] = torch.tensor([low, math.log(high / low)], **CPU_FLOAT).to(dtype)
     return TrellisQuantizer(spec, tensors, projection.contiguous(), full.square())
 
 
@@ -213,7 +214,7 @@ def _fit_values(
 
 def weighted_covariance(rows: Tensor, weights: Tensor) -> Tensor:
     """Compute the weighted second moments of rows (n, D) with weights (n,), in blocks: (D, D) float64."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device="cpu")
     for part, cost in zip(torch.split(rows, _MOMENT_ROWS), torch.split(weights, _MOMENT_ROWS), strict=True):
         total += ((part * cost[:, None]).T @ part).double()
     return total / weights.sum(dtype=torch.float64)
@@ -228,8 +229,8 @@ def _fit_ids(num_rows: int, dim: int) -> Tensor:
     """Draw the rows of the sample that paths are searched for."""
     limit = min(max(_FIT_VALUES // dim, _FIT_ROWS[0]), _FIT_ROWS[1])
     if num_rows <= limit:
-        return torch.arange(num_rows)
-    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))[:limit]
+        return torch.arange(num_rows, device="cpu")
+    return torch.randperm(num_rows, generator=torch.Generator("cpu").manual_seed(0), device="cpu")[:limit]
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ class TrellisMethod:
         if (options.window or _SHORT_WINDOW) > MAX_RATE * D:
             return
         rotations = (options.rotation,) if options.rotation else (None, "pca") if D <= MAX_ROTATED_DIM else (None,)
-        variances = facts.principal_variances() if "pca" in rotations else torch.empty(0)
+        variances = facts.principal_variances() if "pca" in rotations else torch.empty(0, **CPU_FLOAT)
         for rotation, gain_bits in product(rotations, (0, 8)):
             spec = TrellisSpec(
                 method="trellis",

@@ -65,7 +65,7 @@ def _best_path(
 ) -> list[Tensor]:
     """Find the states (n,) of the dimensions along the best path, from and to the states `tied` (n,) if given."""
     n, S = len(rows), values.shape[0]
-    cost = torch.zeros(n, S, device=rows.device)
+    cost = torch.zeros(n, S, dtype=rows.dtype, device=rows.device)
     if tied is not None:
         cost = torch.full_like(cost, 1e30).scatter_(1, tied[:, None], 0.0)
     choices: list[Tensor] = []
