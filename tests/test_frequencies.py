@@ -1,5 +1,6 @@
 """How often ids are used: files of counts, and what they do to a conversion."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 import cqr_compress as cqr
 from cqr_compress.errors import CheckpointError, CqrCompressError, ShapeError, SpecError, TableNotFoundError
 from cqr_compress.planning.frequencies import read_frequencies
+from cqr_compress.planning.token_frequencies import token_frequencies
 
 ROWS = {"a.weight": 4, "b.weight": 6}
 
@@ -122,3 +124,79 @@ def test_the_command_line_takes_counts_and_reports_the_weighted_error(cli: Calla
     assert "weighted" in cli("inspect", "s.safetensors").stdout
     assert "no such file of frequencies: 'none.npy'" in cli(*args, "none.npy", "--force", code=1).stderr
     cli(*args, "item_embedding.weight=counts.npy", "--force")
+
+
+VOCABULARY = [
+    "[PAD]",
+    "[unused0]",
+    "[UNK]",
+    "[CLS]",
+    ".",
+    "the",
+    "of",
+    "##ing",
+    *(f"word{i}" for i in range(1200)),
+]
+
+
+def tokenizer_json(folder: Path, **changes: Any) -> None:
+    content = {
+        "model": {"type": "WordPiece", "vocab": {token: i for i, token in enumerate(VOCABULARY)}},
+        "added_tokens": [{"id": i, "content": VOCABULARY[i], "special": True} for i in (0, 2, 3)],
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content | changes))
+
+
+def unigram_json(folder: Path) -> None:
+    pieces = [[token, -float(i)] for i, token in enumerate(VOCABULARY)]
+    tokenizer_json(folder, model={"type": "Unigram", "vocab": pieces})
+
+
+def vocab_txt(folder: Path) -> None:
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+
+
+@pytest.mark.parametrize("written", [tokenizer_json, unigram_json, vocab_txt])
+@pytest.mark.parametrize("num_rows", [1208, 1216])
+def test_frequencies_of_tokens_follow_their_order(
+    written: Callable[..., None], num_rows: int, tmp_path: Path
+) -> None:
+    written(tmp_path)
+    found = token_frequencies(tmp_path / "model.safetensors", {"words": num_rows, "positions": 512, "other": 9000})
+    assert list(found) == ["words"] and found["words"].shape == (num_rows,)
+    counts = found["words"].tolist()
+    at = {token: counts[i] for i, token in enumerate(VOCABULARY)}
+    assert at["[CLS]"] == at["the"] > at["of"] > at["##ing"] > at["word0"] > at["word1"] > at["word1199"]
+    assert at["the"] > at["."] > at["word99"]
+    assert at["[unused0]"] == at["[PAD]"] == min(counts) > 0 and counts[1208:] == [at["[PAD]"]] * (num_rows - 1208)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[", "[]", '{"model": 3}', '{"model": {"vocab": {"a": -1}}}', '{"model": {"vocab": [3]}}',
+     '{"model": {"vocab": {"a": 99999999999}}}', '{"model": {"vocab": {}}, "added_tokens": [{"id": 1}]}'],
+)  # fmt: skip
+def test_a_tokenizer_that_cannot_be_read_is_ignored(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.warns(cqr.CqrCompressWarning, match=r"'tokenizer.json' is ignored"):
+        assert token_frequencies(tmp_path / "a.pt", {"words": 4}) == {}
+
+
+def test_rows_of_language_tables_are_weighted_by_default(tmp_path: Path, table: Tensor) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tokenizer_json(folder)
+    torch.save({"words.embedding.weight": table[:1208]}, folder / "a.pt")
+    given = np.ones(1208)
+    np.save(tmp_path / "ones.npy", given)
+    options: dict[str, Any] = {"ratio": 8, "method": "trellis", "force": True}
+    by_order = cqr.convert(folder / "a.pt", tmp_path / "a.safetensors", **options).tables[0]
+    without = cqr.convert(folder / "a.pt", tmp_path / "b.safetensors", prior="none", **options).tables[0]
+    counted = cqr.convert(
+        folder / "a.pt", tmp_path / "c.safetensors", frequencies=tmp_path / "ones.npy", **options
+    ).tables[0]
+    assert by_order.weighted_relative_mse is not None and "tokenizer" in by_order.reason
+    assert without.weighted_relative_mse is None and "tokenizer" not in without.reason
+    assert (
+        counted.weighted_relative_mse == pytest.approx(counted.relative_mse) and "tokenizer" not in counted.reason
+    )

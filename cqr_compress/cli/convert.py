@@ -28,7 +28,7 @@ from cqr_compress.quantize.options import ConvertOptions
 
 _FIRST = ("ratio", "bits_per_dim", "method", "rotation", "rank", "helper", "num_columns", "num_levels", "n_bits")
 _THEN = ("window", "codebook_dtype", "effort", "refine_rounds", "max_sample", "seed")
-_ROWS = ("min_rows", "exact_rows", "nonfinite")
+_ROWS = ("min_rows", "exact_rows", "prior", "nonfinite")
 
 
 @options_of(ConvertOptions, (*_FIRST, *_THEN, *_ROWS))

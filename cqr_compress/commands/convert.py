@@ -30,6 +30,7 @@ from cqr_compress.planning.encode import exact_rows_of
 from cqr_compress.planning.find import Candidate, find_tables, refuse_foreign, with_table_names
 from cqr_compress.planning.frequencies import Frequencies, read_frequencies
 from cqr_compress.planning.plan_tables import Planned, PlannedTable, left_dense, plan_tables
+from cqr_compress.planning.token_frequencies import token_frequencies
 from cqr_compress.progress import Progress, shown
 from cqr_compress.quantize.base import row_weights
 from cqr_compress.quantize.options import ConvertOptions
@@ -107,10 +108,15 @@ def convert(
             raise TableNotFoundError(_nothing_found(checkpoint, candidates))
         if untie:
             checkpoint = _untied(checkpoint, selected)
-        counts = read_frequencies(frequencies, {candidate.name: candidate.shape[0] for candidate in selected})
+        num_rows = {candidate.name: candidate.shape[0] for candidate in selected}
+        counts = read_frequencies(frequencies, num_rows)
+        by_tokenizer = options.prior == "tokenizer" and not frequencies
+        counts |= token_frequencies(source, num_rows) if by_tokenizer else {}
         weights = {name: row_weights(count) for name, count in counts.items()}
         planned = plan_tables(checkpoint, selected, options, weights, progress, estimated=dry_run)
         planned = replace(planned, left_dense=[*planned.left_dense, *left_dense(candidates)])
+        if by_tokenizer:
+            planned = planned.noting(counts, "rows weighted by the order of the tokenizer's tokens")
         header = _header(checkpoint, planned, options)
         meters: dict[str, QualityMeter] = {}
         _check_names(checkpoint, planned)

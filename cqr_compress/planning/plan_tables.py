@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,6 +69,15 @@ class Planned:
 
     tables: Mapping[str, PlannedTable]
     left_dense: Sequence[LeftDense]
+
+    def noting(self, names: Collection[str], note: str) -> Planned:
+        """Return the plans with a note in the reasons of some tables."""
+        noted = {
+            name: replace(item, plan=replace(item.plan, reason=f"{item.plan.reason}; {note}"))
+            for name, item in self.tables.items()
+            if name in names
+        }
+        return replace(self, tables={**self.tables, **noted})
 
 
 def plan_tables(

@@ -89,6 +89,13 @@ class ConvertOptions:
         panel="Selection",
         metavar="IDS",
     )
+    prior: str = option(
+        "tokenizer",
+        "Weights of the rows of language tables, unless frequencies are given: estimated from the order of the "
+        "tokens in tokenizer.json or vocab.txt beside the weights, or none.",
+        panel="Selection",
+        choices=("tokenizer", "none"),
+    )
     nonfinite: str = option(
         "error",
         "Rows with NaN or infinity: stop with an error, or keep them verbatim.",
