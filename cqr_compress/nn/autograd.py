@@ -16,6 +16,7 @@ from cqr_compress.table.spec import HASHED, STORED, AnySpec, CodebookSpec, Trell
 from cqr_compress.table.tracing import is_intercepted, is_tracing
 from cqr_compress.table.trellis import gain_table, value_table, values_of_states
 
+_ROTATED_ROWS = 4096
 _FLOATS = (torch.float16, torch.float32)
 
 
@@ -80,9 +81,19 @@ def _trellis_rows(spec: TrellisSpec, tensors: Mapping[str, Tensor], ids: Tensor)
         return rotated(tensors, values_of_states(spec, tensors, states, gain))
     mean = tensors["row_mean"].float() if whole and "row_mean" in tensors else None
     gains = None if gain is None else gain_table(tensors["gain_range"].float())
-    values = value_table(spec, tensors)
-    rows = ops.trellis_lookup(ids, codes, rates, spec.window, values, scale.float(), mean, gain, gains)
-    return rows if rows is None or whole else rotated(tensors, rows)
+    values, scale = value_table(spec, tensors), scale.float()
+    if whole or len(ids) <= _ROTATED_ROWS:
+        rows = ops.trellis_lookup(ids, codes, rates, spec.window, values, scale, mean, gain, gains)
+        return rows if rows is None or whole else rotated(tensors, rows)
+    # the rotation reads rows from the cache
+    out = torch.empty(len(ids), spec.embedding_dim, dtype=torch.float32, device="cpu")
+    tensors = {**tensors, "rotation": tensors["rotation"].float()}
+    for part, to in zip(torch.split(ids, _ROTATED_ROWS), torch.split(out, _ROTATED_ROWS), strict=True):
+        rows = ops.trellis_lookup(part, codes, rates, spec.window, values, scale, mean, gain, gains)
+        if rows is None:
+            return None
+        to.copy_(rotated(tensors, rows))
+    return out
 
 
 def _computed(spec: CodebookSpec, codes: Tensor | None, ids: Tensor) -> Tensor | None:
