@@ -1275,3 +1275,17 @@ def test_saving_like_a_file_keeps_names_dtypes_and_what_the_model_lacks(
         cqr.save_compressed(model, tmp_path / "p.safetensors", small)
     assert not (tmp_path / "p.safetensors").exists()
     copy.deepcopy(model)
+
+
+def test_a_reassignment_that_makes_held_out_data_worse_is_taken_back(dense: Path, tmp_path: Path) -> None:
+    given = compressed(dense, tmp_path, method="trellis", ratio=16.0)
+    changes: dict[str, Any] = {"epochs": 3, "codes_until": 1.0, "refit": False, "max_moved": 1.0}
+    wild = finetune(
+        given,
+        tmp_path / "wild.safetensors",
+        task(),
+        options(**changes, clustering=cqr.ClusterOptions(step_size=1.0, prior_weight=1e-3)),
+    )
+    assert sum("reassigned, " in line for line in wild.log) == 1
+    assert any("taken back" in line for line in wild.log)
+    assert [e.stage for e in wild.history].count("reassigned") == 1

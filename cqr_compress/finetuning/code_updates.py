@@ -15,6 +15,7 @@ from cqr_compress.errors import TableNotFoundError, TaskError
 from cqr_compress.finetuning.options import FinetuneOptions
 from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.progress import Progress
+from cqr_compress.table.spec import TrellisSpec
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ class CodeUpdates:
                 "codes is 'reassign', but no table has all of its codes stored: give 'recluster' or 'auto'"
             )
         return asked
+
+    @property
+    def may_be_taken_back(self) -> bool:
+        """Whether to evaluate after a reassignment: a trellis follows targets so closely that rows can overfit."""
+        trellis = any(isinstance(layer.spec, TrellisSpec) for layer in self.tables.values())
+        return self.options.codes == "auto" and trellis
 
     def is_due(self, epoch: int) -> bool:
         """Return whether codes are updated after `epoch` epochs; 0 is before the first."""

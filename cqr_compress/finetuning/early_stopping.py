@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from cqr_compress.errors import TaskError
@@ -18,7 +19,7 @@ class Evaluation:
     Attributes:
         step: optimizer steps done.
         epoch: finished epochs.
-        stage: "as given", "refit" or "trained".
+        stage: "as given", "refit", "reassigned" or "trained".
         metrics: metrics by name.
         best: whether it was better than all previous evaluations.
     """
@@ -39,7 +40,7 @@ class EarlyStopping:
         patience: consecutive evaluations without improvement until training stops.
         history: all evaluations.
         best: weights of the best evaluation.
-        num_bad_evaluations: evaluations since the best one, refits not counted.
+        num_bad_evaluations: evaluations since the best one, refits and reassignments not counted.
     """
 
     task: Task
@@ -68,6 +69,14 @@ class EarlyStopping:
         """Whether training should stop."""
         return self.num_bad_evaluations >= self.patience
 
+    @property
+    def was_taken_back(self) -> bool:
+        """Whether a reassignment of codes was worse than the weights before it, which are then restored."""
+        return any(
+            after.stage == "reassigned" and self.task.is_better(before.metrics, after.metrics)
+            for before, after in pairwise(self.history)
+        )
+
     def offer(self, step: int, epoch: int, stage: str, metrics: Mapping[str, float], finite: bool) -> bool:
         """Add an evaluation, and return whether it is the best so far; the caller then sets `best`.
 
@@ -91,7 +100,7 @@ class EarlyStopping:
         else:
             better = finite and self.task.is_better(metrics, self.best_evaluation.metrics)
         self.history.append(Evaluation(step, epoch, stage, dict(metrics), better))
-        if stage != "refit":
+        if stage not in ("refit", "reassigned"):
             self.num_bad_evaluations = 0 if better else self.num_bad_evaluations + 1
         return better
 

@@ -265,9 +265,15 @@ class Trainer:
     def _change_codes(self, epoch: int) -> None:
         """Recluster or reassign codes at the beginning of an epoch, if due."""
         kind = self.changes.kind(self._per_example)
-        if kind != "frozen" and self.changes.is_due(epoch):
+        if kind != "frozen" and self.changes.is_due(epoch) and not self.early_stopping.was_taken_back:
+            before = self.tuned.snapshot() if self.changes.may_be_taken_back else None
             self.tuned.model.eval()
             self._log(self.changes.change(kind, self._losses(epoch), self._optimizer))
+            if before is not None:
+                self._evaluate("reassigned")
+                if self.early_stopping.was_taken_back:
+                    self.tuned.restore(before)
+                    self._log("the reassignment is taken back, and codes are frozen from now on")
         self.position.codes_changed = True
 
     def _losses(self, epoch: int) -> Callable[[], Iterator[Tensor]]:
