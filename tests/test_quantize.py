@@ -1,4 +1,5 @@
 import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -329,13 +330,24 @@ def test_centroids_without_points_take_points_of_others() -> None:
     assert bool(fit_centroids(torch.zeros(100, 2), 8, 0).eq(0).all())
 
 
-def test_weights_move_centroids_to_the_few_points_that_count() -> None:
+@pytest.mark.parametrize("num_centroids", [16, 400])
+def test_weights_move_centroids_to_the_few_points_that_count(num_centroids: int) -> None:
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(4000, 2, generator=generator)
     weights = torch.ones(4000)
     weights[:8] = 1e6
-    centroids = fit_centroids(points, 16, 0, weights=weights)
+    centroids = fit_centroids(points, num_centroids, 0, weights=weights)
     assert float(torch.cdist(points[:8], centroids).min(1).values.max()) < 1e-2
+
+
+def test_many_weighted_centroids_take_not_much_longer_than_those_without_weights() -> None:
+    points = torch.randn(60_000, 4)
+    took = []
+    for weights in (None, torch.rand(60_000) + 0.1):
+        start = time.process_time()
+        fit_centroids(points, 4096, 0, iterations=5, weights=weights)
+        took.append(time.process_time() - start)
+    assert took[1] < 8 * took[0]
 
 
 def test_centroids_do_not_depend_on_the_default_dtype_and_device() -> None:

@@ -22,6 +22,8 @@ _KERNEL_DIM = 8
 _PERTURBATION = 1 / 1024
 _MAX_SPREAD = 64
 """Number of centroids up to which k-means++ takes less time than the iterations that follow."""
+_ROUND = 16
+"""Of more than _MAX_SPREAD centroids, k-means++ draws one at once for each 16 that it has."""
 _MIN_QUERIES = 32
 """faiss rounds distances differently for fewer than 20 queries; padding makes codes independent of block size."""
 
@@ -69,18 +71,28 @@ def fit_centroids(
 def _spread_points(points: Tensor, costs: Tensor, num_centroids: int, generator: torch.Generator) -> Tensor:
     """Choose initial centroids by k-means++ (Arthur & Vassilvitskii 2007), each by its error so far.
 
-    Points drawn uniformly miss the few that most of the weight is on.
+    Points drawn uniformly miss the few that most of the weight is on. Unlike the paper, if there are many
+    centroids, later ones are drawn several at a time by the same errors, as in k-means|| (Bahmani et al. 2012,
+    doi:10.14778/2180912.2180915).
     """
-    drawn = int(torch.multinomial(costs, 1, generator=generator))
+    drawn = torch.multinomial(costs, 1, generator=generator)
     centroids = points.new_empty(num_centroids, points.shape[1])
     errors = points.new_full((len(points),), torch.inf)
-    for k in range(num_centroids):
-        centroids[k] = points[drawn]
-        errors = torch.minimum(errors, (points - centroids[k]).square_().sum(1))
+    start = 0
+    while True:
+        stop = start + len(drawn)
+        centroids[start:stop] = points[drawn]
+        if stop == num_centroids:
+            return centroids
+        new = centroids[start:stop]
+        nearest = new[nearest_centroids(points, new)] if len(new) > 1 else new
+        errors = torch.minimum(errors, (points - nearest).square_().sum(1))
         shares = (errors * costs).cumsum(0, dtype=torch.float64)
-        at = torch.rand(1, dtype=torch.float64, generator=generator, device="cpu") * shares[-1]
-        drawn = min(int(torch.searchsorted(shares, at)), len(points) - 1)
-    return centroids
+        count = min(stop // _ROUND if stop > _MAX_SPREAD else 1, num_centroids - stop)
+        draws = torch.rand(count, dtype=torch.float64, generator=generator, device="cpu")
+        at = (torch.arange(count, device="cpu") + draws) / count * shares[-1]  # seldom the same point twice
+        drawn = torch.searchsorted(shares, at).clamp_(max=len(points) - 1)
+        start = stop
 
 
 def _sums(points: Tensor, codes: Tensor, num_centroids: int) -> Tensor:
