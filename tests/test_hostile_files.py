@@ -185,6 +185,7 @@ HUGE = 10**4000
         ("pq", lambda h, s: h["source"].update(bytes=HUGE)),
         ("pq", lambda h, s: h["source"].update(placeholders=[3])),
         ("pq", lambda h, s: h.update(skeleton=[])),
+        ("pq", lambda h, s: h.update(skeleton="emb.weight")),
         ("pq", lambda h, s: h.update(skeleton={"t": "none"})),
         ("pq", lambda h, s: h.update(skeleton={"d": [[{"u": 1}, None]]})),
         ("pq", lambda h, s: h.update(skeleton={"d": [[{}, None]]})),

@@ -328,6 +328,8 @@ def check_structure(structure: Any, names: Container[str], where: str) -> None:
         FormatError: not a structure, a reference to another tensor, more than 200 levels, or keys that `KeyCheck`
             refuses.
     """
+    if isinstance(structure, _PLAIN):
+        raise FormatError(f"the nesting in the metadata is damaged: {brief(structure)} holds no tensors")
     stack, keys = [(structure, 0)], KeyCheck(where)
     while stack:
         node, depth = stack.pop()
