@@ -30,7 +30,9 @@ from cqr_compress.table.table import CompressedTable
 
 MARKER = TensorShape((0,), torch.uint8)
 """The empty tensor with the name of a table."""
-OPTIONAL_PARTS = frozenset({"codes", "rotation", "kept_ids", "kept_rows"})
+OPTIONAL_PARTS = frozenset(
+    {"codes", "rotation", "kept_ids", "kept_rows", "state_values", "row_gain", "gain_range"}
+)
 """Short names of tensors that only some layouts read: no other tensor of a file has such a name."""
 _FREE_DECODED_BYTES = 2**30
 _MAX_EXPANSION = 2**16
