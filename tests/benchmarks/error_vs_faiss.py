@@ -168,9 +168,8 @@ def main() -> None:
     for bits in args.bits_per_dim:
         budget = int(N * D * bits / 8)
         best: dict[str, tuple[float, str, int, float, float]] = {}
-        for method, M, n_bits, size in faiss_layouts(
-            N, D, budget, args.floor, args.max_rq_levels, args.max_lsq_levels
-        ):
+        limits = args.floor, args.max_rq_levels, args.max_lsq_levels
+        for method, M, n_bits, size in [] if args.ours else faiss_layouts(N, D, budget, *limits):
             began = time.perf_counter()
             with quiet():
                 decoded = torch.from_numpy(fits[method](rows, M, n_bits))
