@@ -127,23 +127,28 @@ def search(table: ScannedTable, specs: Sequence[AnySpec], options: ConvertOption
     reduced = [spec for spec in specs if _left_out(spec)]
     finalists = min(effort.finalists, len(specs))
     deciders = min(effort.deciders, finalists)
-    progress.start(f"choosing a layout for {table.entry.name}", len(specs) + finalists + deciders, "trials")
+    label, longer = f"choosing a layout for {table.entry.name}", finalists + deciders
     rows = _rows(effort.first_values, effort.first_rows, table)
-    first: list[tuple[float, AnySpec]] = []
-    for spec in _probes_first(whole):
-        if _are_hopeless(first) and isinstance(spec, CodebookSpec):
-            progress.advance()
-        else:
-            first.append((trials.error(_with_pca(spec), BRIEF, rows), spec))
+
+    def brief(spec: AnySpec) -> tuple[float, AnySpec]:
+        return trials.error(_with_pca(spec), BRIEF, rows), spec
+
+    probes = _probes(whole)
+    if probes:
+        progress.start(label, len(probes) + longer, "trials")
+    first = [brief(spec) for spec in probes]
     if _are_hopeless(first):
-        progress.advance(len(reduced))
-        reduced = []
+        whole = reduced = []
+    else:
+        whole = [spec for spec in whole if spec not in probes]
+        progress.start(label, len(whole) + len(reduced) + longer, "trials")
+        first += [brief(spec) for spec in whole]
     sizes = {_codebook_size(spec) for _, spec in sorted(first, key=_error)[:_BEST_SIZES]}
     lost = _lost_energy(table) if reduced else None
     for spec in sorted(reduced, key=_left_out):
-        promising = not whole or table.shape[1] <= _ALL_RANKS_DIM or _codebook_size(spec) in sizes
+        promising = not first or table.shape[1] <= _ALL_RANKS_DIM or _codebook_size(spec) in sizes
         if promising and lost is not None and float(lost[_left_out(spec)]) < trials.least:
-            first.append((trials.error(_with_pca(spec), BRIEF, rows), spec))
+            first.append(brief(spec))
         else:
             progress.advance()
     trials.least = float("inf")
@@ -178,12 +183,11 @@ def estimate(table: ScannedTable, spec: AnySpec, options: ConvertOptions) -> flo
     )
 
 
-def _probes_first(specs: Sequence[AnySpec]) -> list[AnySpec]:
-    """Sort the layouts: trellises, then some codebooks of all sizes, then the other codebooks."""
+def _probes(specs: Sequence[AnySpec]) -> list[AnySpec]:
+    """Return the trellises, and some codebooks of all sizes to compare them with; nothing without trellises."""
     others = [spec for spec in specs if not isinstance(spec, CodebookSpec)]
     codebooks = sorted((spec for spec in specs if isinstance(spec, CodebookSpec)), key=_codebook_size)
-    probes = codebooks[:: max(1, len(codebooks) // _PROBES)] if others else []
-    return [*others, *probes, *(spec for spec in codebooks if spec not in probes)]
+    return [*others, *codebooks[:: max(1, len(codebooks) // _PROBES)]] if others else []
 
 
 def _are_hopeless(trials: Sequence[tuple[float, AnySpec]]) -> bool:

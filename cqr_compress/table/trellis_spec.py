@@ -124,8 +124,8 @@ class TrellisSpec(TableSpec):
 
     @property
     def layout(self) -> str:
-        """Short form of the layout: bytes per row, window, rotation and gain."""
+        """Short form of the layout: bytes per row, rotation and gain."""
         rotated = f" {self.rotation}" if self.rotation else ""
         rotated += f" rank {self.rank}" if self.rank else ""
         gain = " gain" if self.gain_bits else ""
-        return f"{self.row_nbytes} bytes window {self.window}{rotated}{gain}"
+        return f"{self.row_nbytes}B{rotated}{gain}"
