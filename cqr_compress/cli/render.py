@@ -173,7 +173,7 @@ def _print_dense_tables(console: Console, report: DenseReport) -> None:
         Column("zero\nrows", right=True, drop=5),
         Column("equal\nrows", right=True, drop=6),
         Column("eff.\nrank", right=True, drop=2),
-        Column("rel. MSE of pq at\n8x / 16x / 32x", right=True),
+        Column("relative MSE at\n8x / 16x / 32x", right=True),
         Column("why (confidence)", folds=True, drop=7),
     ]
     rows = [

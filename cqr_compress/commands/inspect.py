@@ -234,8 +234,10 @@ def _count_duplicates(entry: TensorEntry, progress: Progress) -> int:
 
 
 def _estimate(scan: ScannedTable, ratio: int) -> float | None:
-    try:
-        error = estimate_error_of_options(scan, ConvertOptions(method="pq", ratio=ratio))
-    except (BudgetError, TableRefusedError):
-        return None
-    return float(f"{error:.4g}")
+    for method in ("trellis", "pq"):  # a trellis has at least two bytes a row
+        try:
+            error = estimate_error_of_options(scan, ConvertOptions(method=method, ratio=ratio))
+        except (BudgetError, TableRefusedError):
+            continue
+        return float(f"{error:.4g}")
+    return None

@@ -12,7 +12,7 @@ from cqr_compress.quantize.base import FitEffort
 from cqr_compress.quantize.layouts import budget_bytes, over_budget
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.registry import method_of
-from cqr_compress.table.spec import AnySpec
+from cqr_compress.table.spec import AnySpec, TrellisSpec
 
 _SMALLEST_VALUE, _LARGEST_VALUE = 1e-15, 1e15
 _TRIAL_ROWS = 4096
@@ -105,5 +105,11 @@ def estimate_error_of_options(table: ScannedTable, options: ConvertOptions) -> f
         raise BudgetError(
             over_budget(table.facts, options, budget or 0, min(specs, key=lambda s: s.nbytes, default=None))
         )
-    likely = max(worth_trying(fitting), key=lambda spec: spec.tensor_shapes()["codes"].nbytes)
+    likely = max(worth_trying(fitting), key=_likelihood)
     return estimate_error(table, likely, BRIEF, _TRIAL_ROWS)
+
+
+def _likelihood(spec: AnySpec) -> tuple[bool, int]:
+    """Order layouts by how likely they are the best: a rotated trellis, else the one with the most code bytes."""
+    rotated = isinstance(spec, TrellisSpec) and spec.rotation is not None
+    return rotated, spec.tensor_shapes()["codes"].nbytes
