@@ -184,7 +184,7 @@ def main() -> None:
                 report = convert(
                     args.checkpoint,
                     Path(folder) / "small.safetensors",
-                    ConvertOptions(method=method, bits_per_dim=bits),
+                    ConvertOptions(method=method, bits_per_dim=bits, prior="none"),
                     tables=[name],
                 )
             t = report.tables[0]

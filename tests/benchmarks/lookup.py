@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cqr_compress import CompressedEmbedding, CompressedTable
 from cqr_compress.kernel.build import native
-from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec, RowwiseSpec
+from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec, RowwiseSpec, TrellisSpec
 
 
 def specs(num_rows: int, dim: int) -> dict[str, AnySpec]:
@@ -32,19 +32,28 @@ def specs(num_rows: int, dim: int) -> dict[str, AnySpec]:
             codebook_size=2**bits, code_sources=(STORED,) * levels,
         )  # fmt: skip
 
+    def trellis(rotation: str | None) -> TrellisSpec:
+        return TrellisSpec(
+            method="trellis", num_embeddings=num_rows, embedding_dim=dim, row_nbytes=dim // 4, rotation=rotation
+        )
+
     return {
         "pq 16x8": codebook(16, 1, 8),
         "rq 8x8": codebook(1, 8, 8),
         "pq 16x4": codebook(16, 1, 4),
         "int8": RowwiseSpec(method="int8", num_embeddings=num_rows, embedding_dim=dim, n_bits=8),
+        "trellis": trellis(None),
+        "trellis pca": trellis("pca"),
     }
 
 
 def random_table(spec: AnySpec) -> CompressedTable:
     tensors = {}
     for short, shape in spec.tensor_shapes().items():
-        if shape.dtype == torch.uint8:
-            tensors[short] = torch.randint(256, shape.shape, dtype=torch.uint8)
+        if short == "dim_rates":
+            tensors[short] = torch.full(shape.shape, 2, dtype=torch.uint8)
+        elif not shape.dtype.is_floating_point:
+            tensors[short] = torch.randint(torch.iinfo(shape.dtype).max, shape.shape).to(shape.dtype)
         else:
             tensors[short] = torch.randn(shape.shape).to(shape.dtype)
     return CompressedTable(spec, tensors)
@@ -116,6 +125,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[512, 4096, 65_536])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--layouts", nargs="+", help="layouts to time; all by default")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of the compressed layer")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -126,7 +136,9 @@ def main() -> None:
         table_mb = num_rows * args.dim * 4 / 2**20
         print(f"\n{num_rows} x {args.dim}, {table_mb:.0f} MiB dense; compressed time / dense time")
         layers = {
-            n: CompressedEmbedding(random_table(s)).to(args.device) for n, s in specs(num_rows, args.dim).items()
+            name: CompressedEmbedding(random_table(spec)).to(args.device)
+            for name, spec in specs(num_rows, args.dim).items()
+            if name in (args.layouts or [name])
         }
         if args.compile:
             layers |= {f"{n} compiled": torch.compile(layer) for n, layer in list(layers.items())}

@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=64)
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layouts", nargs="+", help="layouts to time; all by default")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     sizes = (args.rows, args.dim, args.queries, args.k)
@@ -68,7 +69,7 @@ def main() -> None:
     for name, size in zip(("--rows", "--dim", "--queries", "--k"), sizes, strict=True):
         command += [name, str(size)]
     print(f"{args.rows} x {args.dim}, {args.queries} queries, k = {args.k}")
-    for layout in specs(args.rows, args.dim):
+    for layout in args.layouts or specs(args.rows, args.dim):
         results: dict[str, list[dict]] = {side: [] for side in SIDES}
         for _ in range(args.rounds):
             for side in SIDES:
