@@ -287,3 +287,23 @@ def test_a_table_is_converted_within_its_budget(table: Tensor) -> None:
 def test_options_of_other_methods_are_refused(option: dict[str, object]) -> None:
     with pytest.raises(SpecError):
         cqr.ConvertOptions(method="trellis", **option)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rotation", [None, "pca"])
+def test_constant_columns_and_few_dimensions_are_fitted(rotation: str | None) -> None:
+    rows = torch.randn(500, 3)
+    rows[:, 1] = 7.0
+    _, error, tensors = fitted(rows, rotation=rotation, row_nbytes=3)
+    assert error < 1e-4 and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+    assert fitted(torch.ones(50, 2), rotation=rotation, row_nbytes=2)[1] < 1e-6
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e-3, 0.01, 100.0])
+def test_the_error_does_not_depend_on_the_scale_of_a_table(table: Tensor, factor: float) -> None:
+    def error(rows: Tensor) -> float:
+        model = torch.nn.ModuleDict({"item": torch.nn.Embedding.from_pretrained(rows)})
+        quality = cqr.compress_(model, method="trellis", ratio=7, rotation="pca")[0].quality
+        assert quality is not None
+        return quality.relative_mse
+
+    assert math.isclose(error(table * factor), error(table), rel_tol=0.02)

@@ -33,6 +33,10 @@ _LONG_WINDOW_BITS = 1.5
 _MOMENT_ROWS = 4096
 _STORED_SHARE = 0.0025
 """Largest share of the budget for stored values: they lower the error by about 0.03 dB or 0.005 bits per value."""
+_LEAST_SCALE = 1e-3
+"""Scale of a dimension without variance, relative to its standard deviation; others have about 1."""
+_SMALL = 0.1
+"""Root mean square of a table below which float16 would round the small scales of an int8 rotation."""
 _PRIOR_COUNT = 2.0
 """Weight of a value before a round, in average weights of a row's error, when it is averaged."""
 
@@ -201,7 +205,7 @@ def _fit_values(
         states, _ = search_paths(target, weights, rates, spec.window, values)
         made = values[states.long()]
         by_row = made * cost[:, None]
-        scale = (columns * by_row).sum(0) / (made * by_row).sum(0).clamp_min(1e-9)
+        scale = ((columns * by_row).sum(0) / (made * by_row).sum(0).clamp_min(1e-9)).clamp_min(_LEAST_SCALE)
         if spec.value_source == STORED_VALUES:
             share = (cost[:, None] * (variances * scale.square())).flatten().double()
             flat, prior = states.flatten().long(), _PRIOR_COUNT * share.mean()
@@ -263,7 +267,7 @@ class TrellisMethod:
                 window=options.window or _SHORT_WINDOW,
                 rotation=rotation,
                 gain_bits=gain_bits,
-                codebook_dtype=value_dtype(facts, options),
+                codebook_dtype=_value_dtype(facts, options, rotation),
                 seed=options.seed,
                 **table_fields(facts),
             )
@@ -288,6 +292,13 @@ class TrellisMethod:
         return fit_trellis(rows, spec, effort, step)
 
 
+def _value_dtype(facts: TableFacts, options: ConvertOptions, rotation: str | None) -> str:
+    """Return the dtype of scales, mean and values."""
+    dtype = value_dtype(facts, options)
+    small = rotation is not None and facts.mean_square**0.5 < _SMALL
+    return "float32" if dtype == "float16" and small else dtype
+
+
 def _deserves_long_window(spec: TrellisSpec) -> bool:
     """Return whether a window of 12 bits pays: not at low rates, and in large tables it takes too long."""
     N, D = spec.num_embeddings, spec.embedding_dim
@@ -309,7 +320,8 @@ def _largest(spec: TrellisSpec, variances: Tensor, budget: float) -> TrellisSpec
         if (row_nbytes, rank) == (spec.row_nbytes, spec.rank):
             break
         spec = replace(spec, row_nbytes=row_nbytes, rank=rank)
-    return spec
+    over = max(0, -int((budget - spec.nbytes) // N))
+    return replace(spec, row_nbytes=max(least, spec.row_nbytes - over))
 
 
 TRELLIS = TrellisMethod()

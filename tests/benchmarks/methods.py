@@ -30,7 +30,7 @@ def main() -> None:
     )
     for name in args.methods:
         method, _, helper = name.partition(":")
-        request = cqr.ConvertOptions(method=method, helper=helper or None, ratio=args.ratio)
+        request = cqr.ConvertOptions(method=method, helper=helper or None, ratio=args.ratio, prior="none")
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             report = cqr.convert(args.checkpoint, Path(folder, "small.safetensors"), request, tables=args.tables)
