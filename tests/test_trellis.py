@@ -298,7 +298,7 @@ def test_constant_columns_and_few_dimensions_are_fitted(rotation: str | None) ->
     assert fitted(torch.ones(50, 2), rotation=rotation, row_nbytes=2)[1] < 1e-6
 
 
-@pytest.mark.parametrize("factor", [1e-6, 1e-3, 0.01, 100.0])
+@pytest.mark.parametrize("factor", [1e-6, 1e-3, 0.0012, 0.01, 100.0])
 def test_the_error_does_not_depend_on_the_scale_of_a_table(table: Tensor, factor: float) -> None:
     def error(rows: Tensor) -> float:
         model = torch.nn.ModuleDict({"item": torch.nn.Embedding.from_pretrained(rows)})
