@@ -35,8 +35,6 @@ _STORED_SHARE = 0.0025
 """Largest share of the budget for stored values: they lower the error by about 0.03 dB or 0.005 bits per value."""
 _LEAST_SCALE = 1e-3
 """Scale of a dimension without variance, relative to its standard deviation; others have about 1."""
-_SMALL = 0.1
-"""Root mean square of a table below which float16 would round the small scales of an int8 rotation."""
 _PRIOR_COUNT = 2.0
 """Weight of a value before a round, in average weights of a row's error, when it is averaged."""
 
@@ -267,7 +265,7 @@ class TrellisMethod:
                 window=options.window or _SHORT_WINDOW,
                 rotation=rotation,
                 gain_bits=gain_bits,
-                codebook_dtype=_value_dtype(facts, options, rotation),
+                codebook_dtype=value_dtype(facts, options),
                 seed=options.seed,
                 **table_fields(facts),
             )
@@ -290,13 +288,6 @@ class TrellisMethod:
         """Fit a trellis to the rows of a table."""
         assert isinstance(spec, TrellisSpec)
         return fit_trellis(rows, spec, effort, step)
-
-
-def _value_dtype(facts: TableFacts, options: ConvertOptions, rotation: str | None) -> str:
-    """Return the dtype of scales, mean and values."""
-    dtype = value_dtype(facts, options)
-    small = rotation is not None and facts.mean_square**0.5 < _SMALL
-    return "float32" if dtype == "float16" and small else dtype
 
 
 def _deserves_long_window(spec: TrellisSpec) -> bool:
