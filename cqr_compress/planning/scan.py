@@ -80,12 +80,11 @@ class ScannedTable:
 
     def principal_variances(self) -> Tensor:
         """Compute the variances of the sample along its principal directions: (D,) float64, descending."""
-        rows = self.sample[:_SPECTRUM_ROWS].double()
-        cost = (
-            rows.new_ones(len(rows))
-            if self.weights is None
-            else self.weights[self.sample_ids[: len(rows)]].double()
-        )
+        step = -(-len(self.sample) // _SPECTRUM_ROWS)
+        rows = self.sample[::step].double()
+        cost = torch.ones(len(rows), dtype=torch.float64, device="cpu")
+        if self.weights is not None:
+            cost = self.weights[self.sample_ids[::step]].double()
         rows = rows - (rows * cost[:, None]).sum(0) / cost.sum()
         covariance = (rows * cost[:, None]).T @ rows / cost.sum()
         variances: Tensor = torch.linalg.eigvalsh(covariance)
