@@ -48,21 +48,31 @@ def encode(folder: Path, weights: Path) -> torch.Tensor:
     return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
 
 
+def rank_correlation(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Spearman's correlation of the cosines of all pairs of vectors (n, D), before and after."""
+    pairs = torch.triu_indices(len(before), len(before), 1)
+    ranks = torch.stack([(v @ v.T)[pairs[0], pairs[1]].argsort().argsort().double() for v in (before, after)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--ratio", type=float, default=16.0)
     parser.add_argument("--methods", nargs="+", default=["pq", "rq", "int4", "auto"])
+    parser.add_argument("--prior", choices=("tokenizer", "none"), default="tokenizer")
     args = parser.parse_args()
     source = args.folder / "model.safetensors"
     before = encode(args.folder, source)
     for method in args.methods:
         with tempfile.TemporaryDirectory() as scratch:
             small, dense = Path(scratch) / "small.safetensors", Path(scratch) / "dense.safetensors"
-            request = cqr.ConvertOptions(method=method, ratio=None if method.startswith("int") else args.ratio)
+            ratio = None if method.startswith("int") else args.ratio
+            request = cqr.ConvertOptions(method=method, ratio=ratio, prior=args.prior)
             report = cqr.convert(source, small, request)
             cqr.export(small, dense)
-            cosines = (before * encode(args.folder, dense)).sum(1)
+            after = encode(args.folder, dense)
+            cosines = (before * after).sum(1)
         for table in report.tables:
             print(
                 f"{method:5s} {table.name} {table.method} {table.layout}: {table.bytes_before} -> {table.bytes_after} "
@@ -70,7 +80,8 @@ def main() -> None:
             )
         print(
             f"{method:5s} whole file {report.file_bytes_before} -> {report.file_bytes_after} bytes; cosine of "
-            f"{len(cosines)} sentence vectors: mean {cosines.mean():.4f}, smallest {cosines.min():.4f}",
+            f"{len(cosines)} sentence vectors: mean {cosines.mean():.4f}, smallest {cosines.min():.4f}, "
+            f"rank correlation of the pairs {rank_correlation(before, after):.4f}",
             flush=True,
         )
 
