@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import resource
 
 import pytest
 import torch
@@ -299,7 +300,7 @@ def test_constant_columns_and_few_dimensions_are_fitted(rotation: str | None) ->
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e-3, 0.0012, 0.01, 100.0])
-def test_the_error_does_not_depend_on_the_scale_of_a_table(table: Tensor, factor: float) -> None:
+def test_the_error_does_not_depend_on_the_scale_of_a_model(table: Tensor, factor: float) -> None:
     def error(rows: Tensor) -> float:
         model = torch.nn.ModuleDict({"item": torch.nn.Embedding.from_pretrained(rows)})
         quality = cqr.compress_(model, method="trellis", ratio=7, rotation="pca")[0].quality
@@ -307,3 +308,24 @@ def test_the_error_does_not_depend_on_the_scale_of_a_table(table: Tensor, factor
         return quality.relative_mse
 
     assert math.isclose(error(table * factor), error(table), rel_tol=0.02)
+
+
+def test_rows_that_almost_equal_the_mean_do_not_spoil_the_gains_of_the_others() -> None:
+    rows = (torch.randn(300, 16) * 64 * torch.randn(300, 1).exp()).round() / 64  # sums are exact
+    rows = torch.cat([rows, -rows])
+    error = fitted(rows, gain_bits=8)[1]
+    assert fitted(torch.cat([rows, torch.full((1, 16), 1e-12)]), gain_bits=8)[1] < 1.05 * error < 0.1
+    assert fitted(torch.ones(50, 16), gain_bits=8)[1] < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-14, 1e-10, 1.0, 1e14])
+def test_the_error_does_not_depend_on_the_scale_of_a_table(table: Tensor, scale: float) -> None:
+    error = fitted(table, codebook_dtype="float32")[1]
+    assert math.isclose(fitted(table * scale, codebook_dtype="float32")[1], error, rel_tol=0.1)
+
+
+def test_a_table_of_many_dimensions_takes_no_square_matrix() -> None:
+    """A matrix of all pairs of its dimensions would take 13 GB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert fitted(torch.randn(8, 40_000), row_nbytes=5000)[1] < 0.5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB

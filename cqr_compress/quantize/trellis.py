@@ -31,6 +31,8 @@ _LONG_WINDOW_VALUES = 2**24
 """Largest table, in values, with a window of 12 bits: its search is four times as slow and gains 0.1 to 0.3 dB."""
 _LONG_WINDOW_BITS = 1.5
 _MOMENT_ROWS = 4096
+_LEAST_SIGMA, _LEAST_GAIN = 1e-9, 1e-3
+"""Smallest standard deviation of a dimension relative to the largest, and gain relative to the median norm."""
 _STORED_SHARE = 0.0025
 """Largest share of the budget for stored values: they lower the error by about 0.03 dB or 0.005 bits per value."""
 _LEAST_SCALE = 1e-3
@@ -87,7 +89,8 @@ class TrellisQuantizer:
     Attributes:
         spec: the table's spec.
         tensors: the shared tensors, in the spec's dtypes.
-        projection: (D, P) float32, from centered rows to dimensions of about unit variance.
+        projection: (D, P) float32, from centered rows to dimensions of about unit variance; its diagonal (D,)
+            without a rotation.
         weights: (P,) float32 weights of the dimensions' squared errors.
     """
 
@@ -110,7 +113,7 @@ class TrellisQuantizer:
         centered = rows - tensors["row_mean"].float()
         unit = centered / _norms(centered)[:, None] if spec.gain_bits else centered
         rates, kept = tensors["dim_rates"], tensors["dim_rates"] > 0
-        target, values = (unit @ self.projection)[:, kept], value_table(spec, tensors)
+        target, values = _projected(unit, self.projection)[:, kept], value_table(spec, tensors)
         found, codes = search_paths(target, self.weights[kept], rates[kept], spec.window, values)
         if not spec.gain_bits:
             return {"codes": codes}
@@ -144,32 +147,50 @@ def fit_trellis(
     norms = _norms(centered) if spec.gain_bits else torch.ones(len(sample), **CPU_FLOAT)
     cost *= norms.square()
     unit = centered.div_(norms[:, None]) if spec.gain_bits else centered
-    covariance = weighted_covariance(unit, cost)
+    directions: Tensor | None = None
     if spec.rotation:
-        variances, directions = (part.flip(-1)[..., :P] for part in torch.linalg.eigh(covariance))
+        variances, vectors = torch.linalg.eigh(weighted_covariance(unit, cost))
+        variances, directions = variances.flip(0)[:P], vectors.flip(1)[:, :P].float()
     else:
-        variances, directions = covariance.diagonal(), torch.eye(D, dtype=torch.float64, device="cpu")
+        variances = weighted_squares(unit, cost)
     rates = allocate(variances, 8 * spec.row_nbytes, spec.window)
-    sigma = variances.clamp_min(0).sqrt().float().clamp_min(1e-12)
+    sigma = variances.clamp_min(0).sqrt()
+    sigma = sigma.clamp_min(_LEAST_SIGMA * float(sigma.max())).float().clamp_min(1e-18)
     kept = rates > 0
     widening = torch.tensor((1.0, *_WIDENING[spec.window]), **CPU_FLOAT)[rates.long()]
     fitted = _fit_ids(len(sample), D)
-    columns = (unit[fitted] @ directions.float())[:, kept] / sigma[kept]
+    columns = unit[fitted] if directions is None else unit[fitted] @ directions
+    columns = columns[:, kept] / sigma[kept]
     scale, values = _fit_values(
         columns, cost[fitted], sigma[kept].square(), rates[kept], widening[kept], spec, effort.refine_rounds, step
     )
     full = torch.zeros(P, **CPU_FLOAT)
     full[kept] = sigma[kept] * scale
-    projection = directions.float() / torch.where(kept, full, 1.0)
+    projection = (1.0 if directions is None else directions) / torch.where(kept, full, 1.0)
     tensors = {"dim_rates": rates, "row_mean": mean.to(dtype), "dim_scale": full.to(dtype)}
-    if spec.rotation:
-        tensors |= int8_rotation(full[:, None] * directions.float().T, dtype)
+    if directions is not None:
+        tensors |= int8_rotation(full[:, None] * directions.T, dtype)
     if spec.value_source == STORED_VALUES:
         tensors["state_values"] = values.to(dtype)
     if spec.gain_bits:
-        low, high = float(norms.min()) * 0.9, float(norms.max()) * 1.1
-        tensors["gain_range"] = torch.tensor([low, math.log(high / low)], **CPU_FLOAT).to(dtype)
+        tensors["gain_range"] = _gain_range(norms, dtype)
     return TrellisQuantizer(spec, tensors, projection.contiguous(), full.square())
+
+
+def _gain_range(norms: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the least gain and the logarithm of its ratio to the largest (2,), from norms (n,) of rows.
+
+    Norms far below the others, of rows that almost equal the mean, take the least gain: they add little to the
+    error, and would make the steps large, or the least gain 0 in float16.
+    """
+    low = max(float(norms.min()) * 0.9, float(norms.median()) * _LEAST_GAIN, torch.finfo(dtype).tiny)
+    high = max(float(norms.max()) * 1.1, low)
+    return torch.tensor([low, math.log(high / low)], **CPU_FLOAT).to(dtype)
+
+
+def _projected(rows: Tensor, projection: Tensor) -> Tensor:
+    """Multiply rows (B, D) with a matrix (D, P), or with the diagonal (D,) of one."""
+    return rows * projection if projection.ndim == 1 else rows @ projection
 
 
 def int8_rotation(matrix: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -219,6 +240,14 @@ def weighted_covariance(rows: Tensor, weights: Tensor) -> Tensor:
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device="cpu")
     for part, cost in zip(torch.split(rows, _MOMENT_ROWS), torch.split(weights, _MOMENT_ROWS), strict=True):
         total += ((part * cost[:, None]).T @ part).double()
+    return total / weights.sum(dtype=torch.float64)
+
+
+def weighted_squares(rows: Tensor, weights: Tensor) -> Tensor:
+    """Compute the diagonal of `weighted_covariance`: (D,) float64."""
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device="cpu")
+    for part, cost in zip(torch.split(rows, _MOMENT_ROWS), torch.split(weights, _MOMENT_ROWS), strict=True):
+        total += part.square().T @ cost
     return total / weights.sum(dtype=torch.float64)
 
 
