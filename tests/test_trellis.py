@@ -329,3 +329,11 @@ def test_a_table_of_many_dimensions_takes_no_square_matrix() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert fitted(torch.randn(8, 40_000), row_nbytes=5000)[1] < 0.5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
+def test_the_rank_does_not_depend_on_the_order_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cqr_compress.planning.scan._SPECTRUM_ROWS", 300)
+    rows = torch.cat([torch.randn(300, 2) @ torch.randn(2, 32), torch.randn(600, 32)])
+    model = torch.nn.ModuleDict({"item": torch.nn.Embedding.from_pretrained(rows)})
+    layer = cqr.compress_(model, method="trellis", ratio=8, rotation="pca", effort="fast", min_rows=0)[0]
+    assert isinstance(layer.spec, TrellisSpec) and layer.spec.width > 24

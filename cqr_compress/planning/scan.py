@@ -80,11 +80,10 @@ class ScannedTable:
 
     def principal_variances(self) -> Tensor:
         """Compute the variances of the sample along its principal directions: (D,) float64, descending."""
-        step = -(-len(self.sample) // _SPECTRUM_ROWS)
-        rows = self.sample[::step].double()
-        cost = torch.ones(len(rows), dtype=torch.float64, device="cpu")
-        if self.weights is not None:
-            cost = self.weights[self.sample_ids[::step]].double()
+        generator = torch.Generator("cpu").manual_seed(0)  # tables are often in an order, as by frequency
+        drawn = torch.randperm(len(self.sample), generator=generator, device="cpu")[:_SPECTRUM_ROWS]
+        rows, weights = self.sample[drawn].double(), self.weights
+        cost = rows.new_ones(len(rows)) if weights is None else weights[self.sample_ids[drawn]].double()
         rows = rows - (rows * cost[:, None]).sum(0) / cost.sum()
         covariance = (rows * cost[:, None]).T @ rows / cost.sum()
         variances: Tensor = torch.linalg.eigvalsh(covariance)
