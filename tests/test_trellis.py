@@ -1,17 +1,22 @@
 """Trellis-coded tables: the ring of bits, the search, the fit, and its error beside the rate-distortion bound."""
 
 import itertools
+import json
 import math
 import resource
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import cqr_compress as cqr
-from cqr_compress.errors import ShapeError, SpecError
+from cqr_compress.errors import FormatError, ShapeError, SpecError
 from cqr_compress.kernel import ops
 from cqr_compress.quantize.base import FitEffort
 from cqr_compress.quantize.trellis import WINDOWS, allocate, fit_trellis
@@ -240,7 +245,7 @@ def test_values_have_one_of_each_interval_after_any_number_of_new_bits() -> None
 @pytest.mark.parametrize(
     "fields",
     [
-        {"window": 3}, {"window": 17}, {"rotation": "opq"}, {"rank": 4}, {"rotation": "pca", "rank": 16},
+        {"window": 7}, {"window": 17}, {"rotation": "opq"}, {"rank": 4}, {"rotation": "pca", "rank": 16},
         {"row_nbytes": 17}, {"row_nbytes": 1}, {"gain_bits": 4}, {"value_source": "drawn"}, {"codebook_dtype": "int8"},
     ],
 )  # fmt: skip
@@ -337,3 +342,62 @@ def test_the_rank_does_not_depend_on_the_order_of_the_rows(monkeypatch: pytest.M
     model = torch.nn.ModuleDict({"item": torch.nn.Embedding.from_pretrained(rows)})
     layer = cqr.compress_(model, method="trellis", ratio=8, rotation="pca", effort="fast", min_rows=0)[0]
     assert isinstance(layer.spec, TrellisSpec) and layer.spec.width > 24
+
+
+@needs_library
+def test_windows_that_do_not_hold_the_bits_of_a_dimension_are_not_searched() -> None:
+    """The number of states that lead to one would be 0, and the search would not end."""
+    with pytest.raises(ShapeError, match="do not form a trellis with windows of 7 bits"):
+        search_paths(
+            torch.randn(3, 2), torch.ones(2), torch.tensor([8, 8], dtype=torch.uint8), 7, torch.randn(128)
+        )
+
+
+@pytest.fixture(scope="module")
+def trellis_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trellis")
+    rows = torch.randn(60, 16) * torch.randn(60, 1).exp()
+    torch.save({"embedding.weight": rows}, folder / "dense.pt")
+    convert = {"method": "trellis", "ratio": 2, "min_rows": 0, "tables": ["embedding.weight"]}
+    cqr.convert(folder / "dense.pt", folder / "small.safetensors", **convert)
+    return folder / "small.safetensors"
+
+
+def changed(source: Path, to: Path, other: dict[str, Tensor]) -> Path:
+    """Write a compressed file with a spec without gains, with other tensors, and without checksums."""
+    with safe_open(source, "pt") as file:  # type: ignore[no-untyped-call]
+        metadata = file.metadata()
+    header = json.loads(metadata["cqr_compress"])
+    header["tables"]["embedding.weight"]["spec"] |= {"gain_bits": 0, "value_source": "seeded"}
+    tensors = {
+        name: t for name, t in load_file(source).items() if name.split(".")[1] not in ("row_gain", "gain_range")
+    }
+    save_file({**tensors, **other}, to, {"format": "cqr_compress", "cqr_compress": json.dumps(header)})
+    return to
+
+
+@pytest.mark.parametrize("change", [lambda rates: rates[0].add_(1), lambda rates: rates[0].fill_(200)])
+def test_a_file_with_rates_of_other_rows_is_refused(
+    trellis_file: Path, tmp_path: Path, change: Callable[[Tensor], Tensor]
+) -> None:
+    rates = load_file(trellis_file)["embedding.dim_rates"]
+    change(rates)
+    path = changed(trellis_file, tmp_path / "x.safetensors", {"embedding.dim_rates": rates})
+    model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(60, 16)})
+    for read in (
+        lambda: cqr.load_dense_state_dict(path),
+        lambda: cqr.export(path, tmp_path / "dense.safetensors"),
+        lambda: cqr.load_compressed(model, path),
+    ):
+        with pytest.raises(FormatError, match="dim_rates of table 'embedding.weight' are damaged: rates of at"):
+            read()
+    assert not (tmp_path / "dense.safetensors").exists() and isinstance(model["embedding"].weight, Tensor)
+
+
+@pytest.mark.parametrize("short", ["row_gain", "gain_range", "state_values"])
+def test_a_tensor_that_the_layout_of_a_trellis_does_not_read_is_refused(
+    trellis_file: Path, tmp_path: Path, short: str
+) -> None:
+    path = changed(trellis_file, tmp_path / "x.safetensors", {f"embedding.{short}": torch.zeros(2)})
+    with pytest.raises(FormatError, match=f"'embedding.{short}', which the layout of table .* does not read"):
+        cqr.load_dense_state_dict(path)

@@ -22,16 +22,17 @@ from cqr_compress.checkpoint.base import Checkpoint, TensorEntry
 from cqr_compress.checkpoint.checksums import checksum_of
 from cqr_compress.checkpoint.formats.nesting import check_structure
 from cqr_compress.checkpoint.header import METADATA_KEY, Header
-from cqr_compress.errors import FormatError, brief
+from cqr_compress.errors import FormatError, ShapeError, brief
 from cqr_compress.table.base_spec import TensorShape
 from cqr_compress.table.defaults import CPU_FLOAT
-from cqr_compress.table.spec import AnySpec
+from cqr_compress.table.spec import AnySpec, TrellisSpec
 from cqr_compress.table.table import CompressedTable
+from cqr_compress.table.trellis import check_rates
 
 MARKER = TensorShape((0,), torch.uint8)
 """The empty tensor with the name of a table."""
 OPTIONAL_PARTS = frozenset(
-    {"codes", "rotation", "kept_ids", "kept_rows", "state_values", "row_gain", "gain_range"}
+    {"codes", "rotation", "state_values", "row_gain", "gain_range", "kept_ids", "kept_rows"}
 )
 """Short names of tensors that only some layouts read: no other tensor of a file has such a name."""
 _FREE_DECODED_BYTES = 2**30
@@ -155,7 +156,8 @@ class CompressedFile:
         """Read the compressed tensors of a table into memory.
 
         Raises:
-            FormatError: ids of rows stored apart are not ascending, or outside the table.
+            FormatError: ids of rows stored apart are not ascending, or outside the table; rates of a trellis do
+                not belong to its codes.
         """
         spec, entries = self.specs[name], self.checkpoint.entries
         tensors: dict[str, Tensor] = {
@@ -166,4 +168,9 @@ class CompressedFile:
             ascending = bool((ids[1:] > ids[:-1]).all())
             if len(ids) and not (ascending and int(ids[0]) >= 0 and int(ids[-1]) < spec.num_embeddings):
                 raise FormatError(f"kept_ids of table {name!r} are not ascending ids of its rows")
+        if isinstance(spec, TrellisSpec):
+            try:
+                check_rates(tensors["dim_rates"], spec.row_nbytes)
+            except ShapeError as e:
+                raise FormatError(f"dim_rates of table {name!r} are damaged: {e}") from e
         return CompressedTable(spec, tensors)

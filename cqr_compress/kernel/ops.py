@@ -210,7 +210,7 @@ def trellis_search(
         rows: (n, P) float32, contiguous, on the CPU.
         weights: (P,) float32 weights of the dimensions' squared errors.
         rates: (P,) uint8, 1 to 8, with a sum of 8 * row_nbytes.
-        window: L, 4 to 16.
+        window: L, 8 to 16: a state holds all bits that a dimension adds.
         values: (2**window,) float32.
         around: dimensions on each side of the seam of the ring that the state at the seam is chosen by.
 
@@ -226,7 +226,7 @@ def trellis_search(
     fits = weights.shape == rates.shape == (P,) and values.shape == (1 << window,) and 8 * row_nbytes >= window
     in_range = P > 0 and int(rates.min()) >= 1 and int(rates.max()) <= 8 and int(rates.sum()) % 8 == 0
     dtypes = {rows.dtype, weights.dtype, values.dtype} == {torch.float32} and rates.dtype == torch.uint8
-    if not (fits and in_range and dtypes and 4 <= window <= 16 and rows.is_contiguous()):
+    if not (fits and in_range and dtypes and 8 <= window <= 16 and rows.is_contiguous()):
         raise ShapeError(
             f"rows {tuple(rows.shape)} {rows.dtype}, rates {tuple(rates.shape)} of {int(rates.sum())} bits and "
             f"values {tuple(values.shape)} do not form a trellis with windows of {window} bits"

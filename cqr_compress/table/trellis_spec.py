@@ -13,7 +13,8 @@ from cqr_compress.table.base_spec import FLOAT_DTYPES, TableSpec, TensorShape
 MAX_RATE = 8
 """Maximum number of bits of one dimension."""
 STORED_VALUES, SEEDED_VALUES = "stored", "seeded"
-_MIN_WINDOW, _MAX_WINDOW = 4, 16
+_MIN_WINDOW, _MAX_WINDOW = MAX_RATE, 16
+"""A state holds all bits that a dimension adds."""
 
 
 @dataclass(frozen=True, kw_only=True)
