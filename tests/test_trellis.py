@@ -401,3 +401,9 @@ def test_a_tensor_that_the_layout_of_a_trellis_does_not_read_is_refused(
     path = changed(trellis_file, tmp_path / "x.safetensors", {f"embedding.{short}": torch.zeros(2)})
     with pytest.raises(FormatError, match=f"'embedding.{short}', which the layout of table .* does not read"):
         cqr.load_dense_state_dict(path)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("rotation", [None, "pca"])
+def test_every_codebook_dtype_is_fitted(table: Tensor, dtype: str, rotation: str | None) -> None:
+    assert fitted(table, codebook_dtype=dtype, rotation=rotation, gain_bits=8)[1] < 0.08

@@ -121,7 +121,7 @@ class TrellisQuantizer:
         states[:, kept] = found
         made = values_of_states(replace(spec, gain_bits=0), tensors, states)
         if spec.rotation:
-            made = made @ tensors["rotation"].float()
+            made = made @ tensors["rotation"].to(made.dtype)
         gains = (centered * made).sum(1) / made.square().sum(1).clamp_min(1e-30)
         low, log_ratio = tensors["gain_range"].double()
         steps = (gains.double().clamp_min(1e-300).log() - low.log()) / log_ratio.clamp_min(1e-12) * 255

@@ -27,11 +27,12 @@ def search_paths(
         weights: (P,) float32, positive.
         rates: (P,) uint8, 1 to 8, with a sum of whole bytes of at least `window` bits.
         window: L, bits of a state.
-        values: (2**window,) float32.
+        values: (2**window,) floating point; errors are computed in float32.
 
     Returns:
         The states (n, P) int32 and the codes (n, row_nbytes) uint8. A row's path does not depend on other rows.
     """
+    values = values.float()
     if rows.is_cpu and ops.available():
         return ops.trellis_search(rows.contiguous(), weights, rates, window, values, AROUND)
     P = rows.shape[1]
