@@ -407,3 +407,16 @@ def test_a_tensor_that_the_layout_of_a_trellis_does_not_read_is_refused(
 @pytest.mark.parametrize("rotation", [None, "pca"])
 def test_every_codebook_dtype_is_fitted(table: Tensor, dtype: str, rotation: str | None) -> None:
     assert fitted(table, codebook_dtype=dtype, rotation=rotation, gain_bits=8)[1] < 0.08
+
+
+@pytest.mark.parametrize(("dim", "ratio", "window"), [(1, 2, 8), (5, 8, 8), (16, 12, 8), (16, 6, 10), (64, 8, 12)])
+def test_windows_are_shorter_for_rows_of_few_bytes(dim: int, ratio: float, window: int) -> None:
+    rows = torch.randn(1000, dim)
+    errors = {}
+    for asked in (None, 12) if dim > 1 else (None,):
+        model = torch.nn.ModuleDict({"item": torch.nn.Embedding.from_pretrained(rows)})
+        layer = cqr.compress_(model, method="trellis", ratio=ratio, window=asked, min_rows=0, effort="fast")[0]
+        assert isinstance(layer.spec, TrellisSpec) and layer.quality is not None
+        assert layer.spec.window == (asked or window)
+        errors[asked] = layer.quality.relative_mse
+    assert window == 12 or errors[None] < errors.get(12, 1.0)

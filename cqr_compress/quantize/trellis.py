@@ -26,7 +26,9 @@ from cqr_compress.table.trellis_spec import MAX_RATE, STORED_VALUES
 _ROUNDS = 4
 _FIT_VALUES, _FIT_ROWS = 2**20, (2048, 16384)
 """Values, and smallest and largest number of rows, of the sample that paths are searched for in each round."""
-_LONG_WINDOW, _SHORT_WINDOW = 12, 10
+_LONG_WINDOW, _SHORT_WINDOW, _SHORTEST_WINDOW = 12, 10, 8
+_LONG_WINDOW_BYTES, _SHORT_WINDOW_BYTES = 14, 7
+"""Smallest rows, in bytes, with windows of 12 and of 10 bits: the state at the seam takes much of a short ring."""
 _LONG_WINDOW_VALUES = 2**24
 """Largest table, in values, with a window of 12 bits: its search is four times as slow and gains 0.1 to 0.3 dB."""
 _LONG_WINDOW_BITS = 1.5
@@ -283,7 +285,8 @@ class TrellisMethod:
     def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
         """Iterate over layouts with and without rotation and gain, as large as the budget allows."""
         D, budget = facts.shape[1], budget_bytes(facts, options) or facts.nbytes
-        if (options.window or _SHORT_WINDOW) > MAX_RATE * D:
+        window = options.window or (_SHORT_WINDOW if D > 1 else _SHORTEST_WINDOW)
+        if window > MAX_RATE * D:
             return
         rotations = (options.rotation,) if options.rotation else (None, "pca") if D <= MAX_ROTATED_DIM else (None,)
         variances = facts.principal_variances() if "pca" in rotations else torch.empty(0, **CPU_FLOAT)
@@ -291,7 +294,7 @@ class TrellisMethod:
             spec = TrellisSpec(
                 method="trellis",
                 row_nbytes=D,
-                window=options.window or _SHORT_WINDOW,
+                window=window,
                 rotation=rotation,
                 gain_bits=gain_bits,
                 codebook_dtype=value_dtype(facts, options),
@@ -299,8 +302,8 @@ class TrellisMethod:
                 **table_fields(facts),
             )
             spec = _largest(spec, variances, budget)
-            if options.window is None and _deserves_long_window(spec):
-                spec = _largest(replace(spec, window=_LONG_WINDOW), variances, budget)
+            if options.window is None:
+                spec = _largest(replace(spec, window=_best_window(spec)), variances, budget)
             if spec.num_values * FLOAT_DTYPES[spec.codebook_dtype].itemsize <= _STORED_SHARE * budget:
                 spec = _largest(replace(spec, value_source=STORED_VALUES), variances, budget)
             yield spec
@@ -319,10 +322,13 @@ class TrellisMethod:
         return fit_trellis(rows, spec, effort, step)
 
 
-def _deserves_long_window(spec: TrellisSpec) -> bool:
-    """Return whether a window of 12 bits pays: not at low rates, and in large tables it takes too long."""
+def _best_window(spec: TrellisSpec) -> int:
+    """Return the window for rows of a size: 12 bits not at low rates, nor in large tables, where it takes long."""
     N, D = spec.num_embeddings, spec.embedding_dim
-    return N * D <= _LONG_WINDOW_VALUES and 8 * spec.row_nbytes >= _LONG_WINDOW_BITS * D
+    if spec.row_nbytes < _SHORT_WINDOW_BYTES:
+        return _SHORTEST_WINDOW
+    long = spec.row_nbytes >= max(_LONG_WINDOW_BYTES, _LONG_WINDOW_BITS * D / 8) and N * D <= _LONG_WINDOW_VALUES
+    return _LONG_WINDOW if long else _SHORT_WINDOW
 
 
 def _largest(spec: TrellisSpec, variances: Tensor, budget: float) -> TrellisSpec:
