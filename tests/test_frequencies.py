@@ -200,3 +200,20 @@ def test_rows_of_language_tables_are_weighted_by_default(tmp_path: Path, table: 
     assert (
         counted.weighted_relative_mse == pytest.approx(counted.relative_mse) and "tokenizer" not in counted.reason
     )
+
+
+def test_other_tables_of_few_rows_are_not_taken_for_those_of_a_small_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(f"token{i}" for i in range(30)))
+    sizes = {"words": 30, "padded": 32, "positions": 512}
+    assert token_frequencies(tmp_path / "a.pt", sizes).keys() == {"words", "padded"}
+    for empty in ("", "\n"):
+        (tmp_path / "vocab.txt").write_text(empty)
+        assert token_frequencies(tmp_path / "a.pt", {"words": 5}) == {}
+
+
+def test_a_token_that_ends_a_line_elsewhere_does_not_shift_the_ids(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_bytes("[PAD]\r\na\u2028b\r\n\x85\r\nword\r\n".encode())
+    assert len(token_frequencies(tmp_path / "a.pt", {"words": 4})["words"]) == 4
+    (tmp_path / "vocab.txt").write_bytes("\u2028\n\x0b\nword\nrare".encode())
+    assert token_frequencies(tmp_path / "a.pt", {"words": 4}).keys() == {"words"}
+    assert token_frequencies(tmp_path / "a.pt", {"words": 3}) == {}

@@ -27,8 +27,8 @@ _OFFSET = 10.0
 _CHARACTER_RANK = 50.0
 """Rank of tokens of one character, such as punctuation, which precede the others in no order of their own."""
 _MAX_VOCAB_BYTES = 64 * 2**20
-_PADDING = 1024
-"""Most rows that a table has beyond its vocabulary."""
+_MAX_PADDING, _PADDING_SHARE, _MIN_PADDING = 1024, 0.05, 8
+"""Most rows that a table has beyond its vocabulary: of a small one, few, for positions have tables as well."""
 _UNUSED = re.compile(r"[\[<]\|?(unused|reserved|extra_id|pad|dummy|placeholder).*[\]>]", re.IGNORECASE)
 _SPECIAL = re.compile(r"\[[A-Z]+\]|<[^>]+>")
 _log = logging.getLogger(__name__)
@@ -56,9 +56,9 @@ def token_frequencies(checkpoint: Path, num_rows: Mapping[str, int]) -> dict[str
     except CheckpointError as e:
         warnings.warn(f"{path.name!r} is ignored: {e}", CqrCompressWarning, stacklevel=2)
         return {}
-    found = {}
+    found, padding = {}, min(_MAX_PADDING, max(_MIN_PADDING, int(len(tokens) * _PADDING_SHARE)))
     for name, N in num_rows.items():
-        if len(tokens) <= N <= len(tokens) + _PADDING:
+        if any(tokens) and 0 <= N - len(tokens) <= padding:
             found[name] = _frequencies(tokens, special, N)
             _log.info("%s: rows are weighted by frequencies of tokens, estimated from %s", name, path.name)
     return found
@@ -74,7 +74,7 @@ def _read(path: Path) -> tuple[list[str], set[int]]:
         if require_file(path).st_size > _MAX_VOCAB_BYTES:
             raise CheckpointError(f"it has more than {_MAX_VOCAB_BYTES >> 20} MiB")
         try:
-            tokens = path.read_text(encoding="utf-8").splitlines()
+            tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # tokens may be U+2028
         except (OSError, ValueError) as e:
             raise CheckpointError(str(e)) from e
         return tokens, {i for i, token in enumerate(tokens) if _SPECIAL.fullmatch(token)}
@@ -84,6 +84,8 @@ def _read(path: Path) -> tuple[list[str], set[int]]:
         by_id: dict[int, str] = {}
         if isinstance(vocabulary, dict):
             by_id = {_checked_id(i): str(token) for token, i in vocabulary.items()}
+        elif not isinstance(vocabulary, list):
+            raise TypeError(f"the vocabulary is a {type(vocabulary).__name__}")
         else:
             by_id = {i: str(entry[0]) for i, entry in enumerate(vocabulary)}
         by_id |= {_checked_id(token["id"]): str(token["content"]) for token in added}
