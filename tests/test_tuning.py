@@ -33,6 +33,7 @@ from cqr_compress.errors import (
     UserCodeError,
 )
 from cqr_compress.finetuning.batches import Batches
+from cqr_compress.finetuning.early_stopping import EarlyStopping
 from cqr_compress.finetuning.resume_state import state_path
 from cqr_compress.finetuning.rng import RandomState, RandomStream
 from cqr_compress.finetuning.task import Task
@@ -1289,3 +1290,30 @@ def test_a_reassignment_that_makes_held_out_data_worse_is_taken_back(dense: Path
     assert sum("reassigned, " in line for line in wild.log) == 1
     assert any("taken back" in line for line in wild.log)
     assert [e.stage for e in wild.history].count("reassigned") == 1
+
+
+@pytest.mark.parametrize(
+    ("stages", "taken_back"),
+    [
+        ([("as given", 1.0), ("reassigned", 0.9)], False), ([("as given", 1.0), ("reassigned", 1.1)], True),
+        ([("as given", 1.0), ("reassigned", math.nan)], True),
+        ([("as given", 1.0), ("refit", 0.5), ("refit", 0.9), ("reassigned", 0.7)], True),
+        ([("as given", 1.0), ("refit", 2.0), ("reassigned", 1.5)], True),
+        ([("as given", 1.0), ("refit", 2.0), ("reassigned", 0.9), ("trained", 1.0), ("reassigned", 0.95)], False),
+    ],
+)  # fmt: skip
+def test_a_reassignment_is_compared_with_the_weights_before_it(
+    stages: list[tuple[str, float]], taken_back: bool
+) -> None:
+    stopping = EarlyStopping(task(), patience=9)
+    for stage, value in stages:
+        stopping.offer(0, 0, stage, {"bce": value}, finite=True)
+    assert stopping.was_taken_back == taken_back
+
+
+def test_weights_are_evaluated_before_a_reassignment(dense: Path, tmp_path: Path) -> None:
+    small = compressed(dense, tmp_path, method="trellis", ratio=16.0)
+    report = finetune(small, tmp_path / "out.safetensors", task(), options(eval_every=20))
+    steps = [(int(line.split()[1].strip(",")), line.split()[2]) for line in report.log if line.startswith("step ")]
+    assert [step for step, stage in steps if stage == "reassigned:"] == [0, 30]
+    assert (30, "trained:") in steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -72,10 +73,15 @@ class EarlyStopping:
     @property
     def was_taken_back(self) -> bool:
         """Whether a reassignment of codes was worse than the weights before it, which are then restored."""
-        return any(
-            after.stage == "reassigned" and self.task.is_better(before.metrics, after.metrics)
-            for before, after in pairwise(self.history)
-        )
+        best = None
+        for before, after in pairwise(self.history):
+            best = before if before.best else best
+            if before.stage == "refit" and best is not None:  # after refits, the best weights are restored
+                before = best
+            worse = self.task.is_better(before.metrics, after.metrics)
+            if after.stage == "reassigned" and (worse or not math.isfinite(after.metrics[self.task.metric])):
+                return True
+        return False
 
     def offer(self, step: int, epoch: int, stage: str, metrics: Mapping[str, float], finite: bool) -> bool:
         """Add an evaluation, and return whether it is the best so far; the caller then sets `best`.

@@ -266,7 +266,10 @@ class Trainer:
         """Recluster or reassign codes at the beginning of an epoch, if due."""
         kind = self.changes.kind(self._per_example)
         if kind != "frozen" and self.changes.is_due(epoch) and not self.early_stopping.was_taken_back:
-            before = self.tuned.snapshot() if self.changes.may_be_taken_back else None
+            before = None
+            if self.changes.may_be_taken_back:
+                self._evaluate_once()
+                before = self.tuned.snapshot()
             self.tuned.model.eval()
             self._log(self.changes.change(kind, self._losses(epoch), self._optimizer))
             if before is not None:
