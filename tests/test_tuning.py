@@ -358,6 +358,13 @@ def test_reassigned_codes_come_closer_to_where_rows_want_to_be(
     assert total() < before and all(d.moved > 0.01 for d in done)
 
 
+@pytest.mark.parametrize("rotation", [None, "pca"])
+def test_codes_of_trellises_in_float64_are_reassigned(dense: Path, tmp_path: Path, rotation: str | None) -> None:
+    small = compressed(dense, tmp_path, method="trellis", ratio=8.0, rotation=rotation, codebook_dtype="float64")
+    log = finetune(small, tmp_path / "out.safetensors", task(), options(epochs=1, codes="reassign")).log
+    assert any(line.startswith("reassigned, ") for line in log)
+
+
 # runs that go on
 
 

@@ -182,7 +182,7 @@ class TrellisReassignment(LayerReassignment):
         assert gradients is not None and targets.prior is not None and isinstance(spec, TrellisSpec)
         assert gradients.blocks is not None
         tensors = {short: t.detach() for short, t in targets.layer.table_tensors().items()}
-        kept, values = tensors["dim_rates"] > 0, value_table(spec, tensors)
+        kept, values = tensors["dim_rates"] > 0, value_table(spec, tensors).float()
         metric = gradients.blocks[0].diagonal() / gradients.fisher.sum().clamp_min(1e-30) + _FLOOR
         scale = tensors["dim_scale"].float()
         found, gain = self.codes.clone(), torch.empty(spec.num_embeddings, **CPU_FLOAT)
