@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import math
 import resource
 from collections.abc import Callable
@@ -420,3 +421,23 @@ def test_windows_are_shorter_for_rows_of_few_bytes(dim: int, ratio: float, windo
         assert layer.spec.window == (asked or window)
         errors[asked] = layer.quality.relative_mse
     assert window == 12 or errors[None] < errors.get(12, 1.0)
+
+
+def test_threads_of_a_search_share_the_memory() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert [ops.search_threads(rows, 64, 10) for rows in (0, 20, 40, 1000)] == [1, 1, 2, 4]
+        assert [ops.search_threads(1000, dim, 12) for dim in (30_000, 60_000, 200_000)] == [2, 1, 1]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_refit_leaves_trellises_as_they_are(
+    trellis_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "cqr_compress"):
+        cqr.refit(trellis_file, tmp_path / "x.safetensors", original=trellis_file.with_name("dense.pt"))
+    assert "left as it is, nothing to refit" in caplog.text
+    given, made = load_file(trellis_file), load_file(tmp_path / "x.safetensors")
+    assert given.keys() == made.keys() and all(torch.equal(given[name], made[name]) for name in given)

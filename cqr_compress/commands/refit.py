@@ -74,8 +74,9 @@ def refit(
                 quality = table_quality(scan.blocks(), refined.decode, spec.num_embeddings, scan.weights)
                 records[name] = replace(records[name], quality=quality)
             parts.append(table_part(name, spec, (refined or table).tensors))
-            listed = " -> ".join(f"{error:.4f}" for error in errors) or "nothing to refit"
-            _log.info("%s %s %s: relative squared error %s", name, spec.method, spec.layout, listed)
+            listed = " -> ".join(f"{error:.4f}" for error in errors)
+            result = f"relative squared error {listed}" if errors else "left as it is, nothing to refit"
+            _log.info("%s %s %s: %s", name, spec.method, spec.layout, result)
         parts += [copied_part(entry) for entry in opened.dense_entries.values()]
         header = replace(opened.header, tables=records)
         return CompressedOutput(destination, header, parts, compressed.metadata).write(progress)

@@ -20,6 +20,8 @@ from cqr_compress.table.spec import HASHED, CodebookSpec
 _LANES = 16
 _WRONG_RATES, _NO_MEMORY = -2, -3
 _SEARCHES_PER_THREAD = 16
+_SEARCH_BYTES = 2**30
+"""Memory of the searches of all threads, if one thread needs no more."""
 _ROWS_PER_THREAD = 256
 """Minimum number of rows for each thread."""
 
@@ -234,14 +236,19 @@ def trellis_search(
     weights, rates, values = weights.contiguous(), rates.contiguous(), values.contiguous()
     states = torch.empty(n, P, dtype=torch.int32, device="cpu")
     codes = torch.empty(n, row_nbytes, dtype=torch.uint8, device="cpu")
-    threads = min(torch.get_num_threads(), max(1, n // _SEARCHES_PER_THREAD))
     status = _library().trellis_search(
         states.data_ptr(), codes.data_ptr(), rows.data_ptr(), n, P, weights.data_ptr(), rates.data_ptr(),
-        row_nbytes, window, values.data_ptr(), max(1, around), threads,
+        row_nbytes, window, values.data_ptr(), max(1, around), search_threads(n, P, window),
     )  # fmt: skip
     if status:
         raise MemoryError(f"the search of a trellis with {P} x {1 << window} states")
     return states, codes
+
+
+def search_threads(num_rows: int, num_dims: int, window: int) -> int:
+    """Return the number of threads of a search, each of which holds the costs of all states of all dimensions."""
+    fitting = _SEARCH_BYTES // (4 * (num_dims + 2) << window)
+    return max(1, min(torch.get_num_threads(), num_rows // _SEARCHES_PER_THREAD, fitting))
 
 
 def trellis_lookup(
