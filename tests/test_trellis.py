@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import cqr_compress as cqr
 from cqr_compress.errors import FormatError, ShapeError, SpecError
@@ -441,3 +442,9 @@ def test_a_refit_leaves_trellises_as_they_are(
     assert "left as it is, nothing to refit" in caplog.text
     given, made = load_file(trellis_file), load_file(tmp_path / "x.safetensors")
     assert given.keys() == made.keys() and all(torch.equal(given[name], made[name]) for name in given)
+
+
+def test_values_made_under_a_mode_are_not_held_for_others() -> None:
+    with FakeTensorMode():
+        assert isinstance(seeded_values(9, 12345), FakeTensor)
+    assert type(seeded_values(9, 12345)) is Tensor

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from cqr_compress.errors import ShapeError
 from cqr_compress.table.hashing import hash_ids
+from cqr_compress.table.tracing import is_intercepted
 from cqr_compress.table.trellis_spec import MAX_RATE, TrellisSpec
 
 
@@ -85,7 +86,6 @@ def value_table(spec: TrellisSpec, tensors: Mapping[str, Tensor]) -> Tensor:
     return values.to(scale.device, torch.float64 if scale.dtype == torch.float64 else torch.float32)
 
 
-@lru_cache(32)
 def seeded_values(window: int, seed: int) -> Tensor:
     """Compute values of the states: quantiles of a Gaussian, in an order drawn from the seed.
 
@@ -100,6 +100,13 @@ def seeded_values(window: int, seed: int) -> Tensor:
     Returns:
         (2**window,) float32 that float16 holds exactly, with mean 0 and variance about 1.
     """
+    # tensors made under a mode, such as FakeTensorMode, must not be held for others
+    found: Tensor = (_seeded_values.__wrapped__ if is_intercepted() else _seeded_values)(window, seed)
+    return found
+
+
+@lru_cache(32)
+def _seeded_values(window: int, seed: int) -> Tensor:
     states = torch.arange(2**window, device="cpu")
     order = torch.zeros_like(states)
     for bit in range(window):
