@@ -56,11 +56,11 @@ class ConvertOptions:
     n_bits: int | None = option(None, "Bits of a code, 1 to 16.", panel="Method", low=1, high=16)
     window: int | None = option(
         None,
-        "Bits of a state of a trellis: 8, 10 or 12; more are slower and reduce the error.",
+        "Bits of a state of a trellis: 8, 10 or 12; more are slower and reduce the error of rows of many bytes.",
         panel="Method",
         low=8,
         high=12,
-        shown_default="12, and 10 for tables of more than 16 million values",
+        shown_default="8 to 12, by the sizes of the rows and the table",
     )
     codebook_dtype: str = option(
         "float16", "Dtype of codebooks and row scales.", panel="Method", choices=CODEBOOK_DTYPES
