@@ -25,7 +25,7 @@ from cqr_compress.progress import NoProgress
 from cqr_compress.quantize.layouts import budget_bytes
 from cqr_compress.quantize.options import ConvertOptions
 
-METHODS = ["pq", "pq:opq", "rq", "prq", "cqr"]
+METHODS = ["pq", "pq:opq", "rq", "prq", "cqr", "trellis"]
 
 
 @dataclass(frozen=True)
