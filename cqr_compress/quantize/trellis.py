@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from cqr_compress.errors import SpecError
 from cqr_compress.quantize.base import FitEffort, TableFacts, TableRows, refuse_others
 from cqr_compress.quantize.layouts import MAX_ROTATED_DIM, budget_bytes, table_fields, value_dtype
 from cqr_compress.quantize.options import ConvertOptions
+from cqr_compress.quantize.rates import WIDENING, WINDOWS, allocate
 from cqr_compress.quantize.trellis_search import search_paths
 from cqr_compress.table.base_spec import FLOAT_DTYPES
 from cqr_compress.table.blocks import row_blocks
@@ -41,47 +41,6 @@ _LEAST_SCALE = 1e-3
 """Scale of a dimension without variance, relative to its standard deviation; others have about 1."""
 _PRIOR_COUNT = 2.0
 """Weight of a value before a round, in average weights of a row's error, when it is averaged."""
-
-# Of Gaussian values, for paths of 64 dimensions with rates of 1 to 8 bits: squared error over the least possible,
-# 4**-rate, in dB, and the factor on the values that it takes, by window. Few states for each bit work best with
-# values that are spread wider than the Gaussian (towards Panter & Dite 1951, doi:10.1109/JRPROC.1951.230419).
-_LOSS_DB = {
-    8: (0.70, 1.08, 1.42, 1.78, 2.34, 2.91, 3.45, 4.32),
-    10: (0.63, 0.80, 0.98, 1.24, 1.51, 1.97, 2.33, 2.86),
-    12: (0.64, 0.70, 0.81, 0.91, 1.08, 1.30, 1.60, 2.01),
-}
-_WIDENING = {
-    8: (0.89, 1.05, 1.1, 1.2, 1.3, 1.45, 1.45, 1.75),
-    10: (0.86, 1.05, 1.1, 1.2, 1.2, 1.3, 1.3, 1.45),
-    12: (0.85, 1.0, 1.05, 1.1, 1.1, 1.2, 1.2, 1.3),
-}
-WINDOWS = tuple(_LOSS_DB)
-
-
-def allocate(variances: Tensor, num_bits: int, window: int) -> Tensor:
-    """Allocate bits to dimensions, each where it lowers the squared error most (reverse water-filling).
-
-    Cover & Thomas, "Elements of Information Theory", section 10.3.3, with the errors of a trellis for whole bits.
-
-    Args:
-        variances: (P,) of the dimensions.
-        num_bits: sum of the rates, at most 8 * P.
-        window: bits of a state.
-
-    Returns:
-        (P,) uint8 rates of 0 to 8 bits.
-    """
-    errors = [1.0, *(10 ** (loss / 10) * 0.25**k for k, loss in enumerate(_LOSS_DB[window], start=1))]
-    gains = [errors[k] - errors[k + 1] for k in range(MAX_RATE)]
-    rates = [0] * len(variances)
-    heap = [(-variance * gains[0], d) for d, variance in enumerate(variances.tolist())]
-    heapq.heapify(heap)
-    for _ in range(num_bits):
-        gain, d = heapq.heappop(heap)
-        rates[d] += 1
-        if rates[d] < MAX_RATE:
-            heapq.heappush(heap, (gain * gains[rates[d]] / gains[rates[d] - 1], d))
-    return torch.tensor(rates, dtype=torch.uint8, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -159,7 +118,7 @@ def fit_trellis(
     sigma = variances.clamp_min(0).sqrt()
     sigma = sigma.clamp_min(_LEAST_SIGMA * float(sigma.max())).float().clamp_min(1e-18)
     kept = rates > 0
-    widening = torch.tensor((1.0, *_WIDENING[spec.window]), **CPU_FLOAT)[rates.long()]
+    widening = torch.tensor((1.0, *WIDENING[spec.window]), **CPU_FLOAT)[rates.long()]
     fitted = _fit_ids(len(sample), D)
     columns = unit[fitted] if directions is None else unit[fitted] @ directions
     columns = columns[:, kept] / sigma[kept]

@@ -64,28 +64,23 @@ def optimized_product_quantizer(rows: np.ndarray, M: int, n_bits: int) -> np.nda
 
 
 def residual_quantizer(rows: np.ndarray, M: int, n_bits: int) -> np.ndarray:
-    rq = faiss.ResidualQuantizer(rows.shape[1], M, n_bits)
-    rq.train(rows)
-    codes = rq.compute_codes(rows)
-    rounded(rq.codebooks)
-    return rq.decode(codes)
+    return additive_quantizer(rows, faiss.ResidualQuantizer(rows.shape[1], M, n_bits))
 
 
 def local_search_quantizer(rows: np.ndarray, M: int, n_bits: int) -> np.ndarray:
-    lsq = faiss.LocalSearchQuantizer(rows.shape[1], M, n_bits)
-    lsq.train(rows)
-    codes = lsq.compute_codes(rows)
-    rounded(lsq.codebooks)
-    return lsq.decode(codes)
+    return additive_quantizer(rows, faiss.LocalSearchQuantizer(rows.shape[1], M, n_bits))
 
 
 def product_residual_quantizer(rows: np.ndarray, M: int, n_bits: int) -> np.ndarray:
     columns, levels = divmod(M, _LEVELS)
-    prq = faiss.ProductResidualQuantizer(rows.shape[1], columns, levels, n_bits)
-    prq.train(rows)
-    codes = prq.compute_codes(rows)
-    rounded(prq.codebooks)
-    return prq.decode(codes)
+    return additive_quantizer(rows, faiss.ProductResidualQuantizer(rows.shape[1], columns, levels, n_bits))
+
+
+def additive_quantizer(rows: np.ndarray, quantizer: faiss.AdditiveQuantizer) -> np.ndarray:
+    quantizer.train(rows)
+    codes = quantizer.compute_codes(rows)
+    rounded(quantizer.codebooks)
+    return quantizer.decode(codes)
 
 
 _LEVELS = 1000

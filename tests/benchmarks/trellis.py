@@ -15,7 +15,7 @@ import time
 import torch
 from torch import Tensor
 
-from cqr_compress.quantize.trellis import _WIDENING
+from cqr_compress.quantize.rates import WIDENING
 from cqr_compress.quantize.trellis_search import search_paths
 from cqr_compress.table.trellis import seeded_values
 
@@ -47,7 +47,7 @@ def main() -> None:
     rows, values = torch.randn(args.rows, args.dim), seeded_values(args.window, 0)
     for bits in range(1, 5):
         rates = torch.full((args.dim,), bits, dtype=torch.uint8)
-        factor = _WIDENING[args.window][bits - 1]
+        factor = WIDENING[args.window][bits - 1]
         begin = time.perf_counter()
         states, _ = search_paths(rows / factor, torch.ones(args.dim), rates, args.window, values)
         speed = args.rows / (time.perf_counter() - begin)

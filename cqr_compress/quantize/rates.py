@@ -1,0 +1,51 @@
+"""Bits of the dimensions of a trellis: their errors, and their allocation by reverse water-filling."""
+
+from __future__ import annotations
+
+import heapq
+
+import torch
+from torch import Tensor
+
+from cqr_compress.table.trellis_spec import MAX_RATE
+
+# Of Gaussian values, for paths of 64 dimensions with rates of 1 to 8 bits: squared error over the least possible,
+# 4**-rate, in dB, and the factor on the values that it takes, by window. Few states for each bit work best with
+# values that are spread wider than the Gaussian (towards Panter & Dite 1951, doi:10.1109/JRPROC.1951.230419).
+LOSS_DB = {
+    8: (0.70, 1.08, 1.42, 1.78, 2.34, 2.91, 3.45, 4.32),
+    10: (0.63, 0.80, 0.98, 1.24, 1.51, 1.97, 2.33, 2.86),
+    12: (0.64, 0.70, 0.81, 0.91, 1.08, 1.30, 1.60, 2.01),
+}
+WIDENING = {
+    8: (0.89, 1.05, 1.1, 1.2, 1.3, 1.45, 1.45, 1.75),
+    10: (0.86, 1.05, 1.1, 1.2, 1.2, 1.3, 1.3, 1.45),
+    12: (0.85, 1.0, 1.05, 1.1, 1.1, 1.2, 1.2, 1.3),
+}
+WINDOWS = tuple(LOSS_DB)
+
+
+def allocate(variances: Tensor, num_bits: int, window: int) -> Tensor:
+    """Allocate bits to dimensions, each where it lowers the squared error most (reverse water-filling).
+
+    Cover & Thomas, "Elements of Information Theory", section 10.3.3, with the errors of a trellis for whole bits.
+
+    Args:
+        variances: (P,) of the dimensions.
+        num_bits: sum of the rates, at most 8 * P.
+        window: bits of a state.
+
+    Returns:
+        (P,) uint8 rates of 0 to 8 bits.
+    """
+    errors = [1.0, *(10 ** (loss / 10) * 0.25**k for k, loss in enumerate(LOSS_DB[window], start=1))]
+    gains = [errors[k] - errors[k + 1] for k in range(MAX_RATE)]
+    rates = [0] * len(variances)
+    heap = [(-variance * gains[0], d) for d, variance in enumerate(variances.tolist())]
+    heapq.heapify(heap)
+    for _ in range(num_bits):
+        gain, d = heapq.heappop(heap)
+        rates[d] += 1
+        if rates[d] < MAX_RATE:
+            heapq.heappush(heap, (gain * gains[rates[d]] / gains[rates[d] - 1], d))
+    return torch.tensor(rates, dtype=torch.uint8, device="cpu")
