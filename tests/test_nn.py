@@ -701,21 +701,16 @@ def test_autocast_does_not_touch_the_rows(table: CompressedTable) -> None:
     assert torch.equal(rows, layer(IDS))
 
 
-def test_a_layer_takes_part_in_ddp(tmp_path: Any) -> None:
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        for name in ("kept", "one_zero", "int8"):
-            layer = CompressedEmbedding(random_table(SPECS[name])).float()
-            wrapped = nn.parallel.DistributedDataParallel(layer)
-            wrapped(IDS).sum().backward()
-            alone = CompressedEmbedding(random_table(SPECS[name])).float()
-            alone(IDS).sum().backward()
-            for a, b in zip(layer.parameters(), alone.parameters(), strict=True):
-                assert torch.allclose(a.grad, b.grad)
-    finally:
-        dist.destroy_process_group()
+@pytest.mark.usefixtures("process_group")
+def test_a_layer_takes_part_in_ddp() -> None:
+    for name in ("kept", "one_zero", "int8", "trellis_pca"):
+        layer = CompressedEmbedding(random_table(SPECS[name])).float()
+        wrapped = nn.parallel.DistributedDataParallel(layer)
+        wrapped(IDS).sum().backward()
+        alone = CompressedEmbedding(random_table(SPECS[name])).float()
+        alone(IDS).sum().backward()
+        for a, b in zip(layer.parameters(), alone.parameters(), strict=True):
+            assert torch.allclose(a.grad, b.grad)
 
 
 def test_an_optimizer_trains_a_layer(pq: CompressedTable) -> None:

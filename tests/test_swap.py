@@ -418,17 +418,14 @@ def test_wrapper_prefixes_come_off_and_others_are_named(small: Path, tmp_path: P
         assert torch.allclose(model(IDS), dense(IDS), atol=1e-5)
 
 
-def test_a_compiled_model_is_unwrapped_and_ddp_is_refused(small: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("process_group")
+def test_a_compiled_model_is_unwrapped_and_ddp_is_refused(small: Path) -> None:
     model = torch.compile(Model(), backend="eager")
     cqr.load_compressed(model, small)
     assert isinstance(model.item, CompressedEmbedding)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(Model())
-        with pytest.raises(SwapError, match="DistributedDataParallel keeps references to its parameters"):
-            cqr.load_compressed(wrapped, small)
-    finally:
-        torch.distributed.destroy_process_group()
+    wrapped = nn.parallel.DistributedDataParallel(Model())
+    with pytest.raises(SwapError, match="DistributedDataParallel keeps references to its parameters"):
+        cqr.load_compressed(wrapped, small)
 
 
 def test_an_untied_head_of_the_file_unties_the_model(tmp_path: Path, small: Path) -> None:
@@ -678,16 +675,13 @@ def test_a_parameter_that_two_modules_share_stays_shared_on_meta() -> None:
     assert first.weight is second.weight and first.weight.is_meta
 
 
-def test_a_wrapped_model_is_refused_everywhere(tmp_path: Path, small: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(nn.Embedding(1200, 16))
-        with pytest.raises(SwapError, match="before wrapping"):
-            cqr.compress_(wrapped, ratio=4.0)
-        with pytest.raises(SwapError, match="before wrapping"):
-            cqr.swap_embeddings_(wrapped, {"module.weight": tables_of(small)["item.weight"]})
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.usefixtures("process_group")
+def test_a_wrapped_model_is_refused_everywhere(small: Path) -> None:
+    wrapped = nn.parallel.DistributedDataParallel(nn.Embedding(1200, 16))
+    with pytest.raises(SwapError, match="before wrapping"):
+        cqr.compress_(wrapped, ratio=4.0)
+    with pytest.raises(SwapError, match="before wrapping"):
+        cqr.swap_embeddings_(wrapped, {"module.weight": tables_of(small)["item.weight"]})
 
 
 class Own(nn.Embedding):
