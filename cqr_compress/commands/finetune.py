@@ -260,7 +260,8 @@ def _summary(trainer: Trainer, reason: str) -> str:
     before, best = early_stopping.given.metrics[metric], early_stopping.best_evaluation
     after = best.metrics[metric]
     if early_stopping.improved:
-        at = "a fit to the original's rows" if best.stage == "refit" else f"step {best.step}"
+        stages = {"refit": "a fit to the original's rows", "reassigned": f"a reassignment at step {best.step}"}
+        at = stages.get(best.stage, f"step {best.step}")
         return f"{metric} {before:.5g} -> {after:.5g}, from {at}; training ended: {reason}"
     later = [evaluation.metrics[metric] for evaluation in early_stopping.history[1:]]
     if not later:
