@@ -16,8 +16,9 @@ from cqr_compress.checkpoint.base import TensorEntry
 from cqr_compress.model.compress import _InMemory
 from cqr_compress.planning.choose import TablePlan, plan_table
 from cqr_compress.planning.scan import scan_table
-from cqr_compress.planning.search import worth_trying
+from cqr_compress.planning.search import estimate_error, worth_trying
 from cqr_compress.progress import NoProgress
+from cqr_compress.quantize.base import FitEffort
 from cqr_compress.quantize.layouts import budget_bytes
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.registry import method_of
@@ -117,3 +118,17 @@ def test_a_dry_run_prints_the_estimated_error(cli: Cli, ckpt: Path, tmp_path: Pa
     assert all(table.relative_mse is not None and 0 < table.relative_mse < 1 for table in only.tables)
     shown = cli("convert", "ckpt.pt", "-o", "t.safetensors", "--ratio", "16", "--dry-run").stdout
     assert f"{planned.tables[0].relative_mse:.4f}" in shown and "predicted, nothing written" in shown
+
+
+@pytest.mark.parametrize(("method", "num_columns", "num_levels"), [("pq", 2, 1), ("prq", 2, 3)])
+def test_an_estimate_from_few_rows_is_the_error_of_a_fit_to_all(
+    method: str, num_columns: int, num_levels: int
+) -> None:
+    scan = scan_table(TensorEntry("emb.weight", _InMemory(torch.randn(24_000, 16))))
+    spec = CodebookSpec(
+        method=method, num_embeddings=24_000, embedding_dim=16, num_columns=num_columns, num_levels=num_levels,
+        codebook_size=64, code_sources=("stored",) * num_levels,
+    )  # fmt: skip
+    effort = FitEffort(kmeans_iterations=10, refine_rounds=2, restarts=1)
+    few, all_ = (estimate_error(scan, spec, effort, num_rows) for num_rows in (1500, 24_000))
+    assert few == pytest.approx(all_, rel=0.04)
