@@ -26,6 +26,7 @@ from cqr_compress.table.spec import (
     RowwiseSpec,
     TrellisSpec,
 )
+from cqr_compress.table.tiers import tier_tensors
 from cqr_compress.table.trellis import seeded_values
 
 N, D = 300, 12
@@ -47,7 +48,7 @@ def codebook_spec(**fields: Any) -> CodebookSpec:
 
 def trellis_spec(**fields: Any) -> TrellisSpec:
     return TrellisSpec(
-        **({"method": "trellis", "num_embeddings": N, "embedding_dim": D, "row_nbytes": 3, "seed": 3} | fields)
+        **({"method": "trellis", "num_embeddings": N, "embedding_dim": D, "tier_nbytes": (3,), "seed": 3} | fields)
     )
 
 
@@ -73,6 +74,16 @@ SPECS: dict[str, AnySpec] = {
     "trellis_gain": trellis_spec(gain_bits=8, value_source="stored", window=8),
     "trellis_pca": trellis_spec(rotation="pca", rank=7, num_kept_rows=3, num_zero_rows=2),
     "trellis_whole": trellis_spec(rotation="pca", gain_bits=8, window=12, codebook_dtype="float32"),
+    "trellis_tiers": trellis_spec(tier_nbytes=(2, 3, 5, 9), tier_rows=(150, 100, 43, 7), num_kept_rows=3),
+    "trellis_two": trellis_spec(
+        tier_nbytes=(1, 4),
+        tier_rows=(180, 120),
+        window=8,
+        rotation="pca",
+        rank=7,
+        gain_bits=8,
+        value_source="stored",
+    ),
 }
 
 
@@ -88,7 +99,14 @@ def random_table(spec: AnySpec, seed: int = 0) -> CompressedTable:
     tensors = {}
     for short, shape in spec.tensor_shapes().items():
         if short == "dim_rates":
-            tensors[short] = random_rates(shape.shape[0], spec.row_nbytes, generator)  # type: ignore[union-attr]
+            assert isinstance(spec, TrellisSpec)
+            rates = [random_rates(shape.shape[1], nbytes, generator) for nbytes in spec.tier_nbytes]
+            tensors[short] = torch.stack(rates)
+        elif short in ("row_tiers", "tier_starts"):
+            assert isinstance(spec, TrellisSpec)
+            tiers = torch.arange(spec.num_tiers).repeat_interleave(torch.tensor(spec.tier_rows))
+            order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+            tensors[short] = tier_tensors(spec, tiers[order].byte())[short]
         elif shape.dtype == torch.int8:
             tensors[short] = torch.randint(-3, 4, shape.shape, generator=generator, dtype=torch.int8)
         elif shape.dtype == torch.uint8:
@@ -148,11 +166,16 @@ def test_decoding_in_blocks_equals_lookup(table: CompressedTable, monkeypatch: p
 
 def trellis_row(spec: TrellisSpec, tensors: Mapping[str, Tensor], parameters: dict[str, Tensor], i: int) -> Tensor:
     """A trellis-coded row from the bits of its ring, as one long integer."""
-    bits = int.from_bytes(bytes(tensors["codes"][i].tolist()), "little")
-    ring, first, values = bits | bits << 8 * spec.row_nbytes, 0, []
+    tiers, start = [0] * N, i * spec.row_nbytes
+    if spec.has_tiers:
+        tiers = [int(tensors["row_tiers"][row // 4]) >> 2 * (row % 4) & 3 for row in range(N)]
+        start = sum(spec.tier_nbytes[tier] for tier in tiers[:i])
+    row_nbytes = spec.tier_nbytes[tiers[i]]
+    bits = int.from_bytes(bytes(tensors["codes"].flatten()[start : start + row_nbytes].tolist()), "little")
+    ring, first, values = bits | bits << 8 * row_nbytes | bits << 16 * row_nbytes, 0, []
     table = parameters.get("state_values", seeded_values(spec.window, spec.seed).double())
-    for d, rate in enumerate(tensors["dim_rates"].tolist()):
-        values.append(table[ring >> first & (2**spec.window - 1)] * parameters["dim_scale"][d])
+    for d, rate in enumerate(tensors["dim_rates"][tiers[i]].tolist()):
+        values.append(table[ring >> first & (2**spec.window - 1)] * parameters["dim_scale"][tiers[i], d])
         first += rate
     row = torch.stack(values)
     if spec.gain_bits:
@@ -210,6 +233,8 @@ def reference_rows(table: CompressedTable, parameters: dict[str, Tensor]) -> Ten
         "trellis_gain",
         "trellis_pca",
         "trellis_whole",
+        "trellis_tiers",
+        "trellis_two",
     ],
 )
 def test_gradients_are_those_of_the_formula(name: str) -> None:
@@ -232,7 +257,21 @@ def test_gradients_are_those_of_the_formula(name: str) -> None:
 @pytest.mark.parametrize("size", [4, 3000, 9000])
 @pytest.mark.parametrize(
     "name",
-    ["pq8", "pq4", "rq", "prq", "opq", "rank", "int8", "trellis", "trellis_gain", "trellis_pca", "trellis_whole"],
+    [
+        "pq8",
+        "pq4",
+        "rq",
+        "prq",
+        "opq",
+        "rank",
+        "int8",
+        "trellis",
+        "trellis_gain",
+        "trellis_pca",
+        "trellis_whole",
+        "trellis_tiers",
+        "trellis_two",
+    ],
 )
 def test_gradients_in_float32_do_not_depend_on_the_batch_size(name: str, size: int) -> None:
     ids = torch.randint(N, (size,), generator=torch.Generator().manual_seed(1))

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import cqr_compress as cqr
 from cqr_compress.errors import FormatError, ShapeError, SpecError
 from cqr_compress.kernel import ops
-from cqr_compress.quantize.base import FitEffort
+from cqr_compress.quantize.base import FitEffort, importance_of
 from cqr_compress.quantize.rates import WINDOWS, allocate
 from cqr_compress.quantize.trellis import fit_trellis
 from cqr_compress.quantize.trellis_search import search_paths
@@ -62,13 +62,13 @@ def test_windows_of_the_ring_are_read_and_written(ring: tuple[Tensor, int], seed
     rates, window = ring
     row_nbytes = int(rates.sum()) // 8
     codes = torch.randint(256, (num_rows, row_nbytes), generator=torch.Generator().manual_seed(seed)).byte()
-    states = window_states(codes, rates, window)
+    states = window_states(codes, rates[None], window)
     assert torch.equal(states, states_by_definition(codes, rates, window).view(num_rows, len(rates)))
     if window >= 8:  # else a state does not contain all bits of a dimension
         assert torch.equal(pack_states(states, rates, row_nbytes), codes)
     if ops.available():
         ids = torch.randint(max(1, num_rows), (13 if num_rows else 0,))
-        found = ops.trellis_states(ids, codes, rates, window)
+        found = ops.trellis_states(ids, ops.TrellisCodes(codes, rates[None], window, (row_nbytes,)), num_rows)
         assert found is not None and torch.equal(found, states[ids])
 
 
@@ -85,11 +85,11 @@ def test_compiled_rows_equal_those_of_torch(
     values, scale, mean = (torch.randn(n, generator=generator) for n in (2**window, P, P))
     gain, gains = torch.randint(256, (N,), generator=generator).byte(), torch.rand(256, generator=generator)
     ids = torch.randint(N, (29,), generator=generator)
-    wanted = values[window_states(codes, rates, window)] * scale
+    wanted = values[window_states(codes, rates[None], window)] * scale
     wanted = (wanted * gains[gain.long()][:, None] if with_gain else wanted) + (mean if with_mean else 0.0)
     found = ops.trellis_lookup(
-        ids, codes, rates, window, values, scale, mean if with_mean else None,
-        *((gain, gains) if with_gain else (None, None)),
+        ids, ops.TrellisCodes(codes, rates[None], window, (row_nbytes,)), values, scale[None],
+        mean if with_mean else None, N, *((gain, gains) if with_gain else (None, None)),
     )  # fmt: skip
     assert found is not None and torch.allclose(found, wanted[ids], atol=1e-6)
 
@@ -106,7 +106,7 @@ def searches(rows: Tensor, weights: Tensor, rates: Tensor, window: int, values: 
             if name == "torch":
                 patch.setattr("cqr_compress.kernel.ops.available", lambda: False)
             states, codes = search_paths(rows, weights, rates, window, values)
-        assert torch.equal(window_states(codes, rates, window), states)
+        assert torch.equal(window_states(codes, rates[None], window), states)
         found[name] = states
     return found
 
@@ -136,7 +136,7 @@ def test_a_path_is_the_best_of_all_through_its_seam(rates: list[int], window: in
     rows, values = torch.randn(20, len(kept)), torch.randn(2**window)
     weights = torch.rand(len(kept)) + 0.5
     every = torch.arange(2 ** (8 * row_nbytes)).view(-1, 1) >> torch.arange(0, 8 * row_nbytes, 8) & 255
-    every_state = window_states(every.byte(), kept, window)
+    every_state = window_states(every.byte(), kept[None], window)
     for found in searches(rows, weights, kept, window, values).values():
         for row, path, found_cost in zip(rows, found, cost(found, rows, weights, values), strict=True):
             through = every_state[every_state[:, 0] == path[0]]
@@ -183,7 +183,7 @@ def test_rates_are_those_of_reverse_water_filling() -> None:
 
 def fitted(rows: Tensor, **fields: object) -> tuple[TrellisSpec, float, dict[str, Tensor]]:
     """Fit a layout and return its spec, its relative error and its tensors."""
-    base = {"method": "trellis", "num_embeddings": len(rows), "embedding_dim": rows.shape[1], "row_nbytes": 6}
+    base = {"method": "trellis", "num_embeddings": len(rows), "embedding_dim": rows.shape[1], "tier_nbytes": (6,)}
     spec = TrellisSpec(**(base | fields))  # type: ignore[arg-type]
     source = _Rows(rows)
     quantizer = fit_trellis(source, spec, FitEffort(refine_rounds=2))
@@ -198,6 +198,10 @@ class _Rows:
     def __init__(self, rows: Tensor, weights: Tensor | None = None) -> None:
         self.sample, self.weights = rows, weights
         self.sample_ids, self.stored_apart_ids = torch.arange(len(rows)), torch.empty(0, dtype=torch.int64)
+
+    def importance(self, power: float) -> Tensor:
+        energies = (self.sample - self.sample.mean(0)).square().sum(1)
+        return importance_of(energies, power, self.weights, self.stored_apart_ids)
 
     def blocks(self) -> list[tuple[int, Tensor]]:
         return [(0, self.sample)]
@@ -220,7 +224,7 @@ def test_a_rotation_a_gain_and_a_rank_help_where_they_should(table: Tensor) -> N
     mixed = table @ torch.linalg.qr(torch.randn(16, 16))[0]
     assert fitted(mixed, rotation="pca")[1] < 0.9 * fitted(mixed)[1]
     norms = torch.randn(len(table), 1).exp() * torch.nn.functional.normalize(torch.randn(len(table), 16))
-    assert fitted(norms, gain_bits=8, row_nbytes=5)[1] < 0.7 * fitted(norms)[1]
+    assert fitted(norms, gain_bits=8, tier_nbytes=(5,))[1] < 0.7 * fitted(norms)[1]
     flat = table[:, :6] @ torch.randn(6, 16)
     assert fitted(flat, rotation="pca", rank=6)[1] < 0.002
 
@@ -249,11 +253,11 @@ def test_values_have_one_of_each_interval_after_any_number_of_new_bits() -> None
     "fields",
     [
         {"window": 7}, {"window": 17}, {"rotation": "opq"}, {"rank": 4}, {"rotation": "pca", "rank": 16},
-        {"row_nbytes": 17}, {"row_nbytes": 1}, {"gain_bits": 4}, {"value_source": "drawn"}, {"codebook_dtype": "int8"},
+        {"tier_nbytes": (17,)}, {"tier_nbytes": (1,)}, {"tier_nbytes": ()}, {"gain_bits": 4}, {"value_source": "drawn"}, {"codebook_dtype": "int8"},
     ],
 )  # fmt: skip
 def test_invalid_specs_are_refused(fields: dict[str, object]) -> None:
-    base = {"kind": "trellis", "method": "trellis", "num_embeddings": 9, "embedding_dim": 16, "row_nbytes": 4}
+    base = {"kind": "trellis", "method": "trellis", "num_embeddings": 9, "embedding_dim": 16, "tier_nbytes": (4,)}
     assert isinstance(spec_from_json(base), TrellisSpec)
     assert spec_from_json(spec_from_json(base).to_json()) == spec_from_json(base)
     with pytest.raises(SpecError):
@@ -270,7 +274,8 @@ def test_rates_that_do_not_match_the_codes_are_refused_before_a_read(
 ) -> None:
     given_rates = torch.tensor(rates, dtype=torch.uint8)
     with pytest.raises(ShapeError, match="do not form a table"):
-        ops.trellis_states(torch.zeros(2, dtype=torch.int64), torch.zeros(codes).byte(), given_rates, 8)
+        table = ops.TrellisCodes(torch.zeros(codes).byte(), given_rates[None], 8, codes[1:])
+        ops.trellis_states(torch.zeros(2, dtype=torch.int64), table, codes[0])
     with pytest.raises(ShapeError):
         pack_states(torch.zeros(2, len(rates), dtype=torch.int64), given_rates, codes[1])
 
@@ -278,8 +283,8 @@ def test_rates_that_do_not_match_the_codes_are_refused_before_a_read(
 @needs_library
 @pytest.mark.parametrize("bad", [-1, 5, 2**62, -(2**62)])
 def test_ids_outside_the_table_are_found(bad: int) -> None:
-    codes, rates = torch.zeros(5, 2).byte(), torch.tensor([8, 8], dtype=torch.uint8)
-    assert ops.trellis_states(torch.tensor([0, bad]), codes, rates, 8) is None
+    codes, rates = torch.zeros(5, 2).byte(), torch.tensor([[8, 8]], dtype=torch.uint8)
+    assert ops.trellis_states(torch.tensor([0, bad]), ops.TrellisCodes(codes, rates, 8, (2,)), 5) is None
 
 
 def test_a_table_is_converted_within_its_budget(table: Tensor) -> None:
@@ -302,9 +307,9 @@ def test_options_of_other_methods_are_refused(option: dict[str, object]) -> None
 def test_constant_columns_and_few_dimensions_are_fitted(rotation: str | None) -> None:
     rows = torch.randn(500, 3)
     rows[:, 1] = 7.0
-    _, error, tensors = fitted(rows, rotation=rotation, row_nbytes=3)
+    _, error, tensors = fitted(rows, rotation=rotation, tier_nbytes=(3,))
     assert error < 1e-4 and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
-    assert fitted(torch.ones(50, 2), rotation=rotation, row_nbytes=2)[1] < 1e-6
+    assert fitted(torch.ones(50, 2), rotation=rotation, tier_nbytes=(2,))[1] < 1e-6
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e-3, 0.0012, 0.01, 100.0])
@@ -335,7 +340,7 @@ def test_the_error_does_not_depend_on_the_scale_of_a_table(table: Tensor, scale:
 def test_a_table_of_many_dimensions_takes_no_square_matrix() -> None:
     """A matrix of all pairs of its dimensions would take 13 GB."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert fitted(torch.randn(8, 40_000), row_nbytes=5000)[1] < 0.5
+    assert fitted(torch.randn(8, 40_000), tier_nbytes=(5000,))[1] < 0.5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 
@@ -379,7 +384,7 @@ def changed(source: Path, to: Path, other: dict[str, Tensor]) -> Path:
     return to
 
 
-@pytest.mark.parametrize("change", [lambda rates: rates[0].add_(1), lambda rates: rates[0].fill_(200)])
+@pytest.mark.parametrize("change", [lambda rates: rates[0, 0].add_(1), lambda rates: rates[0, 0].fill_(200)])
 def test_a_file_with_rates_of_other_rows_is_refused(
     trellis_file: Path, tmp_path: Path, change: Callable[[Tensor], Tensor]
 ) -> None:

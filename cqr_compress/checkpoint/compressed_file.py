@@ -27,12 +27,14 @@ from cqr_compress.table.base_spec import TensorShape
 from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.spec import AnySpec, TrellisSpec
 from cqr_compress.table.table import CompressedTable
+from cqr_compress.table.tiers import check_tiers
 from cqr_compress.table.trellis import check_rates
 
 MARKER = TensorShape((0,), torch.uint8)
 """The empty tensor with the name of a table."""
 OPTIONAL_PARTS = frozenset(
-    {"codes", "rotation", "state_values", "row_gain", "gain_range", "kept_ids", "kept_rows"}
+    {"codes", "rotation", "state_values", "row_gain", "gain_range", "row_tiers", "tier_starts"}
+    | {"kept_ids", "kept_rows"}
 )
 """Short names of tensors that only some layouts read: no other tensor of a file has such a name."""
 _FREE_DECODED_BYTES = 2**30
@@ -170,7 +172,10 @@ class CompressedFile:
                 raise FormatError(f"kept_ids of table {name!r} are not ascending ids of its rows")
         if isinstance(spec, TrellisSpec):
             try:
-                check_rates(tensors["dim_rates"], spec.row_nbytes)
+                for rates, row_nbytes in zip(tensors["dim_rates"], spec.tier_nbytes, strict=True):
+                    check_rates(rates, row_nbytes)
             except ShapeError as e:
                 raise FormatError(f"dim_rates of table {name!r} are damaged: {e}") from e
+            if spec.has_tiers:
+                check_tiers(spec, tensors)
         return CompressedTable(spec, tensors)

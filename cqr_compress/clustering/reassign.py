@@ -6,6 +6,7 @@ the share of ids that change keeps the training stable.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,10 @@ from cqr_compress.quantize.base import FitEffort
 from cqr_compress.quantize.code_search import encode_rows
 from cqr_compress.quantize.trellis_search import search_paths
 from cqr_compress.table.bitpack import pack_codes, unpack_codes
+from cqr_compress.table.decode import gather_rows
 from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec, TrellisSpec
+from cqr_compress.table.tiers import stored_codes, tiers_of
 from cqr_compress.table.trellis import gain_table, value_table
 
 _EFFORT = FitEffort(refine_rounds=1, restarts=1)
@@ -113,7 +116,7 @@ class LayerReassignment:
 
     targets: Targets
     max_moved: float
-    codes: Tensor  # (N, width), packed
+    codes: Tensor  # (N, width), packed; as from gather_rows
     moved: Tensor  # (N,) bool
     wanted: Tensor  # (N,) bool
 
@@ -121,7 +124,9 @@ class LayerReassignment:
     def begin(cls, name: str, layer: TableLayer, options: ClusterOptions, max_moved: float) -> LayerReassignment:
         none = torch.zeros(layer.num_embeddings, dtype=torch.bool, device="cpu")
         targets = Targets.begin(name, layer, options, gradient_informed=True)
-        return cls(targets, max_moved, layer.table_tensors()["codes"].cpu().clone(), none, none.clone())
+        ids = torch.arange(layer.num_embeddings, device=layer.device)
+        codes = gather_rows(layer.spec, layer.table_tensors(), ids)["codes"].cpu()
+        return cls(targets, max_moved, codes, none, none.clone())
 
     @torch.no_grad()
     def update_column(self, column: int, gradients: RowGradients | None) -> None:
@@ -162,11 +167,15 @@ class LayerReassignment:
         self.moved[chosen] = True
         return chosen
 
+    def stored(self) -> Tensor:
+        """Return the codes as the layer holds them."""
+        return self.codes
+
     @torch.no_grad()
     def finish(self) -> Reassignment:
         """Write the new codes to the layer, identically in all processes."""
         held = self.targets.layer.table_tensors()["codes"]
-        held.copy_(self.codes)
+        held.copy_(self.stored())
         distributed.broadcast_(held)
         usage: Any = float(self.moved.float().mean()), float(self.wanted.float().mean())
         return Reassignment(self.targets.name, *distributed.broadcast_object(usage))
@@ -182,9 +191,7 @@ class TrellisReassignment(LayerReassignment):
         assert gradients is not None and targets.prior is not None and isinstance(spec, TrellisSpec)
         assert gradients.blocks is not None
         tensors = {short: t.detach() for short, t in targets.layer.table_tensors().items()}
-        kept, values = tensors["dim_rates"] > 0, value_table(spec, tensors).float()
         metric = gradients.blocks[0].diagonal() / gradients.fisher.sum().clamp_min(1e-30) + _FLOOR
-        scale = tensors["dim_scale"].float()
         found, gain = self.codes.clone(), torch.empty(spec.num_embeddings, **CPU_FLOAT)
         for ids in targets.id_blocks():
             rows = targets.layer.lookup_unrotated(ids)
@@ -193,14 +200,36 @@ class TrellisReassignment(LayerReassignment):
             if spec.gain_bits:
                 codes = tensors["row_gain"][ids].long()
                 factor = gain_table(tensors["gain_range"].float())[codes][:, None]
-            states, codes = search_paths(
-                (wanted / (factor * scale))[:, kept], (metric * scale.square())[kept],
-                tensors["dim_rates"][kept], spec.window, values,
-            )  # fmt: skip
-            made = torch.zeros_like(rows)
-            made[:, kept] = factor * values[states.long()] * scale[kept]
-            before, after = (((wanted - r).square() * metric)[:, kept].sum(1) for r in (rows, made))
+            tiers = tiers_of(tensors, ids) if spec.has_tiers else torch.zeros_like(ids)
+            made, codes = _searched(spec, tensors, wanted / factor, metric, tiers)
+            before, after = (((wanted - r).square() * metric).sum(1) for r in (rows, factor * made))
             gain[ids.cpu()] = ((before - after) * (gradients.fisher[ids] + targets.prior.precision)).cpu()
             found[ids.cpu()] = codes.cpu()
         chosen = self.choose(gain)
         self.codes[chosen] = found[chosen]
+
+    def stored(self) -> Tensor:
+        """Return the codes as the layer holds them."""
+        spec, tensors = self.targets.spec, self.targets.layer.table_tensors()
+        if not (isinstance(spec, TrellisSpec) and spec.has_tiers):
+            return self.codes
+        tiers = tiers_of(tensors, torch.arange(spec.num_embeddings, device=self.targets.layer.device))
+        return stored_codes(spec, self.codes, tiers.cpu())
+
+
+def _searched(
+    spec: TrellisSpec, tensors: Mapping[str, Tensor], wanted: Tensor, metric: Tensor, tiers: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Search the paths of rows (B, P) under a diagonal metric (P,): the new rows, and codes (B, row_nbytes)."""
+    values, made = value_table(spec, tensors).float(), torch.zeros_like(wanted)
+    codes = torch.zeros(len(wanted), spec.row_nbytes, dtype=torch.uint8, device=wanted.device)
+    for tier, row_nbytes in enumerate(spec.tier_nbytes):
+        here, rates = (tiers == tier).nonzero().flatten(), tensors["dim_rates"][tier]
+        kept = (rates > 0).nonzero().flatten()
+        scale = tensors["dim_scale"][tier, kept].float()
+        states, packed = search_paths(
+            wanted[here][:, kept] / scale, metric[kept] * scale.square(), rates[kept], spec.window, values
+        )
+        made[here[:, None], kept] = values[states.long()] * scale
+        codes[here, :row_nbytes] = packed
+    return made, codes

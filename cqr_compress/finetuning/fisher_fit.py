@@ -25,6 +25,7 @@ from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.refine import in_dtypes
 from cqr_compress.quantize.registry import method_of
 from cqr_compress.quantize.trellis import multiplied
+from cqr_compress.table.decode import stored_rows
 from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec, TrellisSpec
 
 _ADDITIVE = ("pq", "rq", "prq")
@@ -127,7 +128,7 @@ class FisherFit:
         self.progress.start(f"fitting {name}", 0, "steps")
         method = method_of("trellis")
         quantizer = method.fit(moved, found, method.effort(found, None), self.progress.advance)
-        encoded = [quantizer.encode(block, start) for start, block in moved.blocks()]
+        encoded = [stored_rows(found, quantizer.encode(block, start)) for start, block in moved.blocks()]
         made = multiplied(quantizer.shared_tensors(), torch.linalg.inv(metric_sqrt.double()).float())
         return found, made | {short: torch.cat([part[short] for part in encoded]) for short in encoded[0]}
 

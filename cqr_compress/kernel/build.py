@@ -148,5 +148,6 @@ def _declare(library: ctypes.CDLL) -> None:
         pointer, pointer, pointer, long, integer, pointer, pointer, long, integer, pointer, integer, integer
     ]  # fmt: skip
     library.trellis_lookup.argtypes = [
-        pointer, pointer, *batch, long, pointer, long, pointer, integer, integer, *[pointer] * 5, integer
+        pointer, pointer, *batch, long, pointer, long, integer, *[pointer] * 3, integer, pointer, integer, integer,
+        *[pointer] * 5, integer,
     ]  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from cqr_compress.kernel.build import native
 from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.hashing import hash_coefficients
 from cqr_compress.table.spec import HASHED, CodebookSpec
+from cqr_compress.table.trellis_spec import MAX_TIERS, TIER_BLOCK
 
 _LANES = 16
-_WRONG_RATES, _NO_MEMORY = -2, -3
+_WRONG_RATES, _NO_MEMORY, _LOST_ROW = -2, -3, -4
 _SEARCHES_PER_THREAD = 16
 _SEARCH_BYTES = 2**30
 """Memory of the searches of all threads, if one thread needs no more."""
@@ -251,20 +253,68 @@ def search_threads(num_rows: int, num_dims: int, window: int) -> int:
     return max(1, min(torch.get_num_threads(), num_rows // _SEARCHES_PER_THREAD, fitting))
 
 
+@dataclass(frozen=True)
+class TrellisCodes:
+    """The codes of trellis-coded rows, and what locates them.
+
+    Attributes:
+        codes: (N, row_nbytes) uint8, contiguous; (n,) for several tiers.
+        rates: (T, P) uint8, contiguous.
+        window: L, 4 to 16.
+        tier_nbytes: bytes of a row of each tier.
+        row_tiers: (N / 4,) uint8, contiguous, for several tiers.
+        starts: (N / 128,) int32 or int64, contiguous, for several tiers.
+    """
+
+    codes: Tensor
+    rates: Tensor
+    window: int
+    tier_nbytes: tuple[int, ...]
+    row_tiers: Tensor | None = None
+    starts: Tensor | None = None
+
+    def check(self, num_rows: int) -> None:
+        """Refuse tensors that do not belong to a table of `num_rows` rows, without reading their values.
+
+        Raises:
+            ShapeError: the tensors do not form a table.
+        """
+        T, P = self.rates.shape
+        if self.row_tiers is None or self.starts is None:
+            located = T == 1 and self.codes.shape == (num_rows, *self.tier_nbytes)
+        else:
+            located = 1 < T <= MAX_TIERS and self.codes.ndim == 1 and self.row_tiers.dtype == torch.uint8
+            located &= self.row_tiers.shape == (-(-num_rows // 4),)
+            located &= self.starts.shape == (-(-num_rows // TIER_BLOCK),)
+            located &= self.starts.dtype in (torch.int32, torch.int64)
+        tensors = [t for t in (self.codes, self.rates, self.row_tiers, self.starts) if t is not None]
+        bytes_ = self.codes.dtype == self.rates.dtype == torch.uint8 and all(t.is_contiguous() for t in tensors)
+        in_range = 4 <= self.window <= 16 and 1 <= min(self.tier_nbytes) <= max(self.tier_nbytes) <= P
+        if not (located and bytes_ and in_range and len(self.tier_nbytes) == T):
+            raise self.mismatch()
+
+    def mismatch(self) -> ShapeError:
+        """Return the error of tensors that do not form a table."""
+        bits, codes = ", ".join(map(str, self.rates.sum(1).tolist())), self.codes
+        return ShapeError(
+            f"codes {tuple(codes.shape)} {codes.dtype} and rates {tuple(self.rates.shape)} of {bits} bits "
+            f"do not form a table with windows of {self.window} bits"
+        )
+
+
 def trellis_lookup(
-    ids: Tensor, codes: Tensor, rates: Tensor, window: int, values: Tensor, scale: Tensor, mean: Tensor | None,
+    ids: Tensor, table: TrellisCodes, values: Tensor, scale: Tensor, mean: Tensor | None, num_rows: int,
     gain: Tensor | None, gains: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
     """Look up trellis-coded rows, before a rotation: gain * values[states] * scale + mean.
 
     Args:
         ids: (B,) int32 or int64, contiguous, on the CPU.
-        codes: (N, row_nbytes) uint8, contiguous.
-        rates: (P,) uint8, contiguous.
-        window: L, 4 to 16.
+        table: the codes.
         values: (2**window,) float32, contiguous.
-        scale: (P,) float32, contiguous.
+        scale: (T, P) float32, contiguous.
         mean: (P,) float32, contiguous, or None.
+        num_rows: N.
         gain: (N,) uint8, contiguous, or None.
         gains: (256,) float32, contiguous: the gains of the codes `gain`, or None.
 
@@ -274,44 +324,43 @@ def trellis_lookup(
     Raises:
         ShapeError: the tensors do not form a table; checked before any out-of-bounds read.
     """
-    return _trellis(ids, codes, rates, window, values, scale, mean, gain, gains)
+    return _trellis(ids, table, num_rows, values, scale, mean, gain, gains)
 
 
-def trellis_states(ids: Tensor, codes: Tensor, rates: Tensor, window: int) -> Tensor | None:
+def trellis_states(ids: Tensor, table: TrellisCodes, num_rows: int) -> Tensor | None:
     """Read the states of trellis-coded rows: (B, P) int32; arguments, errors and None as in `trellis_lookup`."""
-    return _trellis(ids, codes, rates, window, None, None, None, None, None)
+    return _trellis(ids, table, num_rows, None, None, None, None, None)
 
 
 def _trellis(
-    ids: Tensor, codes: Tensor, rates: Tensor, window: int, values: Tensor | None, scale: Tensor | None,
-    mean: Tensor | None, gain: Tensor | None, gains: Tensor | None,
+    ids: Tensor, table: TrellisCodes, N: int, values: Tensor | None, scale: Tensor | None, mean: Tensor | None,
+    gain: Tensor | None, gains: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
-    (N, row_nbytes), (P,), B = codes.shape, rates.shape, ids.shape[0]
-    expected = ((values, 1 << window), (scale, P), (mean, P), (gain, N), (gains, 256))
-    fits = all(t is None or (t.shape == (size,) and t.is_contiguous()) for t, size in expected)
+    table.check(N)
+    (T, P), B = table.rates.shape, ids.shape[0]
+    expected = (
+        (values, (1 << table.window,)), (scale, (T, P)), (mean, (P,)), (gain, (N,)), (gains, (256,)),
+    )  # fmt: skip
+    fits = all(t is None or (t.shape == shape and t.is_contiguous()) for t, shape in expected)
     floats = all(t is None or t.dtype == torch.float32 for t in (values, scale, mean, gains))
-    bytes_ = all(t is None or t.dtype == torch.uint8 for t in (codes, rates, gain))
-    if not (fits and floats and bytes_ and 4 <= window <= 16 and 1 <= row_nbytes <= P):
-        raise _no_trellis(codes, rates, window)
+    if not (fits and floats and (gain is None or gain.dtype == torch.uint8)):
+        raise table.mismatch()
     is_states = values is None
     out = torch.empty(B, P, dtype=torch.int32 if is_states else torch.float32, device="cpu")
+    row_tiers, starts = table.row_tiers, table.starts
     bad = _library().trellis_lookup(
         out.data_ptr() if is_states else 0, 0 if is_states else out.data_ptr(),
-        ids.data_ptr(), ids.dtype == torch.int64, B, N, codes.data_ptr(), row_nbytes, rates.data_ptr(), P, window,
+        ids.data_ptr(), ids.dtype == torch.int64, B, N, table.codes.data_ptr(), table.codes.nbytes, T,
+        (ctypes.c_int64 * T)(*table.tier_nbytes), 0 if row_tiers is None else row_tiers.data_ptr(),
+        0 if starts is None else starts.data_ptr(), starts is not None and starts.dtype == torch.int64,
+        table.rates.data_ptr(), P, table.window,
         *(0 if t is None else t.data_ptr() for t in (values, scale, mean, gain, gains)), _threads(B),
     )  # fmt: skip
-    if bad == _WRONG_RATES:
-        raise _no_trellis(codes, rates, window)
+    if bad in (_WRONG_RATES, _LOST_ROW):
+        raise table.mismatch()
     if bad == _NO_MEMORY:
         raise MemoryError(f"the positions of {P} dimensions")
     return out if bad < 0 else None
-
-
-def _no_trellis(codes: Tensor, rates: Tensor, window: int) -> ShapeError:
-    return ShapeError(
-        f"codes {tuple(codes.shape)} {codes.dtype} and rates {tuple(rates.shape)} of {int(rates.sum())} bits do "
-        f"not form a table with windows of {window} bits"
-    )
 
 
 @functools.cache

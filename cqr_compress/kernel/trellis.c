@@ -13,6 +13,8 @@
 #define BLOCK 8 /* dimensions whose windows are read together */
 #define CHUNK 64 /* dimensions that are scaled together */
 #define UNREACHED 1e30f
+#define MAX_TIERS 4
+#define TIER_BLOCK 128 /* rows for each entry of their first bytes */
 
 /* ---- search ---- */
 
@@ -232,41 +234,100 @@ INLINE void decode_row(int32_t *states, float *out, const uint8_t *row, int64_t 
     }
 }
 
-/* The rows of ids: states (B, P), or out (B, P) = gain * values * scale + mean, whichever is given. rates (P) of 0 to 8
- * bits; values (2**L), scale (P), mean (P) or null; gains (N) indices into gain_values (256), or null.
- * Returns -1; the position of an id outside [0, N); -2 if a rate exceeds 8 or they do not add up to the width; -3
- * without memory. */
-int64_t trellis_lookup(int32_t *states, float *out, const void *ids, int is_int64, int64_t B, int64_t N,
-                       const uint8_t *codes, int64_t width, const uint8_t *rates, int P, int L, const float *values,
-                       const float *scale, const float *mean, const uint8_t *gains, const float *gain_values,
-                       int threads) {
-    positions at;
-    int status = find_positions(&at, rates, P, width, L);
-    int64_t bad = -1, step = (B + threads - 1) / threads;
-    if (status) {
-        free(at.byte);
-        return status == -2 ? -2 : -3;
+/* Where the codes of a row are. Rows of several tiers follow each other: `row_tiers` has 2 bits for each row, least
+ * significant first, and `starts` the first byte of every TIER_BLOCK-th row. */
+typedef struct {
+    const uint8_t *codes, *row_tiers;
+    const void *starts;
+    int64_t size; /* bytes of all codes */
+    const int64_t *widths; /* of the T tiers */
+    int starts_are_int64, T;
+} layout;
+
+typedef struct {
+    int64_t first;
+    int tier; /* -1 if the codes are not within those of the table */
+} place;
+
+INLINE place place_of(const layout *of, int64_t id) {
+    const uint64_t low = 0x5555555555555555u;
+    if (of->T == 1) return (place){id * of->widths[0], 0};
+    int64_t block = id / TIER_BLOCK, rows = id % TIER_BLOCK, counts[4] = {0, 0, 0, 0};
+    const uint8_t *p = of->row_tiers + block * (TIER_BLOCK / 4);
+    int tier = p[rows / 4] >> 2 * (rows % 4) & 3;
+    counts[0] = rows;
+    for (int64_t row = 0; row < rows; row += 32) {
+        uint64_t word = 0;
+        int64_t here = rows - row < 32 ? rows - row : 32;
+        memcpy(&word, p + row / 4, (here + 3) / 4);
+        if (here < 32) word &= ((uint64_t)1 << 2 * here) - 1;
+        uint64_t a = word & low, b = word >> 1 & low;
+        int64_t both = __builtin_popcountll(a & b);
+        counts[3] += both;
+        counts[1] += __builtin_popcountll(a) - both;
+        counts[2] += __builtin_popcountll(b) - both;
     }
+    counts[0] -= counts[1] + counts[2] + counts[3];
+    int64_t first = of->starts_are_int64 ? ((const int64_t *)of->starts)[block] : ((const int32_t *)of->starts)[block];
+    for (int t = 0; t < 4; t++) {
+        if (t >= of->T && (counts[t] || t == tier)) return (place){0, -1};
+        if (t < of->T) first += counts[t] * of->widths[t];
+    }
+    return (place){first, first < 0 || first + of->widths[tier] > of->size ? -1 : tier};
+}
+
+/* The rows of ids: states (B, P), or out (B, P) = gain * values * scale + mean, whichever is given. Rows of T tiers of
+ * `widths` (T) bytes, with rates (T, P) of 0 to 8 bits and scale (T, P), in codes of `size` bytes; row_tiers and starts
+ * for T > 1. values (2**L), mean (P) or null; gains (N) indices into gain_values (256), or null.
+ * Returns -1; the position of an id outside [0, N); -2 if a rate exceeds 8 or they do not add up to the width; -3
+ * without memory; -4 if codes of a row are not within the table. */
+int64_t trellis_lookup(int32_t *states, float *out, const void *ids, int is_int64, int64_t B, int64_t N,
+                       const uint8_t *codes, int64_t size, int T, const int64_t *widths, const uint8_t *row_tiers,
+                       const void *starts, int starts_are_int64, const uint8_t *rates, int P, int L,
+                       const float *values, const float *scale, const float *mean, const uint8_t *gains,
+                       const float *gain_values, int threads) {
+    const layout of = {codes, row_tiers, starts, size, widths, starts_are_int64, T};
+    positions at[MAX_TIERS] = {{0}};
+    int status = 0, lost = 0;
+    for (int t = 0; t < T && !status; t++) status = find_positions(&at[t], rates + (int64_t)t * P, P, widths[t], L);
+    int64_t bad = -1, step = (B + threads - 1) / threads;
+    if (!status) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int t = 0; t < threads; t++) {
-        int64_t a = t * step, b = a + step < B ? a + step : B;
-        for (int64_t i = a; i < b; i++) {
-            if (i + AHEAD < b) {
-                int64_t next = id_at(ids, is_int64, i + AHEAD);
-                for (int64_t byte = 0; byte < width; byte += 64) prefetch(codes + byte, next, width);
-                if (gains) prefetch(gains, next, 1);
+        for (int t = 0; t < threads; t++) {
+            int64_t a = t * step, b = a + step < B ? a + step : B;
+            for (int64_t i = a; i < b; i++) {
+                if (i + AHEAD < b) {
+                    int64_t next = id_at(ids, is_int64, i + AHEAD);
+                    if (T == 1)
+                        for (int64_t byte = 0; byte < widths[0]; byte += 64) prefetch(codes + byte, next, widths[0]);
+                    else if (is_row(next, N)) prefetch(codes, place_of(&of, next).first, 1);
+                    if (gains) prefetch(gains, next, 1);
+                }
+                if (T > 1 && i + 2 * AHEAD < b) {
+                    int64_t next = id_at(ids, is_int64, i + 2 * AHEAD);
+                    prefetch(row_tiers, next / 4, 1);
+                    prefetch(starts, next / TIER_BLOCK, starts_are_int64 ? 8 : 4);
+                }
+                int64_t id = id_at(ids, is_int64, i);
+                if (!is_row(id, N)) {
+                    report(&bad, i);
+                    break;
+                }
+                float gain = gains ? gain_values[gains[id]] : 1.0f;
+                place found = place_of(&of, id);
+                if (found.tier < 0) {
+                    __atomic_store_n(&lost, 1, __ATOMIC_RELAXED);
+                    break;
+                }
+                const uint8_t *row = codes + found.first;
+                const positions *here = &at[found.tier];
+                const float *by = scale + (int64_t)found.tier * P;
+                int64_t width = widths[found.tier];
+                if (states) decode_row(states + i * P, 0, row, width, here, P, L, values, by, mean, gain);
+                else decode_row(0, out + i * P, row, width, here, P, L, values, by, mean, gain);
             }
-            int64_t id = id_at(ids, is_int64, i);
-            if (!is_row(id, N)) {
-                report(&bad, i);
-                break;
-            }
-            float gain = gains ? gain_values[gains[id]] : 1.0f;
-            const uint8_t *row = codes + id * width;
-            if (states) decode_row(states + i * P, 0, row, width, &at, P, L, values, scale, mean, gain);
-            else decode_row(0, out + i * P, row, width, &at, P, L, values, scale, mean, gain);
         }
     }
-    free(at.byte);
-    return bad;
+    for (int t = 0; t < T; t++) free(at[t].byte);
+    return status ? (status == -2 ? -2 : -3) : lost ? -4 : bad;
 }

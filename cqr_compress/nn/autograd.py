@@ -11,8 +11,9 @@ from torch.nn import Parameter
 
 from cqr_compress.kernel import ops
 from cqr_compress.table.codes import row_codes
-from cqr_compress.table.decode import rotated
+from cqr_compress.table.decode import decode_rows, gather_rows, rotated
 from cqr_compress.table.spec import HASHED, STORED, AnySpec, CodebookSpec, TrellisSpec
+from cqr_compress.table.tiers import tiers_of
 from cqr_compress.table.tracing import is_intercepted, is_tracing
 from cqr_compress.table.trellis import gain_table, value_table, values_of_states
 
@@ -66,30 +67,52 @@ def lookup_cpu(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Ten
     return ops.lookup_integers(ids, codes, scale, offset, N, spec.embedding_dim, spec.n_bits)
 
 
+def unrotated_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    """Decode rows before rotation and mean, and without rows that are stored apart: (B, width) float32 or float64.
+
+    Args:
+        spec: the table's spec.
+        tensors: `spec.body_shapes()` by name, with all rows.
+        ids: (B,) int32 or int64 in [0, N).
+    """
+    centered = {short: t for short, t in tensors.items() if short not in ("row_mean", "rotation")}
+    rows = lookup_cpu(spec, centered, ids)
+    return decode_rows(spec, gather_rows(spec, centered, ids), ids) if rows is None else rows
+
+
 def _trellis_rows(spec: TrellisSpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
     """Compute trellis-coded rows; arguments and result as in `lookup_cpu`."""
-    codes, scale, rates = tensors["codes"], tensors["dim_scale"], tensors["dim_rates"]
+    scale, rates, N = tensors["dim_scale"], tensors["dim_rates"], spec.num_embeddings
     gain, whole = tensors.get("row_gain"), "rotation" not in tensors
-    bytes_ = [t for t in (codes, rates, gain) if t is not None]
-    if not all(_usable(t, scale) for t in bytes_) or len(codes) != spec.num_embeddings:
+    table = ops.TrellisCodes(
+        tensors["codes"],
+        rates,
+        spec.window,
+        spec.tier_nbytes,
+        tensors.get("row_tiers"),
+        tensors.get("tier_starts"),
+    )
+    integers = [t for t in (table.codes, rates, gain, table.row_tiers, table.starts) if t is not None]
+    if not all(_usable(t, scale) for t in integers) or (not spec.has_tiers and len(table.codes) != N):
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
-        states = ops.trellis_states(ids, codes, rates, spec.window)
+        states = ops.trellis_states(ids, table, N)
         if states is None:
             return None
         gain = None if gain is None else gain.index_select(0, ids)
-        return rotated(tensors, values_of_states(spec, tensors, states, gain))
+        tiers = tiers_of(tensors, ids) if spec.has_tiers else None
+        return rotated(tensors, values_of_states(spec, tensors, states, gain, tiers))
     mean = tensors["row_mean"].float() if whole and "row_mean" in tensors else None
     gains = None if gain is None else gain_table(tensors["gain_range"].float())
     values, scale = value_table(spec, tensors), scale.float()
     if whole or len(ids) <= _ROTATED_ROWS:
-        rows = ops.trellis_lookup(ids, codes, rates, spec.window, values, scale, mean, gain, gains)
+        rows = ops.trellis_lookup(ids, table, values, scale, mean, N, gain, gains)
         return rows if rows is None or whole else rotated(tensors, rows)
     # the rotation reads rows from the cache
     out = torch.empty(len(ids), spec.embedding_dim, dtype=torch.float32, device="cpu")
     tensors = {**tensors, "rotation": tensors["rotation"].float()}
     for part, to in zip(torch.split(ids, _ROTATED_ROWS), torch.split(out, _ROTATED_ROWS), strict=True):
-        rows = ops.trellis_lookup(part, codes, rates, spec.window, values, scale, mean, gain, gains)
+        rows = ops.trellis_lookup(part, table, values, scale, mean, N, gain, gains)
         if rows is None:
             return None
         to.copy_(rotated(tensors, rows))

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cqr_compress.errors import ShapeError
-from cqr_compress.nn.autograd import lookup_cpu
+from cqr_compress.nn.autograd import unrotated_rows
 from cqr_compress.table.codes import flat_codes, row_codes
-from cqr_compress.table.decode import PER_ROW, at_least_float32, decode_rows, sum_codewords
+from cqr_compress.table.decode import at_least_float32, decode_rows, sum_codewords
 from cqr_compress.table.spec import AnySpec, CodebookSpec, TrellisSpec
 from cqr_compress.table.tracing import is_exporting, is_tracing
 
@@ -129,7 +129,7 @@ def _blocks(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor) -> It
             flat = flat_codes(row_codes(spec, packed, ids), spec.codebook_size).flatten(1)
             scores = sum_codewords(flat, products, flat.shape[1])[:, :Q]
         elif isinstance(spec, TrellisSpec):
-            scores = _unrotated(spec, tensors, start, ids).to(queries.dtype) @ projected + constant
+            scores = unrotated_rows(spec, tensors, ids).to(queries.dtype) @ projected + constant
         else:
             here = {short: tensors[short][start : start + rows] for short in spec.body_shapes()}
             scores = decode_rows(spec, here, ids).to(queries.dtype) @ queries.t()
@@ -139,16 +139,6 @@ def _blocks(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor) -> It
 def _projected(tensors: Mapping[str, Tensor], queries: Tensor) -> Tensor:
     """Multiply the rotation (P, D), if there is one, with queries (D, Q)."""
     return tensors["rotation"].to(queries.dtype) @ queries if "rotation" in tensors else queries
-
-
-def _unrotated(spec: TrellisSpec, tensors: Mapping[str, Tensor], start: int, ids: Tensor) -> Tensor:
-    """Decode trellis-coded rows of ascending ids from `start` on, before rotation and mean: (B, P)."""
-    centered = {short: t for short, t in tensors.items() if short not in ("row_mean", "rotation")}
-    rows = lookup_cpu(spec, centered, ids)
-    if rows is None:
-        here = {short: t[start : start + len(ids)] if short in PER_ROW else t for short, t in centered.items()}
-        rows = decode_rows(spec, here, ids)
-    return rows
 
 
 def _codeword_products(spec: CodebookSpec, tensors: Mapping[str, Tensor], queries: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from cqr_compress.errors import CqrCompressWarning, RowIndexError, ShapeError, WeightWriteError
-from cqr_compress.nn.autograd import lookup_cpu
+from cqr_compress.nn.autograd import lookup_cpu, unrotated_rows
 from cqr_compress.nn.search import TopK, search_scores, search_topk
 from cqr_compress.nn.table_weight import TableWeight
 from cqr_compress.table.base_spec import dtype_name
 from cqr_compress.table.blocks import row_blocks
-from cqr_compress.table.decode import PER_ROW, decode, decode_all, decode_rows, with_exact_rows
+from cqr_compress.table.decode import decode, decode_all, gather_rows, with_exact_rows
 from cqr_compress.table.spec import HASHED, AnySpec, CodebookSpec, TrellisSpec
 from cqr_compress.table.table import CompressedTable
 from cqr_compress.table.tracing import is_intercepted, is_tracing
@@ -178,15 +178,18 @@ class TableLayer(nn.Module):
             return with_exact_rows(self.spec, tensors, ids, rows) if "kept_ids" in tensors else rows
         if ids.is_cpu and not is_tracing():
             ids = ids.clone()  # another thread must not change them after a check
-        if "codes" not in tensors and not is_tracing():
+        if not is_tracing() and ("codes" not in tensors or tensors["codes"].ndim == 1):
             self._check_range(ids)
         if "codes" in tensors and tensors["codes"].dtype != torch.uint8:
             raise ShapeError(
                 f"codes of {tensors['codes'].dtype} do not form a table: packed codes have to be torch.uint8"
             )
-        here = {
-            short: _gather(self, tensor, ids) if short in PER_ROW else tensor for short, tensor in tensors.items()
-        }
+        try:
+            here = gather_rows(self.spec, tensors, ids)
+        except IndexError:  # out-of-range ids are detected by the gather itself
+            if not is_tracing():
+                self._check_range(ids)
+            raise
         return decode(self.spec, here, ids, self.dtype)
 
     @torch.no_grad()
@@ -199,13 +202,7 @@ class TableLayer(nn.Module):
         Returns:
             (B, width) float32.
         """
-        after = ("rotation", "row_mean", "kept_ids", "kept_rows")
-        tensors = {short: t for short, t in self._lookup_tensors().items() if short not in after}
-        rows = lookup_cpu(self.spec, tensors, ids)
-        if rows is None:
-            here = {short: t[ids] if short in PER_ROW else t for short, t in tensors.items()}
-            rows = decode_rows(self.spec, here, ids)
-        return rows.float()
+        return unrotated_rows(self.spec, self._lookup_tensors(), ids).float()
 
     def reseed(self, seed: int) -> None:
         """Replace the seed of the table's hash functions; with hashed codes, the seed is then in the state_dict.
@@ -388,18 +385,3 @@ def _warn_of_half(gradient: Tensor) -> None:
         CqrCompressWarning,
         stacklevel=2,
     )
-
-
-def _gather(layer: TableLayer, tensor: Tensor, ids: Tensor) -> Tensor:
-    """Gather the entries of `ids`; out-of-range ids are detected by the gather itself."""
-    if is_tracing():
-        return _take(tensor, ids)
-    try:
-        return _take(tensor, ids)
-    except IndexError:
-        layer._check_range(ids)
-        raise
-
-
-def _take(tensor: Tensor, ids: Tensor) -> Tensor:
-    return torch.embedding(tensor, ids) if tensor.ndim == 2 else tensor.index_select(0, ids)

@@ -13,7 +13,7 @@ from cqr_compress.planning.scan import ScannedTable
 from cqr_compress.progress import Progress
 from cqr_compress.quantize.registry import method_of
 from cqr_compress.table.blocks import row_blocks
-from cqr_compress.table.decode import decode
+from cqr_compress.table.decode import decode, stored_rows
 from cqr_compress.table.quality import QualityMeter
 
 
@@ -51,7 +51,7 @@ def encode_table(
     progress.start(f"encoding {name}", spec.num_embeddings, "rows")
     for start, rows in scan.blocks():
         encoded = quantizer.encode(rows, start)
-        for short, tensor in encoded.items():
+        for short, tensor in stored_rows(spec, encoded).items():
             put(short, tensor)
         ids = torch.arange(start, start + len(rows), device="cpu")
         decoded = torch.cat(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from cqr_compress.checkpoint.base import Checkpoint, TensorEntry
 from cqr_compress.errors import NonFiniteError, ShapeError, SpecError, TableNotFoundError
 from cqr_compress.planning.find import with_table_names
 from cqr_compress.progress import Progress
-from cqr_compress.quantize.base import TableFacts, row_weights
+from cqr_compress.quantize.base import TableFacts, importance_of, row_weights, weighted_mean
 from cqr_compress.quantize.options import MAX_SAMPLE_ROWS
 from cqr_compress.table.blocks import row_blocks
 from cqr_compress.table.defaults import CPU_FLOAT
@@ -75,16 +76,35 @@ class ScannedTable:
             num_zero_rows=len(self.zero_ids),
             largest=self.largest,
             mean_square=self.mean_square,
-            principal_variances=self.principal_variances,
+            variances=self.variances,
+            importance=self.importance,
         )
 
-    def principal_variances(self) -> Tensor:
-        """Compute the variances of the sample along its principal directions: (D,) float64, descending."""
+    def importance(self, power: float) -> Tensor:
+        """Compute the importance (N,) of the rows; see `TableRows.importance`."""
+        return importance_of(self._energies, power, self.weights, self.stored_apart_ids)
+
+    @cached_property
+    def _energies(self) -> Tensor:
+        """Squared distances (N,) of the rows from the mean of the sample; reads the table."""
+        weights = None if self.weights is None else self.weights[self.sample_ids]
+        mean = weighted_mean(self.sample, weights)
+        return torch.cat([(rows - mean).square().sum(1) for _, rows in self.blocks()])
+
+    def variances(self, principal: bool) -> Tensor:
+        """Compute the variances of the sample: (D,) float64.
+
+        Args:
+            principal: along the principal directions, descending; else of the dimensions.
+        """
         generator = torch.Generator("cpu").manual_seed(0)  # tables are often in an order, as by frequency
         drawn = torch.randperm(len(self.sample), generator=generator, device="cpu")[:_SPECTRUM_ROWS]
-        rows, weights = self.sample[drawn].double(), self.weights
-        cost = rows.new_ones(len(rows)) if weights is None else weights[self.sample_ids[drawn]].double()
-        rows = rows - (rows * cost[:, None]).sum(0) / cost.sum()
+        rows = self.sample[drawn].double()
+        weights = None if self.weights is None else self.weights[self.sample_ids[drawn]].double()
+        rows = rows - weighted_mean(rows, weights)
+        cost = rows.new_ones(len(rows)) if weights is None else weights
+        if not principal:
+            return cost @ rows.square() / cost.sum()
         covariance = (rows * cost[:, None]).T @ rows / cost.sum()
         variances: Tensor = torch.linalg.eigvalsh(covariance)
         return variances.flip(0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cqr_compress.planning.scan import ScannedTable
 from cqr_compress.progress import Progress
-from cqr_compress.quantize.base import FitEffort
+from cqr_compress.quantize.base import FitEffort, importance_of, weighted_mean
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.registry import method_of
 from cqr_compress.table.decode import decode_rows
@@ -29,6 +29,8 @@ _PROBES, _HOPELESS = 5, 1.25
 """Number of codebooks that are tried before the others are dropped, if all have 25% more error than a trellis."""
 _PROMISING = 1.5
 """Layouts with more error in a brief trial, relative to the best, have no longer one."""
+_PROMISING_TRELLIS = 1.1
+"""The same of trellises, of which brief trials are close to the final fit."""
 _BEST_SIZES, _ALL_RANKS_DIM = 4, 128
 """Of tables with more dimensions, reduced ranks are tried with the best codebook sizes only."""
 
@@ -96,7 +98,7 @@ def worth_trying(specs: Sequence[AnySpec]) -> list[AnySpec]:
             sources = spec.code_sources if spec.method == "cqr" else ()
             key = (spec.num_columns, spec.codebook_size, spec.rotation, spec.rank, sources)
         elif isinstance(spec, TrellisSpec):
-            key = (spec.rotation, spec.gain_bits)
+            key = (spec.rotation, spec.gain_bits, spec.has_tiers)
         if key not in best or spec.nbytes > best[key].nbytes:
             best[key] = spec
     most = max(spec.nbytes for spec in best.values())
@@ -154,10 +156,11 @@ def search(table: ScannedTable, specs: Sequence[AnySpec], options: ConvertOption
             progress.advance()
     trials.least = float("inf")
     rows = _rows(effort.second_values, effort.second_rows, table)
+    least = min(error for error, _ in first)
     second = [
         (trials.error(spec, _longer(spec, options), rows), spec)
         for error, spec in sorted(first, key=_error)[:finalists]
-        if error <= _PROMISING * min(first, key=_error)[0]
+        if error <= (_PROMISING_TRELLIS if isinstance(spec, TrellisSpec) else _PROMISING) * least
     ]
     progress.advance(finalists - len(second))
     second.sort(key=_error)
@@ -285,40 +288,56 @@ def estimate_error(table: ScannedTable, spec: AnySpec, effort: FitEffort, num_ro
     order = torch.randperm(len(table.sample), generator=generator, device="cpu")
     if len(table.sample) <= num_rows:
         order = torch.arange(len(table.sample), device="cpu")  # with the effort of the final fit, this is that fit
-    fitted = table.sample[order[:num_rows]]
-    other = table.sample[order[num_rows : num_rows + num_rows // 2]]
-    weights = None if table.weights is None else table.weights[table.sample_ids][order]
-    rows = _SampleRows(fitted, None if weights is None else weights[:num_rows])
-    small = replace(spec, num_embeddings=max(len(fitted), 1), num_kept_rows=0, num_zero_rows=0)
+    order = order[: num_rows + num_rows // 2]
+    weights = None if table.weights is None else table.weights[table.sample_ids[order]]
+    rows = _SampleRows(table.sample[order], weights, min(num_rows, len(order)))
+    if isinstance(spec, TrellisSpec):
+        small: AnySpec = spec.resized(len(order))
+    else:
+        small = replace(spec, num_embeddings=max(rows.num_fitted, 1), num_kept_rows=0, num_zero_rows=0)
     quantizer = method_of(spec.method).fit(rows, small, effort, lambda: None)
 
-    def error(part: Tensor, cost: Tensor | None) -> float:
-        body = {**quantizer.shared_tensors(), **quantizer.encode(part, 0)}
-        decoded = decode_rows(small, body, torch.arange(len(part), device="cpu"))
+    def error(start: int, stop: int) -> float:
+        part = rows.every[start:stop]
+        encoded = quantizer.encode(part, start if isinstance(small, TrellisSpec) else 0)
+        decoded = decode_rows(
+            small, {**quantizer.shared_tensors(), **encoded}, torch.arange(len(part), device="cpu")
+        )
         lost, energy = (decoded - part).square().sum(1), part.square().sum(1)
-        if cost is not None:
-            lost, energy = lost * cost, energy * cost
+        if weights is not None:
+            lost, energy = lost * weights[start:stop], energy * weights[start:stop]
         return float(lost.sum() / energy.sum().clamp_min(1e-30))
 
-    inside = error(fitted, rows.weights)
-    if len(other) == 0:
+    inside = error(0, rows.num_fitted)
+    if len(order) == rows.num_fitted:
         return inside
-    outside = error(other, None if weights is None else weights[num_rows : num_rows + num_rows // 2])
-    return inside + _LIMIT * (outside - inside) * (1 - min(1.0, len(fitted) / N))
+    outside = error(rows.num_fitted, len(order))
+    return inside + _LIMIT * (outside - inside) * (1 - min(1.0, rows.num_fitted / N))
 
 
 @dataclass(frozen=True)
 class _SampleRows:
-    sample: Tensor
+    """Rows of a sample, of which the first are fitted and the others held out; `weights` (n,) are those of all."""
+
+    every: Tensor
     weights: Tensor | None
+    num_fitted: int
+
+    @property
+    def sample(self) -> Tensor:
+        return self.every[: self.num_fitted]
 
     @property
     def sample_ids(self) -> Tensor:
-        return torch.arange(len(self.sample), device="cpu")
+        return torch.arange(self.num_fitted, device="cpu")
 
     @property
     def stored_apart_ids(self) -> Tensor:
         return torch.empty(0, dtype=torch.int64, device="cpu")
+
+    def importance(self, power: float) -> Tensor:
+        energies = (self.every - weighted_mean(self.every, self.weights)).square().sum(1)
+        return importance_of(energies, power, self.weights, self.stored_apart_ids)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         yield 0, self.sample

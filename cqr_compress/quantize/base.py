@@ -27,7 +27,9 @@ class TableFacts:
         num_zero_rows: number of all-zero rows among the others.
         largest: largest magnitude in the finite rows.
         mean_square: mean of the squared values, those of non-finite rows taken as 0.
-        principal_variances: computes the variances (D,) of the rows along their principal directions, descending.
+        variances: computes the variances (D,) of the rows along their principal directions, descending, or of
+            their dimensions.
+        importance: computes the importance (N,) of the rows, see `TableRows.importance`.
     """
 
     name: str
@@ -38,7 +40,8 @@ class TableFacts:
     num_zero_rows: int
     largest: float
     mean_square: float
-    principal_variances: Callable[[], Tensor]
+    variances: Callable[[bool], Tensor]
+    importance: Callable[[float], Tensor]
 
 
 class TableRows(Protocol):
@@ -59,6 +62,13 @@ class TableRows(Protocol):
     @property
     def stored_apart_ids(self) -> Tensor:
         """Int64 ids of the rows that are stored apart and need no fit."""
+
+    def importance(self, power: float) -> Tensor:
+        """Compute the importance of the rows: (N,) float64.
+
+        It is the weight of a row, multiplied by a power of the square of its distance from the mean row; 0 for
+        rows that are stored apart.
+        """
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Iterate over all rows, as pairs of the first id and a (B, D) float32 block."""
@@ -121,7 +131,7 @@ class Method(Protocol):
         """Fit a layout to the rows of a table; `step` is called after each unit of work."""
 
 
-LAYOUT_OPTIONS = ("num_columns", "num_levels", "n_bits", "rotation", "rank", "helper", "window")
+LAYOUT_OPTIONS = ("num_columns", "num_levels", "n_bits", "rotation", "rank", "helper", "window", "max_tiers")
 """Options that not every method supports."""
 
 
@@ -147,3 +157,17 @@ def row_weights(counts: Tensor) -> Tensor:
         (n,) float32.
     """
     return (counts.double() / counts.double().mean() + 1e-3).float()
+
+
+def weighted_mean(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Compute the mean (D,) of rows (n, D), with weights (n,) or None."""
+    return rows.mean(0) if weights is None else weights.to(rows.dtype) @ rows / weights.sum()
+
+
+def importance_of(energies: Tensor, power: float, weights: Tensor | None, stored_apart: Tensor) -> Tensor:
+    """Compute `TableRows.importance` from squared distances (N,), weights (N,) or None, and ids."""
+    importance = energies.double() ** power
+    if weights is not None:
+        importance *= weights
+    importance[stored_apart] = 0.0
+    return importance

@@ -62,6 +62,14 @@ class ConvertOptions:
         high=12,
         shown_default="8 to 12, by the sizes of the rows and the table",
     )
+    max_tiers: int | None = option(
+        None,
+        "Maximum number of sizes of a trellis's rows: rows of more weight or a larger norm get more bytes.",
+        panel="Method",
+        low=1,
+        high=4,
+        shown_default="4",
+    )
     codebook_dtype: str = option(
         "float16", "Dtype of codebooks and row scales.", panel="Method", choices=CODEBOOK_DTYPES
     )

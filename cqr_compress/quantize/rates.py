@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -38,14 +40,39 @@ def allocate(variances: Tensor, num_bits: int, window: int) -> Tensor:
     Returns:
         (P,) uint8 rates of 0 to 8 bits.
     """
+    rates = torch.zeros(len(variances), dtype=torch.uint8, device="cpu")
+    for d, _ in itertools.islice(_by_gain(variances, window), num_bits):
+        rates[d] += 1
+    return rates
+
+
+def errors_by_bytes(variances: Tensor, max_bytes: int, window: int) -> Tensor:
+    """Compute the squared errors of rows of 0 to max_bytes bytes, relative to their variance.
+
+    Args:
+        variances: (P,) of the dimensions.
+        max_bytes: at most P.
+        window: bits of a state.
+
+    Returns:
+        (max_bytes + 1,) float64.
+    """
+    total = float(variances.clamp_min(0).sum())
+    gains = [gain for _, gain in itertools.islice(_by_gain(variances, window), 8 * max_bytes)]
+    reduced = torch.tensor([0.0, *gains], dtype=torch.float64, device="cpu").cumsum(0)[::8]
+    return (1 - reduced / max(total, 1e-300)).clamp_min(0)
+
+
+def _by_gain(variances: Tensor, window: int) -> Iterator[tuple[int, float]]:
+    """Iterate over the dimensions to which one more bit is given, and how much it lowers the squared error."""
     errors = [1.0, *(10 ** (loss / 10) * 0.25**k for k, loss in enumerate(LOSS_DB[window], start=1))]
     gains = [errors[k] - errors[k + 1] for k in range(MAX_RATE)]
     rates = [0] * len(variances)
     heap = [(-variance * gains[0], d) for d, variance in enumerate(variances.tolist())]
     heapq.heapify(heap)
-    for _ in range(num_bits):
+    while heap:
         gain, d = heapq.heappop(heap)
+        yield d, -gain
         rates[d] += 1
         if rates[d] < MAX_RATE:
             heapq.heappush(heap, (gain * gains[rates[d]] / gains[rates[d] - 1], d))
-    return torch.tensor(rates, dtype=torch.uint8, device="cpu")

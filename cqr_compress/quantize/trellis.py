@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 from cqr_compress.errors import SpecError
-from cqr_compress.quantize.base import FitEffort, TableFacts, TableRows, refuse_others
+from cqr_compress.quantize.base import FitEffort, TableFacts, TableRows, refuse_others, weighted_mean
 from cqr_compress.quantize.layouts import MAX_ROTATED_DIM, budget_bytes, table_fields, value_dtype
 from cqr_compress.quantize.options import ConvertOptions
-from cqr_compress.quantize.rates import WIDENING, WINDOWS, allocate
+from cqr_compress.quantize.rates import WIDENING, WINDOWS, allocate, errors_by_bytes
+from cqr_compress.quantize.tiers import allocate_tiers
 from cqr_compress.quantize.trellis_search import search_paths
 from cqr_compress.table.base_spec import FLOAT_DTYPES
 from cqr_compress.table.blocks import row_blocks
+from cqr_compress.table.decode import TIERS
 from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.spec import AnySpec, TrellisSpec
+from cqr_compress.table.tiers import importance_tiers, tier_tensors
 from cqr_compress.table.trellis import seeded_values, value_table, values_of_states
-from cqr_compress.table.trellis_spec import MAX_RATE, STORED_VALUES
+from cqr_compress.table.trellis_spec import MAX_RATE, MAX_TIERS, STORED_VALUES, TIER_BLOCK
 
 _ROUNDS = 4
 _FIT_VALUES, _FIT_ROWS = 2**20, (2048, 16384)
@@ -29,6 +32,8 @@ _FIT_VALUES, _FIT_ROWS = 2**20, (2048, 16384)
 _LONG_WINDOW, _SHORT_WINDOW, _SHORTEST_WINDOW = 12, 10, 8
 _LONG_WINDOW_BYTES, _SHORT_WINDOW_BYTES = 14, 7
 """Smallest rows, in bytes, with windows of 12 and of 10 bits: the state at the seam takes much of a short ring."""
+_LEAST_ROW_BYTES = {8: 3, 10: _SHORT_WINDOW_BYTES, 12: _LONG_WINDOW_BYTES}
+"""Smallest rows of a tier, in bytes, by window."""
 _LONG_WINDOW_VALUES = 2**24
 """Largest table, in values, with a window of 12 bits: its search is four times as slow and gains 0.1 to 0.3 dB."""
 _LONG_WINDOW_BITS = 1.5
@@ -39,6 +44,12 @@ _STORED_SHARE = 0.0025
 """Largest share of the budget for stored values: they lower the error by about 0.03 dB or 0.005 bits per value."""
 _LEAST_SCALE = 1e-3
 """Scale of a dimension without variance, relative to its standard deviation; others have about 1."""
+_PRIOR_ROWS = 256
+"""Weight of the variances of all rows, in rows of the sample, in those of a tier."""
+_ENERGY_POWER = {0: 0.3, 8: 0.3}
+"""Power of a row's energy that its error grows with, by the bits of the gain."""
+_MIN_TIER_GAIN = 0.99
+"""Largest predicted error of tiers, relative to one tier, for which they are tried."""
 _PRIOR_COUNT = 2.0
 """Weight of a value before a round, in average weights of a row's error, when it is averaged."""
 
@@ -50,43 +61,58 @@ class TrellisQuantizer:
     Attributes:
         spec: the table's spec.
         tensors: the shared tensors, in the spec's dtypes.
-        projection: (D, P) float32, from centered rows to dimensions of about unit variance; its diagonal (D,)
-            without a rotation.
-        weights: (P,) float32 weights of the dimensions' squared errors.
+        directions: (D, P) float32 orthonormal basis of the rotation, or None.
+        scale: (T, P) float32 factors on the values, in the basis; 0 for dimensions without bits.
+        tiers: (N,) uint8 tier of each row; None for one tier.
     """
 
     spec: TrellisSpec
     tensors: dict[str, Tensor]
-    projection: Tensor
-    weights: Tensor
+    directions: Tensor | None
+    scale: Tensor
+    tiers: Tensor | None
 
     def shared_tensors(self) -> dict[str, Tensor]:
         """Return all tensors of the spec without an entry for each row."""
         return self.tensors
 
     def encode(self, rows: Tensor, first_row: int) -> dict[str, Tensor]:
-        """Encode rows: (B, D) float32 to `codes` (B, row_nbytes) and `row_gain` (B,) uint8."""
-        parts = [self._encode(rows[a:b]) for a, b in row_blocks(len(rows), self.spec.work_width)]
+        """Encode rows: (B, D) float32 to `codes` (B, row_nbytes) and `row_gain` (B,) uint8, and their TIERS."""
+        tiers = None if self.tiers is None else self.tiers[first_row : first_row + len(rows)].long()
+        parts = [
+            self._encode(rows[a:b], None if tiers is None else tiers[a:b])
+            for a, b in row_blocks(len(rows), self.spec.work_width)
+        ]
         return {short: torch.cat([part[short] for part in parts]) for short in parts[0]}
 
-    def _encode(self, rows: Tensor) -> dict[str, Tensor]:
+    def _encode(self, rows: Tensor, tiers: Tensor | None) -> dict[str, Tensor]:
         spec, tensors = self.spec, self.tensors
         centered = rows - tensors["row_mean"].float()
         unit = centered / _norms(centered)[:, None] if spec.gain_bits else centered
-        rates, kept = tensors["dim_rates"], tensors["dim_rates"] > 0
-        target, values = _projected(unit, self.projection)[:, kept], value_table(spec, tensors)
-        found, codes = search_paths(target, self.weights[kept], rates[kept], spec.window, values)
-        if not spec.gain_bits:
-            return {"codes": codes}
+        target = unit if self.directions is None else unit @ self.directions
+        codes = torch.zeros(len(rows), spec.row_nbytes, dtype=torch.uint8, device="cpu")
         states = torch.zeros(len(rows), spec.width, dtype=torch.int32, device="cpu")
-        states[:, kept] = found
-        made = values_of_states(replace(spec, gain_bits=0), tensors, states)
+        for tier, row_nbytes in enumerate(spec.tier_nbytes):
+            here = slice(None) if tiers is None else tiers == tier
+            rates, scale = tensors["dim_rates"][tier], self.scale[tier]
+            kept = rates > 0
+            found, packed = search_paths(
+                target[here][:, kept] / scale[kept], scale[kept].square(), rates[kept], spec.window,
+                value_table(spec, tensors),
+            )  # fmt: skip
+            all_states = torch.zeros(len(found), spec.width, dtype=torch.int32, device="cpu")
+            all_states[:, kept] = found
+            states[here], codes[here, :row_nbytes] = all_states, packed
+        encoded = {"codes": codes} if tiers is None else {"codes": codes, TIERS: tiers}
+        if not spec.gain_bits:
+            return encoded
+        made = values_of_states(replace(spec, gain_bits=0), tensors, states, tiers=tiers)
         if spec.rotation:
             made = made @ tensors["rotation"].to(made.dtype)
         gains = (centered * made).sum(1) / made.square().sum(1).clamp_min(1e-30)
         low, log_ratio = tensors["gain_range"].double()
         steps = (gains.double().clamp_min(1e-300).log() - low.log()) / log_ratio.clamp_min(1e-12) * 255
-        return {"codes": codes, "row_gain": steps.round().clamp(0, 255).to(torch.uint8)}
+        return encoded | {"row_gain": steps.round().clamp(0, 255).to(torch.uint8)}
 
 
 def fit_trellis(
@@ -100,42 +126,112 @@ def fit_trellis(
         effort: `refine_rounds` rounds of search, scales by least squares, and values by weighted averages.
         step: called after each round.
     """
-    sample, D, P = rows.sample, spec.embedding_dim, spec.width
+    sample, P = rows.sample, spec.width
     cost = torch.ones(len(sample), **CPU_FLOAT) if rows.weights is None else rows.weights[rows.sample_ids].clone()
     dtype = FLOAT_DTYPES[spec.codebook_dtype]
-    mean = (cost @ sample / cost.sum()).to(dtype).float()
+    tiers = None
+    if spec.has_tiers:
+        tiers = importance_tiers(spec, rows.importance(_ENERGY_POWER[spec.gain_bits]))
+    mean = weighted_mean(sample, cost).to(dtype).float()
     centered = sample - mean
     norms = _norms(centered) if spec.gain_bits else torch.ones(len(sample), **CPU_FLOAT)
     cost *= norms.square()
     unit = centered.div_(norms[:, None]) if spec.gain_bits else centered
     directions: Tensor | None = None
     if spec.rotation:
-        variances, vectors = torch.linalg.eigh(weighted_covariance(unit, cost))
-        variances, directions = variances.flip(0)[:P], vectors.flip(1)[:, :P].float()
+        vectors = torch.linalg.eigh(weighted_covariance(unit, cost)).eigenvectors
+        directions = vectors.flip(1)[:, :P].float()
+    variances = _tier_variances(unit, cost, directions, None if tiers is None else tiers[rows.sample_ids], spec)
+    parts = [
+        _fit_tier_part(unit, cost, directions, tiers, rows.sample_ids, tier, variances[tier], spec)
+        for tier in range(spec.num_tiers)
+    ]
+    values = _fit_values(parts, spec, effort.refine_rounds, step)
+    scale = torch.zeros(spec.num_tiers, P, **CPU_FLOAT)
+    for tier, part in enumerate(parts):
+        scale[tier, part.kept] = part.sigma * part.scale
+    tensors = {"dim_rates": torch.stack([part.all_rates for part in parts]), "row_mean": mean.to(dtype)}
+    if directions is None:
+        tensors["dim_scale"] = scale.to(dtype)
     else:
-        variances = weighted_squares(unit, cost)
-    rates = allocate(variances, 8 * spec.row_nbytes, spec.window)
-    sigma = variances.clamp_min(0).sqrt()
-    sigma = sigma.clamp_min(_LEAST_SIGMA * float(sigma.max())).float().clamp_min(1e-18)
-    kept = rates > 0
-    widening = torch.tensor((1.0, *WIDENING[spec.window]), **CPU_FLOAT)[rates.long()]
-    fitted = _fit_ids(len(sample), D)
-    columns = unit[fitted] if directions is None else unit[fitted] @ directions
-    columns = columns[:, kept] / sigma[kept]
-    scale, values = _fit_values(
-        columns, cost[fitted], sigma[kept].square(), rates[kept], widening[kept], spec, effort.refine_rounds, step
-    )
-    full = torch.zeros(P, **CPU_FLOAT)
-    full[kept] = sigma[kept] * scale
-    projection = (1.0 if directions is None else directions) / torch.where(kept, full, 1.0)
-    tensors = {"dim_rates": rates, "row_mean": mean.to(dtype), "dim_scale": full.to(dtype)}
-    if directions is not None:
-        tensors |= int8_rotation(full[:, None] * directions.T, dtype)
+        tensors |= int8_rotation(directions.T, scale, dtype)
     if spec.value_source == STORED_VALUES:
         tensors["state_values"] = values.to(dtype)
     if spec.gain_bits:
         tensors["gain_range"] = _gain_range(norms, dtype)
-    return TrellisQuantizer(spec, tensors, projection.contiguous(), full.square())
+    if tiers is not None:
+        tensors |= tier_tensors(spec, tiers)
+    return TrellisQuantizer(spec, tensors, directions, scale, tiers)
+
+
+def _tier_variances(
+    unit: Tensor, cost: Tensor, directions: Tensor | None, tiers: Tensor | None, spec: TrellisSpec
+) -> Tensor:
+    """Compute the weighted variances of the dimensions in each tier: (T, P) float64.
+
+    Those of a tier with few rows in the sample are close to those of all rows.
+    """
+    total = torch.zeros(spec.num_tiers, spec.width, dtype=torch.float64, device="cpu")
+    weight = torch.zeros(spec.num_tiers, 1, dtype=torch.float64, device="cpu")
+    at = torch.zeros(len(unit), dtype=torch.int64, device="cpu") if tiers is None else tiers.long()
+    for a in range(0, len(unit), _MOMENT_ROWS):
+        part, here = unit[a : a + _MOMENT_ROWS], at[a : a + _MOMENT_ROWS]
+        squares = (part if directions is None else part @ directions).square()
+        total.index_add_(0, here, (squares * cost[a : a + _MOMENT_ROWS, None]).double())
+        weight.index_add_(0, here, cost[a : a + _MOMENT_ROWS, None].double())
+    mean = total.sum(0) / weight.sum()
+    rows = torch.bincount(at, minlength=spec.num_tiers)[:, None]
+    own = rows / (rows + _PRIOR_ROWS) if spec.has_tiers else 1.0
+    found: Tensor = own * total / weight.clamp_min(1e-300) + (1 - own) * mean
+    return found
+
+
+@dataclass
+class _TierPart:
+    """The rows of one tier in the sample, as the rounds of a fit read them.
+
+    Attributes:
+        all_rates: (P,) uint8.
+        kept: (P,) bool, dimensions with bits; the other attributes have p entries for these.
+        rates: (p,) uint8.
+        sigma: (p,) float32 standard deviations.
+        columns: (n, p) float32 values, divided by sigma.
+        cost: (n,) float32 weights of the rows.
+        scale: (p,) float32 factors on the values, relative to sigma.
+    """
+
+    all_rates: Tensor
+    kept: Tensor
+    rates: Tensor
+    sigma: Tensor
+    columns: Tensor
+    cost: Tensor
+    scale: Tensor
+
+
+def _fit_tier_part(
+    unit: Tensor,
+    cost: Tensor,
+    directions: Tensor | None,
+    tiers: Tensor | None,
+    sample_ids: Tensor,
+    tier: int,
+    variances: Tensor,
+    spec: TrellisSpec,
+) -> _TierPart:
+    """Allocate the rates of a tier, and draw rows of the sample."""
+    rates = allocate(variances, 8 * spec.tier_nbytes[tier], spec.window)
+    kept = rates > 0
+    sigma = variances.clamp_min(0).sqrt()
+    sigma = sigma.clamp_min(_LEAST_SIGMA * float(sigma.max())).float().clamp_min(1e-18)[kept]
+    if tiers is None:
+        ids = _fit_ids(len(unit), unit.shape[1])
+    else:
+        own = (tiers[sample_ids] == tier).nonzero().flatten()
+        ids = own[_fit_ids(len(own), unit.shape[1])]
+    columns = unit[ids] if directions is None else unit[ids] @ directions
+    widening = torch.tensor((1.0, *WIDENING[spec.window]), **CPU_FLOAT)[rates.long()]
+    return _TierPart(rates, kept, rates[kept], sigma, columns[:, kept] / sigma, cost[ids], widening[kept])
 
 
 def _gain_range(norms: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,51 +245,53 @@ def _gain_range(norms: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.tensor([low, math.log(high / low)], **CPU_FLOAT).to(dtype)
 
 
-def _projected(rows: Tensor, projection: Tensor) -> Tensor:
-    """Multiply rows (B, D) with a matrix (D, P), or with the diagonal (D,) of one."""
-    return rows * projection if projection.ndim == 1 else rows @ projection
-
-
-def int8_rotation(matrix: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Round a matrix (P, D) to `rotation` (P, D) int8 and `dim_scale` (P,), its scale for each row."""
-    scale = matrix.abs().amax(1).clamp_min(1e-30) / 127
-    return {"rotation": (matrix / scale[:, None]).round().to(torch.int8), "dim_scale": scale.to(dtype)}
+def int8_rotation(matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Round a matrix (P, D) to `rotation` int8; `dim_scale` is scale (T, P) times the scales of its rows."""
+    step = matrix.abs().amax(1).clamp_min(1e-30) / 127
+    rotation = (matrix / step[:, None]).round().to(torch.int8)
+    return {"rotation": rotation, "dim_scale": (scale * step).to(dtype)}
 
 
 def multiplied(tensors: dict[str, Tensor], matrix: Tensor) -> dict[str, Tensor]:
     """Return shared tensors of a table with a rotation, whose rows are multiplied by `matrix` (D, D)."""
     dtype = tensors["dim_scale"].dtype
-    rotation = tensors["dim_scale"].float()[:, None] * tensors["rotation"].float()
     mean = (tensors["row_mean"].float() @ matrix).to(dtype)
-    return tensors | int8_rotation(rotation @ matrix, dtype) | {"row_mean": mean}
+    rotated = int8_rotation(tensors["rotation"].float() @ matrix, tensors["dim_scale"].float(), dtype)
+    return tensors | rotated | {"row_mean": mean}
 
 
-def _fit_values(
-    columns: Tensor,
-    cost: Tensor,
-    variances: Tensor,
-    rates: Tensor,
-    scale: Tensor,
-    spec: TrellisSpec,
-    rounds: int,
-    step: Callable[[], None],
-) -> tuple[Tensor, Tensor]:
-    """Alternate between search, scales (P,) by least squares, and values (2**window,) by averages if stored."""
-    values, dtype = seeded_values(spec.window, spec.seed), FLOAT_DTYPES[spec.codebook_dtype]
+def _fit_values(parts: list[_TierPart], spec: TrellisSpec, rounds: int, step: Callable[[], None]) -> Tensor:
+    """Alternate between search, the scales of the parts by least squares, and values by averages if stored.
+
+    Returns:
+        The values (2**window,) float32.
+    """
+    values, dtype, S = seeded_values(spec.window, spec.seed), FLOAT_DTYPES[spec.codebook_dtype], 2**spec.window
     for _ in range(rounds):
-        target, weights = columns / scale, variances * scale.square()
-        states, _ = search_paths(target, weights, rates, spec.window, values)
-        made = values[states.long()]
-        by_row = made * cost[:, None]
-        scale = ((columns * by_row).sum(0) / (made * by_row).sum(0).clamp_min(1e-9)).clamp_min(_LEAST_SCALE)
-        if spec.value_source == STORED_VALUES:
-            share = (cost[:, None] * (variances * scale.square())).flatten().double()
-            flat, prior = states.flatten().long(), _PRIOR_COUNT * share.mean()
-            total = torch.bincount(flat, share * (columns / scale).flatten(), 2**spec.window)
-            count = torch.bincount(flat, share, 2**spec.window)
+        total, count = (torch.zeros(S, dtype=torch.float64, device="cpu") for _ in range(2))
+        num_values = 0
+        for part in parts:
+            if not len(part.columns):
+                continue
+            variances = part.sigma.square()
+            states, _ = search_paths(
+                part.columns / part.scale, variances * part.scale.square(), part.rates, spec.window, values
+            )
+            made = values[states.long()]
+            by_row = made * part.cost[:, None]
+            scale = (part.columns * by_row).sum(0) / (made * by_row).sum(0).clamp_min(1e-9)
+            part.scale = scale.clamp_min(_LEAST_SCALE)
+            if spec.value_source == STORED_VALUES:
+                share = (part.cost[:, None] * (variances * part.scale.square())).flatten().double()
+                flat = states.flatten().long()
+                total += torch.bincount(flat, share * (part.columns / part.scale).flatten(), S)
+                count += torch.bincount(flat, share, S)
+                num_values += len(flat)
+        if num_values:
+            prior = _PRIOR_COUNT * count.sum() / num_values
             values = ((total + prior * values) / (count + prior)).to(dtype).float()
         step()
-    return scale, values
+    return values
 
 
 def weighted_covariance(rows: Tensor, weights: Tensor) -> Tensor:
@@ -201,14 +299,6 @@ def weighted_covariance(rows: Tensor, weights: Tensor) -> Tensor:
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device="cpu")
     for part, cost in zip(torch.split(rows, _MOMENT_ROWS), torch.split(weights, _MOMENT_ROWS), strict=True):
         total += ((part * cost[:, None]).T @ part).double()
-    return total / weights.sum(dtype=torch.float64)
-
-
-def weighted_squares(rows: Tensor, weights: Tensor) -> Tensor:
-    """Compute the diagonal of `weighted_covariance`: (D,) float64."""
-    total = torch.zeros(rows.shape[1], dtype=torch.float64, device="cpu")
-    for part, cost in zip(torch.split(rows, _MOMENT_ROWS), torch.split(weights, _MOMENT_ROWS), strict=True):
-        total += part.square().T @ cost
     return total / weights.sum(dtype=torch.float64)
 
 
@@ -230,8 +320,8 @@ class TrellisMethod:
     """Trellis-coded quantization."""
 
     def check(self, options: ConvertOptions) -> None:
-        """Refuse layout options other than a rotation and a window."""
-        refuse_others(options, ("rotation", "window"))
+        """Refuse layout options other than a rotation, a window and a number of tiers."""
+        refuse_others(options, ("rotation", "window", "max_tiers"))
         if options.rotation not in (None, "pca"):
             raise SpecError(f"rotation is {options.rotation!r}: a trellis takes 'pca'")
         if options.window not in (None, *WINDOWS):
@@ -248,11 +338,11 @@ class TrellisMethod:
         if window > MAX_RATE * D:
             return
         rotations = (options.rotation,) if options.rotation else (None, "pca") if D <= MAX_ROTATED_DIM else (None,)
-        variances = facts.principal_variances() if "pca" in rotations else torch.empty(0, **CPU_FLOAT)
         for rotation, gain_bits in product(rotations, (0, 8)):
+            variances = facts.variances(rotation is not None)
             spec = TrellisSpec(
                 method="trellis",
-                row_nbytes=D,
+                tier_nbytes=(D,),
                 window=window,
                 rotation=rotation,
                 gain_bits=gain_bits,
@@ -266,6 +356,12 @@ class TrellisMethod:
             if spec.num_values * FLOAT_DTYPES[spec.codebook_dtype].itemsize <= _STORED_SHARE * budget:
                 spec = _largest(replace(spec, value_source=STORED_VALUES), variances, budget)
             yield spec
+            if options.max_tiers != 1:
+                importance = facts.importance(_ENERGY_POWER[gain_bits])
+                windows = [w for w in WINDOWS if w == spec.window or (w < spec.window and options.window is None)]
+                tiered = _with_tiers(spec, variances, importance, budget, options.max_tiers or MAX_TIERS, windows)
+                if tiered is not None:
+                    yield tiered
 
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
         """Return 4 rounds, if `refine_rounds` is None."""
@@ -292,21 +388,77 @@ def _best_window(spec: TrellisSpec) -> int:
 
 def _largest(spec: TrellisSpec, variances: Tensor, budget: float) -> TrellisSpec:
     """Return the layout with the most bytes per row within a budget, and the rank that those bytes are worth."""
-    N, D = spec.num_embeddings, spec.embedding_dim
+    N = spec.num_embeddings
     least = -(-spec.window // 8)
     for _ in range(4):  # the rotation takes bytes, of which the number depends on the rates
-        side = spec.nbytes - N * spec.row_nbytes
-        row_nbytes = max(least, min(spec.width, int((budget - side) // N)))
-        rank = spec.rank
-        if spec.rotation:
-            rates = allocate(variances, 8 * row_nbytes, spec.window)
-            coded = max(int((rates > 0).sum()), row_nbytes)
-            rank = coded if coded < D else None
+        row_nbytes = max(least, min(spec.width, int((budget - _side_bytes(spec)) // N)))
+        rank = _useful_rank(spec, variances, row_nbytes)
         if (row_nbytes, rank) == (spec.row_nbytes, spec.rank):
             break
-        spec = replace(spec, row_nbytes=row_nbytes, rank=rank)
+        spec = replace(spec, tier_nbytes=(row_nbytes,), rank=rank)
     over = max(0, -int((budget - spec.nbytes) // N))
-    return replace(spec, row_nbytes=max(least, spec.row_nbytes - over))
+    return replace(spec, tier_nbytes=(max(least, spec.row_nbytes - over),))
+
+
+def _side_bytes(spec: TrellisSpec) -> int:
+    """Return the bytes of all tensors but the codes."""
+    return spec.nbytes - spec.codes_nbytes
+
+
+def _useful_rank(spec: TrellisSpec, variances: Tensor, row_nbytes: int) -> int | None:
+    """Return the number of dimensions that get bits of a row; None for all, or without a rotation."""
+    if not spec.rotation:
+        return spec.rank
+    rates = allocate(variances, 8 * row_nbytes, spec.window)
+    coded = max(int((rates > 0).sum()), row_nbytes)
+    return coded if coded < spec.embedding_dim else None
+
+
+def _with_tiers(
+    spec: TrellisSpec,
+    variances: Tensor,
+    importance: Tensor,
+    budget: float,
+    max_tiers: int,
+    windows: Iterable[int],
+) -> TrellisSpec | None:
+    """Return the layout of up to `max_tiers` tiers with the least predicted error, if that is below one tier's.
+
+    Args:
+        spec: the layout of one tier.
+        variances: (D,) float64, as of `TableFacts.variances`.
+        importance: (N,) float64.
+        budget: bytes of the table.
+        max_tiers: 2 to 4.
+        windows: bits of a state to try.
+    """
+    best, D = None, spec.embedding_dim
+    least_error = _MIN_TIER_GAIN * float(errors_by_bytes(variances, D, spec.window)[spec.row_nbytes])
+    for window in windows:
+        errors = errors_by_bytes(variances, D, window)
+        for num_tiers in range(2, max_tiers + 1):
+            rank, tiers = spec.rank, None
+            for _ in range(4):  # the rotation takes bytes, of which the number depends on the rates
+                one = replace(spec, window=window, rank=rank, tier_nbytes=(rank or D,))
+                num_bytes = int(budget - _side_bytes(one) - _tier_bytes(one, num_tiers))
+                tiers = allocate_tiers(
+                    importance, errors[: one.width + 1], num_bytes, _LEAST_ROW_BYTES[window], num_tiers
+                )
+                useful = rank if tiers is None else _useful_rank(spec, variances, tiers.nbytes[-1])
+                if useful == rank:
+                    break
+                rank = useful
+            if tiers is not None and len(tiers.rows) > 1 and tiers.error < least_error:
+                made = replace(one, tier_nbytes=tiers.nbytes, tier_rows=tiers.rows)
+                if made.nbytes <= budget:
+                    least_error, best = tiers.error, made
+    return best
+
+
+def _tier_bytes(spec: TrellisSpec, num_tiers: int) -> int:
+    """Return the bytes that several tiers take more than one, with 64 bits for each start."""
+    N, itemsize = spec.num_embeddings, FLOAT_DTYPES[spec.codebook_dtype].itemsize
+    return -(-N // 4) + 8 * -(-N // TIER_BLOCK) + (num_tiers - 1) * spec.width * (1 + itemsize)
 
 
 TRELLIS = TrellisMethod()

@@ -11,11 +11,48 @@ from torch.nn import functional as F
 from cqr_compress.table.bitpack import unpack_codes
 from cqr_compress.table.codes import flat_codes, row_codes
 from cqr_compress.table.spec import AnySpec, CodebookSpec, TrellisSpec
+from cqr_compress.table.tiers import gather_codes, stored_codes, tiers_of
 from cqr_compress.table.tracing import is_exporting, is_tracing
 from cqr_compress.table.trellis import values_of_states, window_states
 
 PER_ROW = frozenset({"codes", "row_scale", "row_offset", "row_gain"})
-"""Tensors with one entry for each row of the table."""
+"""Tensors with an entry for each row of the table, in the order of the rows."""
+TIERS = "tiers"
+"""Name of the tiers (B,) int64 of rows that were gathered from a table with several."""
+
+
+def gather_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+    """Gather the entries of ids: PER_ROW with B rows, TIERS where there are several, and the other tensors.
+
+    Args:
+        spec: the table's spec.
+        tensors: all of `spec.tensor_shapes()`.
+        ids: (B,) integers in [0, N).
+    """
+    has_tiers = isinstance(spec, TrellisSpec) and spec.has_tiers
+    here = {
+        s: _take(t, ids) if s in PER_ROW and not (has_tiers and s == "codes") else t for s, t in tensors.items()
+    }
+    if isinstance(spec, TrellisSpec) and has_tiers:
+        here |= {"codes": gather_codes(spec, tensors, ids), TIERS: tiers_of(tensors, ids)}
+    return here
+
+
+def _take(tensor: Tensor, ids: Tensor) -> Tensor:
+    return torch.embedding(tensor, ids) if tensor.ndim == 2 else tensor.index_select(0, ids)
+
+
+def stored_rows(spec: AnySpec, gathered: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of PER_ROW of encoded rows as they are stored: codes of several tiers without gaps.
+
+    Args:
+        spec: the table's spec.
+        gathered: from `Quantizer.encode`, as from `gather_rows`.
+    """
+    stored = {short: tensor for short, tensor in gathered.items() if short in PER_ROW}
+    if isinstance(spec, TrellisSpec) and spec.has_tiers:
+        stored["codes"] = stored_codes(spec, gathered["codes"], gathered[TIERS])
+    return stored
 
 
 def decode(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -23,7 +60,7 @@ def decode(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, dtype: tor
 
     Args:
         spec: the table's spec.
-        tensors: all of `spec.tensor_shapes()`; those in PER_ROW with the B rows of `ids` only.
+        tensors: all of `spec.tensor_shapes()`, from `gather_rows`.
         ids: (B,) int32 or int64 ids.
         dtype: dtype of the result; that of the source if None.
 
@@ -45,8 +82,9 @@ def decode_all(spec: AnySpec, tensors: Mapping[str, Tensor], dtype: torch.dtype)
     Returns:
         (N, D) in `dtype`.
     """
-    device = next(iter(tensors.values())).device
-    rows = decode_rows(spec, tensors, torch.arange(spec.num_embeddings, device=device)).to(dtype)
+    ids = torch.arange(spec.num_embeddings, device=next(iter(tensors.values())).device)
+    here = gather_rows(spec, tensors, ids) if isinstance(spec, TrellisSpec) and spec.has_tiers else tensors
+    rows = decode_rows(spec, here, ids).to(dtype)
     if "kept_ids" not in tensors:
         return rows
     kept, zero = tensors["kept_ids"].to(torch.int64).tensor_split([spec.num_kept_rows])
@@ -105,7 +143,7 @@ def decode_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Te
 
     Args:
         spec: the table's spec.
-        tensors: `spec.body_shapes()` by name; those in PER_ROW with the B rows of `ids` only.
+        tensors: `spec.body_shapes()` by name, from `gather_rows`.
         ids: (B,) ids, from which hashed codes are computed.
 
     Returns:
@@ -116,8 +154,9 @@ def decode_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Te
         table = at_least_float32(tensors["codebooks"]).reshape(-1, spec.sub_dim)
         return rotated(tensors, sum_codewords(flat, table, spec.num_levels).reshape(-1, spec.width))
     if isinstance(spec, TrellisSpec):
-        states = window_states(tensors["codes"], tensors["dim_rates"], spec.window)
-        return rotated(tensors, values_of_states(spec, tensors, states, tensors.get("row_gain")))
+        tiers = tensors.get(TIERS)
+        states = window_states(tensors["codes"], tensors["dim_rates"], spec.window, tiers)
+        return rotated(tensors, values_of_states(spec, tensors, states, tensors.get("row_gain"), tiers))
     codes = unpack_codes(tensors["codes"], spec.embedding_dim, spec.n_bits)
     scale, offset = (at_least_float32(tensors[name])[:, None] for name in ("row_scale", "row_offset"))
     return offset + scale * codes

@@ -219,7 +219,11 @@ def spec_from_json(values: Mapping[str, Any]) -> AnySpec:
     for name, value in list(given.items()):
         annotation = str(known[name].type)
         optional = annotation == "int | None" and value is None
-        if "int" in annotation and not optional and (not isinstance(value, int) or isinstance(value, bool)):
+        if (
+            annotation in ("int", "int | None")
+            and not optional
+            and (not isinstance(value, int) or isinstance(value, bool))
+        ):
             raise SpecError(f"field {name} is {brief(value)}, not an integer")
         if isinstance(value, int) and abs(value) >= 2**63:
             raise SpecError(f"field {name} is {brief(value)}, which 64 bits cannot hold")
@@ -229,6 +233,11 @@ def spec_from_json(values: Mapping[str, Any]) -> AnySpec:
         if annotation == "tuple[str, ...]":
             if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) for part in value):
                 raise SpecError(f"field {name} is {brief(value)}, not a list of strings")
+            given[name] = tuple(value)
+        if annotation == "tuple[int, ...]":
+            whole = isinstance(value, (list, tuple)) and all(type(part) is int and part < 2**63 for part in value)
+            if not whole:
+                raise SpecError(f"field {name} is {brief(value)}, not a list of integers")
             given[name] = tuple(value)
     try:
         return cls(**given)

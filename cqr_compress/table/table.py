@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cqr_compress.errors import FormatError, ShapeError
 from cqr_compress.table.blocks import row_blocks
-from cqr_compress.table.decode import PER_ROW, decode
+from cqr_compress.table.decode import decode, gather_rows
 from cqr_compress.table.spec import AnySpec
 
 
@@ -66,5 +66,4 @@ class CompressedTable:
         N = self.spec.num_embeddings
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= N):
             raise ShapeError(f"ids from {int(ids.min())} to {int(ids.max())} are outside a table of {N} rows")
-        here = {name: t[ids] if name in PER_ROW else t for name, t in self.tensors.items()}
-        return decode(self.spec, here, ids)
+        return decode(self.spec, gather_rows(self.spec, self.tensors, ids), ids)

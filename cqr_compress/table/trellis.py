@@ -19,25 +19,32 @@ from cqr_compress.table.tracing import is_intercepted
 from cqr_compress.table.trellis_spec import MAX_RATE, TrellisSpec
 
 
-def window_states(codes: Tensor, rates: Tensor, window: int) -> Tensor:
+def window_states(codes: Tensor, rates: Tensor, window: int, tiers: Tensor | None = None) -> Tensor:
     """Read the state of each dimension.
 
     Args:
         codes: (B, row_nbytes) uint8.
-        rates: (P,) uint8, 0 to 8, with a sum of 8 * row_nbytes.
+        rates: (T, P) uint8, 0 to 8, with a sum of 8 * tier_nbytes.
         window: L, 4 to 16.
+        tiers: (B,) int64 tier of each row; None for one tier.
 
     Returns:
         (B, P) int32 in [0, 2**window), on the device of `codes`.
     """
-    row_nbytes = codes.shape[1]
-    ends = rates.to(torch.int64).cumsum(0)
+    ends = rates.to(torch.int64).cumsum(1)
     first = ends - rates.to(torch.int64)
     byte, shift = first // 8, (first % 8).to(torch.int32)
-    states = codes.index_select(1, byte % row_nbytes).to(torch.int32)
-    for offset in (1, 2):
-        following = codes.index_select(1, (byte + offset) % row_nbytes).to(torch.int32)
-        states = states + following * 2 ** (8 * offset)
+    row_nbytes = codes.shape[1] if tiers is None else ends[:, -1:] // 8
+    states: Tensor | None = None
+    for offset in range(3):
+        at = (byte + offset) % row_nbytes
+        if tiers is None:
+            read = codes.index_select(1, at[0]).to(torch.int32)
+        else:
+            read = codes.gather(1, at.index_select(0, tiers)).to(torch.int32)
+        states = read if states is None else states + read * 2 ** (8 * offset)
+    assert states is not None
+    shift = shift[0] if tiers is None else shift.index_select(0, tiers)
     return torch.bitwise_right_shift(states, shift).bitwise_and(2**window - 1)
 
 
@@ -126,7 +133,11 @@ def gain_table(gain_range: Tensor) -> Tensor:
 
 
 def values_of_states(
-    spec: TrellisSpec, tensors: Mapping[str, Tensor], states: Tensor, gain: Tensor | None = None
+    spec: TrellisSpec,
+    tensors: Mapping[str, Tensor],
+    states: Tensor,
+    gain: Tensor | None = None,
+    tiers: Tensor | None = None,
 ) -> Tensor:
     """Compute rows before rotation and mean: gain * values[states] * scale; differentiable.
 
@@ -135,12 +146,15 @@ def values_of_states(
         tensors: `dim_scale`, and `state_values`, `gain_range` where the spec has them.
         states: (B, P) integers.
         gain: (B,) uint8 codes of the gains of the rows; None if the spec has none.
+        tiers: (B,) int64 tiers of the rows; None for one tier.
 
     Returns:
         (B, P) float32 or float64.
     """
     values = value_table(spec, tensors)
-    rows: Tensor = F.embedding(states, values[:, None]).squeeze(2) * tensors["dim_scale"].to(values.dtype)
+    scale = tensors["dim_scale"].to(values.dtype)
+    scale = scale[0] if tiers is None else F.embedding(tiers, scale)
+    rows: Tensor = F.embedding(states, values[:, None]).squeeze(2) * scale
     if gain is None:
         return rows
     gains = gain_table(tensors["gain_range"].to(values.dtype))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,9 @@ MAX_RATE = 8
 STORED_VALUES, SEEDED_VALUES = "stored", "seeded"
 _MIN_WINDOW, _MAX_WINDOW = MAX_RATE, 16
 """A state holds all bits that a dimension adds."""
+MAX_TIERS = 4
+TIER_BLOCK = 128
+"""Number of rows for each entry of `tier_starts`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +28,12 @@ class TrellisSpec(TableSpec):
     The bits of a row are a ring (tail-biting); state(i, d) is the window of `window` bits that begins at bit
     rates[0] + ... + rates[d - 1]. Trellis-coded quantization (Marcellin & Fischer 1990, doi:10.1109/26.46532) on a
     bit-shift trellis (Tseng et al. 2024, arXiv:2406.11235), with rates by reverse water-filling (Cover & Thomas,
-    "Elements of Information Theory", section 10.3.3).
+    "Elements of Information Theory", section 10.3.3). Rows of several tiers have more or less bits, with rates and
+    scales of their tier.
 
     Attributes:
-        row_nbytes: bytes of one row's codes: the rates of all dimensions add up to 8 * row_nbytes.
+        tier_nbytes: bytes of the codes of a row of each tier, ascending: its rates add up to 8 times as many bits.
+        tier_rows: number of rows of each tier; empty for one tier.
         window: L, bits of a state; there are 2**L values.
         rotation: "pca" if the values are multiplied by an int8 matrix (rank, D), else None.
         rank: P, number of coded dimensions before the rotation; None for D.
@@ -39,7 +45,8 @@ class TrellisSpec(TableSpec):
 
     kind: ClassVar[str] = "trellis"
     dtype_sources: ClassVar[dict[str, str]] = {"codebook_dtype": "dim_scale"}
-    row_nbytes: int
+    tier_nbytes: tuple[int, ...]
+    tier_rows: tuple[int, ...] = ()
     window: int = 10
     rotation: str | None = None
     rank: int | None = None
@@ -58,11 +65,13 @@ class TrellisSpec(TableSpec):
             raise SpecError(
                 f"rank is {self.rank}: it requires a rotation, and has to be from 1 to {self.embedding_dim - 1}"
             )
-        if not self.window <= 8 * self.row_nbytes <= MAX_RATE * self.width:
+        least, most = min(self.tier_nbytes, default=0), max(self.tier_nbytes, default=0)
+        if not self.window <= 8 * least <= 8 * most <= MAX_RATE * self.width:
             raise SpecError(
-                f"{self.row_nbytes} bytes per row do not fit {self.width} dimensions of at most {MAX_RATE} bits "
+                f"{least} to {most} bytes per row do not fit {self.width} dimensions of at most {MAX_RATE} bits "
                 f"and a window of {self.window} bits"
             )
+        self._check_tiers()
         if self.gain_bits not in (0, 8):
             raise SpecError(f"gain_bits is {self.gain_bits}: give 0 or 8")
         if self.value_source not in (STORED_VALUES, SEEDED_VALUES):
@@ -71,6 +80,47 @@ class TrellisSpec(TableSpec):
             )
         if self.codebook_dtype not in FLOAT_DTYPES:
             raise SpecError(f"codebook_dtype {brief(self.codebook_dtype)} is not one of {', '.join(FLOAT_DTYPES)}")
+
+    def _check_tiers(self) -> None:
+        sizes, rows = self.tier_nbytes, self.tier_rows
+        ascending = all(a < b for a, b in itertools.pairwise(sizes))
+        counted = rows == () or min(rows) >= 0
+        if not ascending or len(sizes) > MAX_TIERS or not counted or len(rows) != self.num_tiers * self.has_tiers:
+            raise SpecError(
+                f"tier_nbytes {brief(sizes)} and tier_rows {brief(rows)} do not form tiers: give one size, or up "
+                f"to {MAX_TIERS} ascending sizes and the number of rows of each"
+            )
+        if self.has_tiers and sum(rows) != self.num_embeddings:
+            raise SpecError(f"tier_rows add up to {sum(rows)} rows, not {self.num_embeddings}")
+
+    @property
+    def num_tiers(self) -> int:
+        """T, number of tiers."""
+        return len(self.tier_nbytes)
+
+    @property
+    def has_tiers(self) -> bool:
+        """Whether there are several tiers."""
+        return self.num_tiers > 1
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of the codes of a row; of the largest tier, where there are several."""
+        return self.tier_nbytes[-1]
+
+    @property
+    def codes_nbytes(self) -> int:
+        """Bytes of the codes of all rows."""
+        rows = self.tier_rows if self.has_tiers else (self.num_embeddings,)
+        return sum(count * size for count, size in zip(rows, self.tier_nbytes, strict=True))
+
+    def resized(self, num_embeddings: int) -> TrellisSpec:
+        """Return the spec of a table with another number of rows, of which tiers have the same shares."""
+        rows: tuple[int, ...] = ()
+        if self.has_tiers:
+            rows = tuple(count * num_embeddings // self.num_embeddings for count in self.tier_rows[1:])
+            rows = (num_embeddings - sum(rows), *rows)
+        return replace(self, num_embeddings=num_embeddings, tier_rows=rows, num_kept_rows=0, num_zero_rows=0)
 
     @property
     def width(self) -> int:
@@ -98,17 +148,24 @@ class TrellisSpec(TableSpec):
         return 1 << self.window
 
     def body_shapes(self) -> dict[str, TensorShape]:
-        """Return `codes` (N, row_nbytes), `dim_rates` and `dim_scale` (P,), `row_mean` (D,), and optional tensors.
+        """Return `codes` (N, row_nbytes), `dim_rates`, `dim_scale` (T, P), `row_mean` (D,) and optional tensors.
 
         These are `state_values` (2**window,), `rotation` (P, D) int8, `row_gain` (N,) uint8 and `gain_range` (2,).
+        Rows of several tiers follow each other in `codes` (codes_nbytes,); `row_tiers` (N / 4,) has 2 bits for
+        each row, and `tier_starts` (N / TIER_BLOCK,) the first byte of every TIER_BLOCK-th row.
         """
         N, P, D, dtype = self.num_embeddings, self.width, self.embedding_dim, FLOAT_DTYPES[self.codebook_dtype]
         shapes = {
             "codes": TensorShape((N, self.row_nbytes), torch.uint8),
-            "dim_rates": TensorShape((P,), torch.uint8),
-            "dim_scale": TensorShape((P,), dtype),
+            "dim_rates": TensorShape((self.num_tiers, P), torch.uint8),
+            "dim_scale": TensorShape((self.num_tiers, P), dtype),
             "row_mean": TensorShape((D,), dtype),
         }
+        if self.has_tiers:
+            starts = torch.int32 if self.codes_nbytes < 2**31 else torch.int64
+            shapes["codes"] = TensorShape((self.codes_nbytes,), torch.uint8)
+            shapes["row_tiers"] = TensorShape((-(-N // 4),), torch.uint8)
+            shapes["tier_starts"] = TensorShape((-(-N // TIER_BLOCK),), starts)
         if self.value_source == STORED_VALUES:
             shapes["state_values"] = TensorShape((self.num_values,), dtype)
         if self.rotation:
@@ -121,7 +178,7 @@ class TrellisSpec(TableSpec):
     @property
     def work_width(self) -> int:
         """Memory for decoding one row, codes included, in float32 values."""
-        return self.embedding_dim + 6 * self.width
+        return self.embedding_dim + (10 if self.has_tiers else 6) * self.width + TIER_BLOCK * self.has_tiers
 
     @property
     def layout(self) -> str:
@@ -129,4 +186,4 @@ class TrellisSpec(TableSpec):
         rotated = f" {self.rotation}" if self.rotation else ""
         rotated += f" rank {self.rank}" if self.rank else ""
         gain = " gain" if self.gain_bits else ""
-        return f"{self.row_nbytes}B{rotated}{gain}"
+        return f"{'/'.join(map(str, self.tier_nbytes))}B{rotated}{gain}"

@@ -34,7 +34,11 @@ def specs(num_rows: int, dim: int) -> dict[str, AnySpec]:
 
     def trellis(rotation: str | None) -> TrellisSpec:
         return TrellisSpec(
-            method="trellis", num_embeddings=num_rows, embedding_dim=dim, row_nbytes=dim // 4, rotation=rotation
+            method="trellis",
+            num_embeddings=num_rows,
+            embedding_dim=dim,
+            tier_nbytes=(dim // 4,),
+            rotation=rotation,
         )
 
     return {
