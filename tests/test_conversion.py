@@ -226,7 +226,8 @@ def test_an_impossible_budget_says_what_is_possible_for_every_table(tmp_path: Pa
     [
         {"method": "magic"}, {"ratio": 0}, {"ratio": 8, "bits_per_dim": 2}, {"n_bits": 17}, {"nonfinite": "hide"},
         {"method": "int8", "n_bits": 4}, {"method": "rq", "num_columns": 2}, {"method": "pq", "num_levels": 2},
-        {"method": "hash", "rotation": "opq"}, {"codebook_dtype": "int8"}, {"min_rows": -1},
+        {"method": "hash", "rotation": "opq"}, {"codebook_dtype": "int4"}, {"method": "qr", "codebook_dtype": "int8"},
+        {"method": "trellis", "codebook_dtype": "int8"}, {"method": "int4", "codebook_dtype": "int8"}, {"min_rows": -1},
         {"rank": 8, "method": "pq"}, {"rank": 0}, {"rank": "some"}, {"method": "rq", "rotation": "opq"},
         {"seed": -1}, {"seed": 2**31}, {"ratio": float("nan")}, {"ratio": 0.5},
     ],

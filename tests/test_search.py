@@ -73,7 +73,7 @@ def test_trials_are_counted_and_the_best_one_is_shown(table: Tensor) -> None:
     found = plan(table, recorder, method="auto", ratio=16)
     assert {label for label, _ in recorder.stages} == {"choosing a layout for emb.weight"}
     assert recorder.done == recorder.stages[-1][1] and sum(total for _, total in recorder.stages) > 20
-    assert all(re.fullmatch(r"best 0\.\d+ \((\d+x.*b|\d+B).*\)", text) for text in recorder.texts)
+    assert all(re.fullmatch(r"best 0\.\d+ \((\d+x.*b|[\d/]+B).*\)", text) for text in recorder.texts)
     assert found.error is not None and f"({found.error:.4f} relative)" in found.reason
 
 

@@ -20,7 +20,7 @@ from cqr_compress.cli.app import app
 from cqr_compress.errors import FormatError, ShapeError, SpecError
 from cqr_compress.kernel import ops
 from cqr_compress.quantize.rates import errors_by_bytes
-from cqr_compress.quantize.tiers import allocate_tiers
+from cqr_compress.quantize.tiers import RankedRows, allocate_tiers
 from cqr_compress.table.spec import TrellisSpec, spec_from_json
 from cqr_compress.table.tiers import check_tiers, first_bytes, gather_codes, stored_codes, tier_tensors, tiers_of
 
@@ -137,7 +137,7 @@ def test_tiers_are_close_to_the_best_of_all(seed: int, num_tiers: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     importance = torch.randn(7, generator=generator, dtype=torch.float64).exp()
     errors, num_bytes = 0.5 ** torch.arange(6, dtype=torch.float64), 17
-    found = allocate_tiers(importance, errors, num_bytes, 1, num_tiers)
+    found = allocate_tiers(RankedRows.of(importance), errors, num_bytes, 1, num_tiers)
     assert found is not None and len(found.nbytes) <= num_tiers
     assert sum(found.rows) == 7 and sum(a * b for a, b in zip(found.rows, found.nbytes, strict=True)) <= num_bytes
     best = best_of_all(importance, errors, num_bytes, num_tiers)
@@ -146,9 +146,9 @@ def test_tiers_are_close_to_the_best_of_all(seed: int, num_tiers: int) -> None:
 
 def test_tiers_of_equal_rows_use_all_bytes() -> None:
     errors = errors_by_bytes(torch.ones(16), 16, 10)
-    found = allocate_tiers(torch.ones(1000, dtype=torch.float64), errors, 7321, 7, 4)
+    found = allocate_tiers(RankedRows.of(torch.ones(1000).double()), errors, 7321, 7, 4)
     assert found is not None and found.nbytes == (7, 8) and found.rows == (679, 321)
-    assert allocate_tiers(torch.ones(1000, dtype=torch.float64), errors, 6999, 7, 4) is None
+    assert allocate_tiers(RankedRows.of(torch.ones(1000).double()), errors, 6999, 7, 4) is None
 
 
 def test_errors_by_bytes_are_those_of_the_rates() -> None:

@@ -25,6 +25,7 @@ from cqr_compress.checkpoint.header import METADATA_KEY, Header
 from cqr_compress.errors import FormatError, ShapeError, brief
 from cqr_compress.table.base_spec import TensorShape
 from cqr_compress.table.defaults import CPU_FLOAT
+from cqr_compress.table.file_form import from_file
 from cqr_compress.table.spec import AnySpec, TrellisSpec
 from cqr_compress.table.table import CompressedTable
 from cqr_compress.table.tiers import check_tiers
@@ -34,7 +35,7 @@ MARKER = TensorShape((0,), torch.uint8)
 """The empty tensor with the name of a table."""
 OPTIONAL_PARTS = frozenset(
     {"codes", "rotation", "state_values", "row_gain", "gain_range", "row_tiers", "tier_starts"}
-    | {"kept_ids", "kept_rows"}
+    | {"codebook_scale", "kept_ids", "kept_rows"}
 )
 """Short names of tensors that only some layouts read: no other tensor of a file has such a name."""
 _FREE_DECODED_BYTES = 2**30
@@ -51,7 +52,7 @@ def stored_name(table: str, short: str) -> str:
 
 def stored_shapes(table: str, spec: AnySpec) -> dict[str, TensorShape]:
     """Return the shapes of all tensors that are stored for a table, by their names in the file."""
-    return {table: MARKER, **{stored_name(table, short): shape for short, shape in spec.tensor_shapes().items()}}
+    return {table: MARKER, **{stored_name(table, short): shape for short, shape in spec.file_shapes().items()}}
 
 
 def is_compressed(checkpoint: Checkpoint) -> bool:
@@ -83,7 +84,7 @@ class CompressedFile:
             raise FormatError(f"{where!r} is not a compressed checkpoint: its metadata has no {METADATA_KEY!r}")
         opened = cls(checkpoint, Header.loads(checkpoint.metadata[METADATA_KEY], where))
         for name, spec in opened.specs.items():
-            for short, expected in spec.tensor_shapes().items():
+            for short, expected in spec.file_shapes().items():
                 entry = checkpoint.entries.get(stored_name(name, short))
                 found = None if entry is None else (entry.shape, entry.dtype)
                 if found != (expected.shape, expected.dtype):
@@ -91,7 +92,7 @@ class CompressedFile:
                         f"table {name!r} of {where!r} requires {stored_name(name, short)!r} of {expected.shape} "
                         f"{expected.dtype}, but the file has {found or 'no such tensor'}"
                     )
-            for short in OPTIONAL_PARTS - spec.tensor_shapes().keys():
+            for short in OPTIONAL_PARTS - spec.file_shapes().keys():
                 if (unread := stored_name(name, short)) in checkpoint.entries:
                     raise FormatError(
                         f"{where!r} has a tensor {unread!r}, which the layout of table {name!r} does not read: "
@@ -163,7 +164,7 @@ class CompressedFile:
         """
         spec, entries = self.specs[name], self.checkpoint.entries
         tensors: dict[str, Tensor] = {
-            short: entries[stored_name(name, short)].stored.read() for short in spec.tensor_shapes()
+            short: entries[stored_name(name, short)].stored.read() for short in spec.file_shapes()
         }
         stored_apart = tensors.get("kept_ids", torch.empty(0, **CPU_FLOAT))
         for ids in stored_apart.tensor_split([spec.num_kept_rows]):
@@ -178,4 +179,4 @@ class CompressedFile:
                 raise FormatError(f"dim_rates of table {name!r} are damaged: {e}") from e
             if spec.has_tiers:
                 check_tiers(spec, tensors)
-        return CompressedTable(spec, tensors)
+        return CompressedTable(spec, from_file(spec, tensors))

@@ -13,6 +13,7 @@ from cqr_compress.checkpoint.compressed_file import CompressedFile, stored_name,
 from cqr_compress.errors import NonFiniteError
 from cqr_compress.table.base_spec import TensorShape
 from cqr_compress.table.blocks import BLOCK_BYTES
+from cqr_compress.table.file_form import to_file
 from cqr_compress.table.spec import AnySpec
 
 Put = Callable[[str, Tensor], None]
@@ -67,9 +68,10 @@ def table_part(name: str, spec: AnySpec, tensors: Mapping[str, Tensor]) -> Part:
     """Make a part that writes a compressed table, whose tensors have the dtypes of the spec or wider ones."""
 
     def write(put: Put) -> None:
-        for short, shape in spec.tensor_shapes().items():
+        held = to_file(spec, tensors)
+        for short, shape in spec.file_shapes().items():
             stored = stored_name(name, short)
-            put(stored, _narrowed(stored, tensors[short], shape.dtype))
+            put(stored, _narrowed(stored, held[short], shape.dtype))
 
     return Part(stored_shapes(name, spec), write)
 

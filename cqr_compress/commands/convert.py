@@ -205,7 +205,7 @@ def _check_names(checkpoint: Checkpoint, planned: Planned) -> None:
             raise CheckpointError(f"tensor {name!r} has dtype {entry.dtype}, which safetensors does not support")
     taken = {name for name in checkpoint.entries if name not in planned.tables}
     for name, table in planned.tables.items():
-        for short in sorted(OPTIONAL_PARTS | table.spec.tensor_shapes().keys()):
+        for short in sorted(OPTIONAL_PARTS | table.spec.file_shapes().keys()):
             stored = stored_name(name, short)
             if stored in taken or stored in checkpoint.entries:
                 raise ShapeError(

@@ -22,10 +22,10 @@ from cqr_compress.planning.scan import ScannedTable, source_rows
 from cqr_compress.progress import Progress
 from cqr_compress.quantize.base import TableRows
 from cqr_compress.quantize.options import ConvertOptions
-from cqr_compress.quantize.refine import in_dtypes
 from cqr_compress.quantize.registry import method_of
 from cqr_compress.quantize.trellis import multiplied
 from cqr_compress.table.decode import stored_rows
+from cqr_compress.table.file_form import as_in_file
 from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec, TrellisSpec
 
 _ADDITIVE = ("pq", "rq", "prq")
@@ -129,7 +129,7 @@ class FisherFit:
         method = method_of("trellis")
         quantizer = method.fit(moved, found, method.effort(found, None), self.progress.advance)
         encoded = [stored_rows(found, quantizer.encode(block, start)) for start, block in moved.blocks()]
-        made = multiplied(quantizer.shared_tensors(), torch.linalg.inv(metric_sqrt.double()).float())
+        made = multiplied(found, quantizer.shared_tensors(), torch.linalg.inv(metric_sqrt.double()).float())
         return found, made | {short: torch.cat([part[short] for part in encoded]) for short in encoded[0]}
 
     def _fit(
@@ -253,4 +253,4 @@ def fit_transformed(
         blocks = [back[c * S : (c + 1) * S, c * S : (c + 1) * S] for c in range(C)]
         made["codebooks"] = torch.stack([made["codebooks"][c] @ blocks[c] for c in range(C)])
     made |= {short: torch.cat(tensors) for short, tensors in parts.items()}
-    return in_dtypes(made, spec.tensor_shapes())
+    return as_in_file(spec, made)

@@ -15,10 +15,13 @@ from cqr_compress.errors import TableNotFoundError
 from cqr_compress.model.load import model_tensors
 from cqr_compress.model.surgery import drop_tensor, table_attributes
 from cqr_compress.nn.table_layer import TableLayer
-from cqr_compress.table.spec import AnySpec, CodebookSpec, spec_from_json
+from cqr_compress.table.file_form import rounded
+from cqr_compress.table.spec import AnySpec, CodebookSpec, TrellisSpec, spec_from_json
 from cqr_compress.table.table import CompressedTable
 
-_TRAINED = ("codebooks", "row_scale", "row_offset", "dim_scale", "row_mean", "state_values", "gain_range")
+_TRAINED = frozenset(
+    {"codebooks", "row_scale", "row_offset", "dim_scale", "row_mean", "state_values", "gain_range"}
+)
 Snapshot = dict[str, Any]
 
 
@@ -75,15 +78,6 @@ class TunedModel:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @property
-    def file_dtypes(self) -> dict[Tensor, torch.dtype]:
-        """Dtypes in the file of the floating-point tensors of tables, and of trainable tensors outside them."""
-        dtypes = dict(self.dense_dtypes)
-        for layer in self.tables.values():
-            shapes, tensors = layer.spec.tensor_shapes(), layer.table_tensors()
-            dtypes |= {t: shapes[short].dtype for short, t in tensors.items() if t.is_floating_point()}
-        return dtypes
-
-    @property
     def is_finite(self) -> bool:
         """Whether no more values are infinite or NaN than in the file that was given."""
         return self._num_non_finite() <= self._given_non_finite
@@ -122,11 +116,13 @@ class TunedModel:
     @torch.no_grad()
     def as_written(self) -> Iterator[None]:
         """Round values to the dtypes of the file inside the context."""
-        held: dict[Tensor, Tensor] = {}
-        for tensor, dtype in self.file_dtypes.items():
-            if dtype != tensor.dtype:
-                held[tensor] = tensor.detach().clone()
-                tensor.data.copy_(tensor.data.to(dtype))
+        written = {tensor: tensor.data.to(dtype) for tensor, dtype in self.dense_dtypes.items()}
+        for layer in self.tables.values():
+            tensors = {s: t for s, t in layer.table_tensors().items() if t.is_floating_point()}
+            written |= {tensors[short]: value for short, value in rounded(layer.spec, tensors).items()}
+        held = {tensor: tensor.detach().clone() for tensor in written}
+        for tensor, value in written.items():
+            tensor.data.copy_(value)
         try:
             yield
         finally:
@@ -182,7 +178,8 @@ def _widen(layer: TableLayer) -> None:
     for short, tensor in layer.table_tensors().items():
         if tensor.is_floating_point():
             tensor.data = tensor.data.float() if tensor.dtype != torch.float64 else tensor.data
-            tensor.requires_grad_(short in _TRAINED)
+            trained = _TRAINED | {"rotation"} if isinstance(layer.spec, TrellisSpec) else _TRAINED
+            tensor.requires_grad_(short in trained)
 
 
 def _without_seed(spec: AnySpec) -> AnySpec:

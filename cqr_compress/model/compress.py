@@ -22,6 +22,7 @@ from cqr_compress.progress import Progress, shown
 from cqr_compress.quantize.base import row_weights
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.decode import PER_ROW
+from cqr_compress.table.file_form import from_file
 from cqr_compress.table.quality import Quality
 from cqr_compress.table.spec import AnySpec, CodebookSpec, RowwiseSpec, TrellisSpec
 from cqr_compress.table.table import CompressedTable
@@ -149,7 +150,7 @@ def _encoded(table: PlannedTable, progress: Progress) -> tuple[CompressedTable, 
     blocks: dict[str, list[Tensor]] = {}
     meter = table.encode(lambda short, tensor: blocks.setdefault(short, []).append(tensor), progress)
     tensors = {short: torch.cat(parts) if short in PER_ROW else parts[0] for short, parts in blocks.items()}
-    return CompressedTable(table.spec, tensors), meter.result()
+    return CompressedTable(table.spec, from_file(table.spec, tensors)), meter.result()
 
 
 def _entries(model: nn.Module, tables: Sequence[str]) -> Mapping[str, TensorEntry]:

@@ -44,7 +44,8 @@ class TableLayer(nn.Module):
     """Base class of the drop-in layers, whose rows are decoded from a compressed table.
 
     Floating-point tensors of the table are Parameters, integer tensors are buffers, under the names of
-    `spec.tensor_shapes()`: the layer's state_dict contains the same tensors as the file. Rows are computed in
+    `spec.tensor_shapes()`: the layer's state_dict contains the same tensors as the file, with int8 codebooks and
+    rotations in floating point. Rows are computed in
     float32 (float64 for float64 codebooks) and returned in the layer's dtype, which `.half()`, `.bfloat16()` and
     `.to()` change like the dtype of a weight.
 
@@ -146,13 +147,16 @@ class TableLayer(nn.Module):
         return tensors if seeded is None else {**tensors, "state_values": seeded}
 
     def table(self) -> CompressedTable:
-        """Return the table with the dtypes in memory; its tensors are shared, except converted exact rows."""
+        """Return the table with the dtypes in memory; its tensors are shared, except converted ones."""
         tensors = {short: tensor.detach() for short, tensor in self.table_tensors().items()}
-        dtypes = {name: dtype_name(tensors[short].dtype) for name, short in self.spec.dtype_sources.items()}
-        if "kept_rows" in tensors:
-            tensors["kept_rows"] = tensors["kept_rows"].to(self.dtype)
+        dtypes = {
+            name: dtype_name(tensors[short].dtype)
+            for name, short in self.spec.dtype_sources.items()
+            if getattr(self.spec, name) != "int8"
+        }
         spec = replace(self.spec, dtype=dtype_name(self.dtype), **dtypes)  # type: ignore[arg-type]
-        return CompressedTable(spec, tensors)
+        shapes = spec.tensor_shapes()
+        return CompressedTable(spec, {short: t.to(shapes[short].dtype) for short, t in tensors.items()})
 
     def lookup_rows(self, ids: Tensor) -> Tensor:
         """Decode the rows of ids; differentiable.

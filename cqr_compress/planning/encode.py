@@ -14,6 +14,7 @@ from cqr_compress.progress import Progress
 from cqr_compress.quantize.registry import method_of
 from cqr_compress.table.blocks import row_blocks
 from cqr_compress.table.decode import decode, stored_rows
+from cqr_compress.table.file_form import to_file
 from cqr_compress.table.quality import QualityMeter
 
 
@@ -26,8 +27,8 @@ def encode_table(
         scan: the table's rows, with their sample.
         plan: a plan with a spec.
         seed: seed of the sample of rows on which recall is measured.
-        put: called with a short name (`codes`, `codebooks`, ...) and a tensor; tensors of PER_ROW are passed in
-            blocks of rows, in order.
+        put: called with a short name (`codes`, `codebooks`, ...) and a tensor as files have it; tensors of PER_ROW
+            are passed in blocks of rows, in order.
         progress: receives the progress of the work.
 
     Returns:
@@ -45,8 +46,9 @@ def encode_table(
     if spec.num_kept_rows + spec.num_zero_rows:
         shared["kept_ids"] = scan.stored_apart_ids.to(spec.tensor_shapes()["kept_ids"].dtype)
         shared["kept_rows"] = exact_rows_of(scan)
-    for short, tensor in shared.items():
-        put(short, tensor)
+    shapes = spec.file_shapes()
+    for short, tensor in to_file(spec, shared).items():
+        put(short, tensor.to(shapes[short].dtype))
     meter = QualityMeter.for_table(spec.num_embeddings, seed, scan.weights)
     progress.start(f"encoding {name}", spec.num_embeddings, "rows")
     for start, rows in scan.blocks():

@@ -24,10 +24,10 @@ from cqr_compress.quantize.layouts import codebook_layouts
 from cqr_compress.quantize.normal_equations import solve_codebooks
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.rotation import balanced_pca, procrustes
-from cqr_compress.table.base_spec import FLOAT_DTYPES
 from cqr_compress.table.bitpack import pack_codes
 from cqr_compress.table.decode import decode_codes
 from cqr_compress.table.defaults import CPU_FLOAT
+from cqr_compress.table.file_form import as_in_file
 from cqr_compress.table.spec import AnySpec, CodebookSpec
 
 _PQ_BITS = tuple(range(1, 13))
@@ -104,12 +104,14 @@ def fit_additive(
             rotation = procrustes(rows, decode_codes(codes, codebooks), weights)
             columns = (rows @ rotation).view(len(rows), C, spec.sub_dim).transpose(0, 1).contiguous()
         step()
-    dtype = FLOAT_DTYPES[spec.codebook_dtype]
     if not exact and effort.refine_rounds:
         for c, column in enumerate(columns):
             codebooks[c] = solve_codebooks(column, codes[:, c], codebooks[c], weights)
-    decode_rotation = None if rotation is None else rotation.T.contiguous().to(dtype)
-    return AdditiveQuantizer(spec, codebooks.to(dtype), decode_rotation, effort)
+    made = {"codebooks": codebooks} if rotation is None else {"codebooks": codebooks, "rotation": rotation.T}
+    made = as_in_file(spec, made)
+    if rotation is not None:
+        made["rotation"] = made["rotation"].contiguous()
+    return AdditiveQuantizer(spec, made["codebooks"], made.get("rotation"), effort)
 
 
 def num_steps(spec: CodebookSpec, effort: FitEffort) -> int:

@@ -33,17 +33,21 @@ class Auto:
 
     def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
         """Iterate over layouts of all methods, with and without rotations and reduced ranks."""
-        trellis = method_of("trellis")
+        trellis, of_trellis = method_of("trellis"), options
+        if options.codebook_dtype == "int8":  # of codebooks, beside trellises
+            of_trellis = replace(options, codebook_dtype=None)
         try:
-            trellis.check(options)
+            trellis.check(of_trellis)
         except SpecError:  # options of codebooks
             pass
         else:
-            yield from trellis.layouts(options, facts)
+            yield from trellis.layouts(of_trellis, facts)
         if options.window is not None:
             return
         levels = (options.num_levels,) if options.num_levels else tuple(range(1, _MAX_LEVELS_OF_ONE + 1))
-        for spec in codebook_layouts(options, facts, n_bits=_N_BITS, num_levels=levels, search_rotations=True):
+        for spec in codebook_layouts(
+            options, facts, n_bits=_N_BITS, num_levels=levels, search_rotations=True, default_dtype="int8"
+        ):
             C, L = spec.num_columns, spec.num_levels
             if C > 1 and L > _MAX_LEVELS_OF_COLUMNS and not options.num_levels:
                 continue

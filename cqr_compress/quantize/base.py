@@ -147,6 +147,16 @@ def refuse_others(options: ConvertOptions, takes: tuple[str, ...]) -> None:
         raise SpecError(f"method {options.method!r} takes no {', '.join(others)}: it takes {taken}")
 
 
+def refuse_int8(options: ConvertOptions) -> None:
+    """Refuse int8 codebooks for a method without them.
+
+    Raises:
+        SpecError: they are asked for.
+    """
+    if options.codebook_dtype == "int8":
+        raise SpecError(f"codebook_dtype is 'int8': the values of method {options.method!r} are floating point")
+
+
 def row_weights(counts: Tensor) -> Tensor:
     """Compute weights of the rows' squared errors from the counts of the ids: mean about 1, all positive.
 

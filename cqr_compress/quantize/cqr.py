@@ -22,10 +22,10 @@ from cqr_compress.quantize.kmeans import fit_centroids
 from cqr_compress.quantize.layouts import budget_bytes, codebook_layouts
 from cqr_compress.quantize.normal_equations import solve_codebooks
 from cqr_compress.quantize.options import ConvertOptions
-from cqr_compress.table.base_spec import FLOAT_DTYPES
 from cqr_compress.table.bitpack import pack_codes
 from cqr_compress.table.codes import computed_codes
 from cqr_compress.table.defaults import CPU_FLOAT
+from cqr_compress.table.file_form import as_in_file
 from cqr_compress.table.spec import HASHED, STORED, AnySpec, CodebookSpec
 
 _N_BITS = tuple(range(1, 13))
@@ -91,7 +91,7 @@ def fit_clustered(
             codes[:, c, level] = point_rows(column, codebooks[c], codes[:, c], spec)
             codebooks[c] = solve_codebooks(column, codes[:, c], codebooks[c], weights)
             step()
-    return ClusteredQuantizer(spec, codebooks.to(FLOAT_DTYPES[spec.codebook_dtype]))
+    return ClusteredQuantizer(spec, as_in_file(spec, {"codebooks": codebooks})["codebooks"])
 
 
 def num_clustered_steps(spec: CodebookSpec, effort: FitEffort) -> int:

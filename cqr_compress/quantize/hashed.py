@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cqr_compress.quantize.base import FitEffort, TableFacts, TableRows, refuse_others
+from cqr_compress.quantize.base import FitEffort, TableFacts, TableRows, refuse_int8, refuse_others
 from cqr_compress.quantize.layouts import budget_bytes, table_fields, value_dtype
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.base_spec import FLOAT_DTYPES
@@ -24,6 +24,7 @@ from cqr_compress.table.blocks import row_blocks
 from cqr_compress.table.codes import computed_codes
 from cqr_compress.table.decode import decode_codes
 from cqr_compress.table.defaults import CPU_FLOAT
+from cqr_compress.table.file_form import as_in_file
 from cqr_compress.table.spec import HASHED, QUOTIENT, REMAINDER, AnySpec, CodebookSpec
 
 _CG_ITERATIONS = 30
@@ -87,7 +88,7 @@ def fit_hashed(
         solution = _conjugate_gradients(
             lambda x: _normal_product(spec, stored_apart_ids, x, weights), target, solution * 0, inverse, step
         )
-    return HashedQuantizer(spec, solution.to(FLOAT_DTYPES[spec.codebook_dtype]))
+    return HashedQuantizer(spec, as_in_file(spec, {"codebooks": solution})["codebooks"])
 
 
 def num_hashed_steps(spec: CodebookSpec) -> int:
@@ -153,6 +154,7 @@ class HashedMethod:
     def check(self, options: ConvertOptions) -> None:
         """Refuse all layout options except num_columns: the budget determines the codebook size."""
         refuse_others(options, ("num_columns",))
+        refuse_int8(options)
 
     def has_fixed_size(self, options: ConvertOptions) -> bool:
         """Return False: the codebook size follows from the budget."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cqr_compress.quantize.base import FitEffort, TableFacts, TableRows, refuse_others
+from cqr_compress.quantize.base import FitEffort, TableFacts, TableRows, refuse_int8, refuse_others
 from cqr_compress.quantize.layouts import table_fields, value_dtype
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.base_spec import FLOAT_DTYPES
@@ -77,6 +77,7 @@ class IntegerMethod:
     def check(self, options: ConvertOptions) -> None:
         """Refuse all layout options."""
         refuse_others(options, ())
+        refuse_int8(options)
 
     def has_fixed_size(self, options: ConvertOptions) -> bool:
         """Return True: the shape of a table determines its size."""

@@ -38,13 +38,20 @@ def table_fields(facts: TableFacts) -> dict[str, Any]:
     }
 
 
-def value_dtype(facts: TableFacts, options: ConvertOptions) -> str:
-    """Return the codebook dtype; float32 in place of float16 where the table's magnitudes exceed its range."""
+def value_dtype(facts: TableFacts, options: ConvertOptions, default: str = "float16") -> str:
+    """Return the codebook dtype; float32 where the table's magnitudes exceed the range of float16.
+
+    Args:
+        facts: facts of the table.
+        options: options of the conversion.
+        default: dtype without a choice.
+    """
+    asked = options.codebook_dtype or default
     # rotated values and jointly solved codewords can be as large as the norm of a row
     tiny = 0.0 < facts.mean_square**0.5 < 1e-3
-    if options.codebook_dtype == "float16" and (facts.largest * facts.shape[1] ** 0.5 > 3e4 or tiny):
+    if asked in ("float16", "int8") and (facts.largest * facts.shape[1] ** 0.5 > 3e4 or tiny):
         return "float32"
-    return options.codebook_dtype
+    return asked
 
 
 def codebook_layouts(
@@ -55,6 +62,7 @@ def codebook_layouts(
     num_levels: Sequence[int],
     single_column: bool = False,
     search_rotations: bool = False,
+    default_dtype: str = "float16",
 ) -> Iterator[CodebookSpec]:
     """Iterate over layouts whose codes are all stored.
 
@@ -64,6 +72,7 @@ def codebook_layouts(
         n_bits: bits of a code to try, if `options.n_bits` is None.
         num_levels: numbers of levels to try.
         single_column: do not split rows into columns; a rotation is then useful only with a reduced rank.
+        default_dtype: dtype of codebooks, if the options have none.
         search_rotations: try rotations and several ranks, if the options do not set them.
     """
     N, D = facts.shape
@@ -83,7 +92,7 @@ def codebook_layouts(
                         num_levels=L,
                         codebook_size=2**bits,
                         code_sources=(STORED,) * L,
-                        codebook_dtype=value_dtype(facts, options),
+                        codebook_dtype=value_dtype(facts, options, default_dtype),
                         rotation=rotation,
                         rank=rank,
                         seed=options.seed,

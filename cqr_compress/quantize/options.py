@@ -13,7 +13,7 @@ MAX_SAMPLE_ROWS = 131_072
 REFIT_ROUNDS = 5
 EFFORTS = ("fast", "normal", "max")
 HELPERS = ("hashed", "stored", "none")
-CODEBOOK_DTYPES = ("float16", "bfloat16", "float32", "float64")
+CODEBOOK_DTYPES = ("int8", "float16", "bfloat16", "float32", "float64")
 
 
 @documented
@@ -70,8 +70,12 @@ class ConvertOptions:
         high=4,
         shown_default="4",
     )
-    codebook_dtype: str = option(
-        "float16", "Dtype of codebooks and row scales.", panel="Method", choices=CODEBOOK_DTYPES
+    codebook_dtype: str | None = option(
+        None,
+        "Dtype of codebooks and row scales in the file.",
+        panel="Method",
+        choices=CODEBOOK_DTYPES,
+        shown_default="int8 for codebooks that auto chooses, else float16",
     )
     refine_rounds: int | None = option(
         None,

@@ -15,16 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cqr_compress.errors import NonFiniteError
 from cqr_compress.quantize.base import TableRows
 from cqr_compress.quantize.code_search import beam_search, point_rows, search_codes
 from cqr_compress.quantize.normal_equations import NormalEquations
 from cqr_compress.quantize.rotation import procrustes
-from cqr_compress.table.base_spec import TensorShape
 from cqr_compress.table.bitpack import pack_codes
 from cqr_compress.table.codes import row_codes
 from cqr_compress.table.decode import decode_codes
 from cqr_compress.table.defaults import CPU_FLOAT
+from cqr_compress.table.file_form import as_in_file
 from cqr_compress.table.spec import STORED, CodebookSpec
 
 _RESTARTS, _BEAM = 4, 16
@@ -71,7 +70,6 @@ def refine(
     codebooks = tensors["codebooks"].float()
     packed = tensors["codes"].clone() if "codes" in tensors else None
     rotation = tensors["rotation"].float() if "rotation" in tensors else None
-    shapes = spec.tensor_shapes()
 
     def columns() -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Iterate over blocks: slice of ids, rows (B, D), rotated rows by column (C, B, S), codes (B, C, L)."""
@@ -114,7 +112,8 @@ def refine(
                 equations[c].add(part, codes[:, c], weights[at])
         codebooks = torch.stack([equations[c].solve(codebooks[c]) for c in range(C)])
         if round_ == refine_rounds - 1:
-            codebooks = codebooks.to(shapes["codebooks"].dtype).float()
+            held = {"codebooks": codebooks} if rotation is None else {"codebooks": codebooks, "rotation": rotation}
+            codebooks = as_in_file(spec, held)["codebooks"].float()
         errors.append(measure(round_))
         step()
     made = {"codebooks": codebooks}
@@ -122,14 +121,14 @@ def refine(
         made["codes"] = packed
     if rotation is not None:
         made["rotation"] = rotation
-    return Refinement(in_dtypes(made, shapes), tuple(errors))
+    return Refinement(as_in_file(spec, made), tuple(errors))
 
 
 def can_refine(spec: CodebookSpec, tensors: dict[str, Tensor]) -> bool:
     """Return whether `refine` supports these tensors: the rows of a rotation are orthonormal up to rounding."""
     if "rotation" not in tensors:
         return True
-    rotation = tensors["rotation"].float()
+    rotation = torch.nn.functional.normalize(tensors["rotation"].float(), dim=1)
     return float((rotation @ rotation.T - torch.eye(spec.width, **CPU_FLOAT)).abs().max()) < _ORTHOGONAL
 
 
@@ -152,16 +151,3 @@ def _errors(rows: Tensor, codebooks: Tensor, codes: Tensor) -> Tensor:
     """Compute the squared errors (B,) of codes (B, L) of rows (B, S)."""
     decoded = torch.stack([book[codes[:, level]] for level, book in enumerate(codebooks)]).sum(0)
     return (rows - decoded).square().sum(1)
-
-
-def in_dtypes(made: dict[str, Tensor], shapes: dict[str, TensorShape]) -> dict[str, Tensor]:
-    """Round the tensors of a table to the dtypes of its spec.
-
-    Raises:
-        NonFiniteError: a value outside the range of its dtype.
-    """
-    cast = {short: tensor.to(shapes[short].dtype) for short, tensor in made.items()}
-    for short, tensor in cast.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise NonFiniteError(f"values of {short} are outside the range of {tensor.dtype}")
-    return cast

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_BINS = 64
+_BINS = 32
 """Number of bins of equally many rows, and of bins of equal importance."""
-_SIZES = 48
-"""Maximum number of sizes of a row that are tried."""
 _PRICE_STEPS = 40
 
 
@@ -35,11 +33,34 @@ class Tiers:
     error: float
 
 
-def allocate_tiers(importance: Tensor, errors: Tensor, num_bytes: int, least: int, num_tiers: int) -> Tiers | None:
+@dataclass(frozen=True)
+class RankedRows:
+    """The rows of a table in descending order of importance.
+
+    Attributes:
+        total: (N + 1,) float64 importance of the first 0 to N rows.
+        edges: (M + 1,) int64 borders of bins of rows, from 0 to N.
+    """
+
+    total: Tensor
+    edges: Tensor
+
+    @classmethod
+    def of(cls, importance: Tensor) -> RankedRows:
+        """Rank rows by their importance (N,) float64, at least 0."""
+        ordered = importance.sort(descending=True).values
+        total = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
+        N, grid = len(importance), torch.arange(_BINS + 1, dtype=torch.float64, device="cpu") / _BINS
+        by_rows = (grid * N).round().to(torch.int64)
+        by_importance = torch.searchsorted(total, grid * total[-1]).clamp_max(N)
+        return cls(total, _ascending(torch.cat([by_rows, by_importance, torch.tensor([0, N], device="cpu")])))
+
+
+def allocate_tiers(ranked: RankedRows, errors: Tensor, num_bytes: int, least: int, num_tiers: int) -> Tiers | None:
     """Find the tiers of least error within a number of bytes.
 
     Args:
-        importance: (N,) float64, at least 0.
+        ranked: the N rows.
         errors: (B + 1,) float64 relative errors of rows of 0 to B bytes, descending.
         num_bytes: bytes of the codes of all rows.
         least: smallest number of bytes of a row.
@@ -48,39 +69,34 @@ def allocate_tiers(importance: Tensor, errors: Tensor, num_bytes: int, least: in
     Returns:
         The tiers, of which there may be fewer; None if the rows do not fit.
     """
-    N, most = len(importance), len(errors) - 1
+    edges, N, most = ranked.edges, len(ranked.total) - 1, len(errors) - 1
     if N * least > num_bytes or least > most:
         return None
-    ordered = importance.sort(descending=True).values
-    edges = _bin_edges(ordered)
-    total = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])[edges]
-    sizes = _candidates(num_bytes / N, least, most)
+    total = ranked.total[edges]
+    sizes = _candidates(num_bytes / N, least, most, errors)
+    slopes = -errors[sizes].diff() / sizes.diff()  # what a byte is worth in a row of each size, descending
     rows = (edges[None, :] - edges[:, None]).double()  # of the bins a to b
     weight = (total[None, :] - total[:, None]) / total[-1].clamp_min(1e-300)
-    lost = weight[:, :, None] * errors[sizes]
-    used = rows[:, :, None] * sizes
     is_segment = torch.ones(len(edges), len(edges), dtype=torch.bool, device="cpu").triu(1)
+    price_of_worth = (rows / weight.clamp_min(1e-300)).clamp_max(1e300)
 
     def best(price: float) -> tuple[list[int], list[int]]:
         """Return the bins at which tiers begin, and the sizes of the tiers, those of most importance first."""
-        cost, size = (lost + price * used).min(2)
-        cost = torch.where(is_segment, cost, torch.inf)
+        size = sizes[torch.searchsorted(-slopes, -price * price_of_worth)]
+        cost = torch.where(is_segment, weight * errors[size] + price * rows * size, torch.inf)
         least_cost, origins = cost[0], []
         for _ in range(num_tiers - 1):
-            step = least_cost[:, None] + cost
-            found, origin = step.min(0)
-            origin = torch.where(found < least_cost, origin, -1)
+            found, origin = (least_cost[:, None] + cost).min(0)
+            origins.append(torch.where(found < least_cost, origin, -1))
             least_cost = torch.minimum(found, least_cost)
-            origins.append(origin)
-        begins, end = [], len(edges) - 1
-        chosen: list[int] = []
+        begins, chosen, end = list[int](), list[int](), len(edges) - 1
         for origin in reversed(origins):
             begin = int(origin[end])
             if begin > 0:
                 begins.append(begin)
-                chosen.append(int(sizes[size[begin, end]]))
+                chosen.append(int(size[begin, end]))
                 end = begin
-        return [0, *reversed(begins)], [int(sizes[size[0, end]]), *reversed(chosen)]
+        return [0, *reversed(begins)], [int(size[0, end]), *reversed(chosen)]
 
     low, high = 0.0, 1.0
     found: tuple[list[int], list[int]] | None = None
@@ -92,36 +108,32 @@ def allocate_tiers(importance: Tensor, errors: Tensor, num_bytes: int, least: in
             found, high = (begins, chosen), price
         else:
             low = price
-        if low and high / low < 1.001:
+        if low and high / low < 1.01:
             break
     if found is None:
         return None
     counts, chosen = _merged(_row_counts(edges, found[0]), found[1])
     _spend(counts, chosen, errors, num_bytes, num_tiers)
     counts, chosen = _merged(counts, chosen)
-    ends = torch.tensor([0, *counts], device="cpu").cumsum(0)
-    sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])[ends].diff()
+    sums = ranked.total[torch.tensor([0, *counts], device="cpu").cumsum(0)].diff()
     error = float((sums * errors[torch.tensor(chosen, device="cpu")]).sum() / sums.sum().clamp_min(1e-300))
     return Tiers(tuple(reversed(chosen)), tuple(reversed(counts)), error)
 
 
-def _bin_edges(ordered: Tensor) -> Tensor:
-    """Return the borders of bins of rows, in descending order of importance: (M + 1,) int64 from 0 to N."""
-    N = len(ordered)
-    share = ordered.cumsum(0) / ordered.sum().clamp_min(1e-300)
-    grid = torch.arange(_BINS + 1, dtype=torch.float64, device="cpu") / _BINS
-    by_rows, by_share = (grid * N).round().to(torch.int64), torch.searchsorted(share, grid).clamp_max(N)
-    return _ascending(torch.cat([by_rows, by_share, torch.tensor([0, N], device="cpu")]))
-
-
-def _candidates(mean: float, least: int, most: int) -> Tensor:
-    """Return the sizes to try for rows of `mean` bytes on average: ascending int64."""
+def _candidates(mean: float, least: int, most: int, errors: Tensor) -> Tensor:
+    """Return sizes to try for rows of `mean` bytes on average, at which errors are convex: ascending int64."""
     low, high = max(least, int(mean / 6)), min(most, int(mean * 4) + 1)
-    high = max(low, high)
-    if high - low < _SIZES:
-        return torch.arange(low, high + 1, device="cpu")
-    grid = torch.linspace(low**0.5, high**0.5, _SIZES, dtype=torch.float64, device="cpu").square().round()
-    return _ascending(torch.cat([grid.to(torch.int64), torch.tensor([least], device="cpu")]))
+    kept = [low]
+    for size in range(low + 1, max(low, high) + 1):
+        while len(kept) > 1 and _worth(errors, kept[-2], kept[-1]) <= _worth(errors, kept[-1], size):
+            kept.pop()
+        kept.append(size)
+    return torch.tensor(kept, device="cpu")
+
+
+def _worth(errors: Tensor, smaller: int, larger: int) -> float:
+    """Return how much each byte reduces the error between two sizes."""
+    return float(errors[smaller] - errors[larger]) / (larger - smaller)
 
 
 def _ascending(values: Tensor) -> Tensor:

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from cqr_compress.errors import SpecError
-from cqr_compress.quantize.base import FitEffort, TableFacts, TableRows, refuse_others, weighted_mean
+from cqr_compress.quantize.base import FitEffort, TableFacts, TableRows, refuse_int8, refuse_others, weighted_mean
 from cqr_compress.quantize.layouts import MAX_ROTATED_DIM, budget_bytes, table_fields, value_dtype
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.rates import WIDENING, WINDOWS, allocate, errors_by_bytes
-from cqr_compress.quantize.tiers import allocate_tiers
+from cqr_compress.quantize.tiers import RankedRows, allocate_tiers
 from cqr_compress.quantize.trellis_search import search_paths
 from cqr_compress.table.base_spec import FLOAT_DTYPES
 from cqr_compress.table.blocks import row_blocks
 from cqr_compress.table.decode import TIERS
 from cqr_compress.table.defaults import CPU_FLOAT
+from cqr_compress.table.file_form import as_in_file
 from cqr_compress.table.spec import AnySpec, TrellisSpec
 from cqr_compress.table.tiers import importance_tiers, tier_tensors
 from cqr_compress.table.trellis import seeded_values, value_table, values_of_states
@@ -151,17 +152,16 @@ def fit_trellis(
     for tier, part in enumerate(parts):
         scale[tier, part.kept] = part.sigma * part.scale
     tensors = {"dim_rates": torch.stack([part.all_rates for part in parts]), "row_mean": mean.to(dtype)}
-    if directions is None:
-        tensors["dim_scale"] = scale.to(dtype)
-    else:
-        tensors |= int8_rotation(directions.T, scale, dtype)
+    tensors["dim_scale"] = scale
+    if directions is not None:
+        tensors["rotation"] = directions.T
     if spec.value_source == STORED_VALUES:
         tensors["state_values"] = values.to(dtype)
     if spec.gain_bits:
         tensors["gain_range"] = _gain_range(norms, dtype)
     if tiers is not None:
         tensors |= tier_tensors(spec, tiers)
-    return TrellisQuantizer(spec, tensors, directions, scale, tiers)
+    return TrellisQuantizer(spec, as_in_file(spec, tensors), directions, scale, tiers)
 
 
 def _tier_variances(
@@ -245,19 +245,10 @@ def _gain_range(norms: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.tensor([low, math.log(high / low)], **CPU_FLOAT).to(dtype)
 
 
-def int8_rotation(matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Round a matrix (P, D) to `rotation` int8; `dim_scale` is scale (T, P) times the scales of its rows."""
-    step = matrix.abs().amax(1).clamp_min(1e-30) / 127
-    rotation = (matrix / step[:, None]).round().to(torch.int8)
-    return {"rotation": rotation, "dim_scale": (scale * step).to(dtype)}
-
-
-def multiplied(tensors: dict[str, Tensor], matrix: Tensor) -> dict[str, Tensor]:
+def multiplied(spec: TrellisSpec, tensors: dict[str, Tensor], matrix: Tensor) -> dict[str, Tensor]:
     """Return shared tensors of a table with a rotation, whose rows are multiplied by `matrix` (D, D)."""
-    dtype = tensors["dim_scale"].dtype
-    mean = (tensors["row_mean"].float() @ matrix).to(dtype)
-    rotated = int8_rotation(tensors["rotation"].float() @ matrix, tensors["dim_scale"].float(), dtype)
-    return tensors | rotated | {"row_mean": mean}
+    made = {short: tensors[short].float() @ matrix for short in ("rotation", "row_mean")}
+    return as_in_file(spec, tensors | made)
 
 
 def _fit_values(parts: list[_TierPart], spec: TrellisSpec, rounds: int, step: Callable[[], None]) -> Tensor:
@@ -322,6 +313,7 @@ class TrellisMethod:
     def check(self, options: ConvertOptions) -> None:
         """Refuse layout options other than a rotation, a window and a number of tiers."""
         refuse_others(options, ("rotation", "window", "max_tiers"))
+        refuse_int8(options)
         if options.rotation not in (None, "pca"):
             raise SpecError(f"rotation is {options.rotation!r}: a trellis takes 'pca'")
         if options.window not in (None, *WINDOWS):
@@ -357,9 +349,9 @@ class TrellisMethod:
                 spec = _largest(replace(spec, value_source=STORED_VALUES), variances, budget)
             yield spec
             if options.max_tiers != 1:
-                importance = facts.importance(_ENERGY_POWER[gain_bits])
+                ranked = RankedRows.of(facts.importance(_ENERGY_POWER[gain_bits]))
                 windows = [w for w in WINDOWS if w == spec.window or (w < spec.window and options.window is None)]
-                tiered = _with_tiers(spec, variances, importance, budget, options.max_tiers or MAX_TIERS, windows)
+                tiered = _with_tiers(spec, variances, ranked, budget, options.max_tiers or MAX_TIERS, windows)
                 if tiered is not None:
                     yield tiered
 
@@ -417,7 +409,7 @@ def _useful_rank(spec: TrellisSpec, variances: Tensor, row_nbytes: int) -> int |
 def _with_tiers(
     spec: TrellisSpec,
     variances: Tensor,
-    importance: Tensor,
+    ranked: RankedRows,
     budget: float,
     max_tiers: int,
     windows: Iterable[int],
@@ -427,7 +419,7 @@ def _with_tiers(
     Args:
         spec: the layout of one tier.
         variances: (D,) float64, as of `TableFacts.variances`.
-        importance: (N,) float64.
+        ranked: the rows of the table.
         budget: bytes of the table.
         max_tiers: 2 to 4.
         windows: bits of a state to try.
@@ -436,13 +428,13 @@ def _with_tiers(
     least_error = _MIN_TIER_GAIN * float(errors_by_bytes(variances, D, spec.window)[spec.row_nbytes])
     for window in windows:
         errors = errors_by_bytes(variances, D, window)
-        for num_tiers in range(2, max_tiers + 1):
+        for num_tiers in sorted({2, max_tiers}):
             rank, tiers = spec.rank, None
             for _ in range(4):  # the rotation takes bytes, of which the number depends on the rates
                 one = replace(spec, window=window, rank=rank, tier_nbytes=(rank or D,))
                 num_bytes = int(budget - _side_bytes(one) - _tier_bytes(one, num_tiers))
                 tiers = allocate_tiers(
-                    importance, errors[: one.width + 1], num_bytes, _LEAST_ROW_BYTES[window], num_tiers
+                    ranked, errors[: one.width + 1], num_bytes, _LEAST_ROW_BYTES[window], num_tiers
                 )
                 useful = rank if tiers is None else _useful_rank(spec, variances, tiers.nbytes[-1])
                 if useful == rank:

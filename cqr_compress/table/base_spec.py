@@ -20,6 +20,8 @@ FLOAT_DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+CODEBOOK_DTYPES = {**FLOAT_DTYPES, "int8": torch.float32}
+"""Dtypes in memory of codebooks, by their dtype in a file."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -93,7 +95,7 @@ class TableSpec:
         raise NotImplementedError
 
     def tensor_shapes(self) -> dict[str, TensorShape]:
-        """Return all stored tensors of the table, by short name (`codes`, `codebooks`, ...)."""
+        """Return all tensors of the table in memory, by short name (`codes`, `codebooks`, ...)."""
         shapes = self.body_shapes()
         special = self.num_kept_rows + self.num_zero_rows
         if special:
@@ -102,10 +104,14 @@ class TableSpec:
             shapes["kept_rows"] = TensorShape((self.num_kept_rows, self.embedding_dim), self.torch_dtype)
         return shapes
 
+    def file_shapes(self) -> dict[str, TensorShape]:
+        """Return the tensors of the table as a file has them, see `file_form`."""
+        return self.tensor_shapes()
+
     @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors: codes, codebooks and everything else needed to decode the table."""
-        return sum(shape.nbytes for shape in self.tensor_shapes().values())
+        return sum(shape.nbytes for shape in self.file_shapes().values())
 
     @property
     def num_parameters(self) -> int:

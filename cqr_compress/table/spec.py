@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from cqr_compress.errors import SpecError, brief
-from cqr_compress.table.base_spec import FLOAT_DTYPES, TableSpec, TensorShape
+from cqr_compress.table.base_spec import CODEBOOK_DTYPES, FLOAT_DTYPES, TableSpec, TensorShape
 from cqr_compress.table.bitpack import packed_width
 from cqr_compress.table.trellis_spec import TrellisSpec as TrellisSpec
 
@@ -34,7 +34,7 @@ class CodebookSpec(TableSpec):
         num_levels: L codewords, which are summed in each column.
         codebook_size: K codewords in each codebook; a power of two if codes are stored.
         code_sources: source of the codes of each level, one of CODE_SOURCES per level.
-        codebook_dtype: dtype of the codebooks and the rotation.
+        codebook_dtype: dtype of the codebooks and the rotation; "int8" in a file is float32 in memory.
         rotation: "opq" or "pca" if decoded rows are multiplied by a (width, D) matrix, else None.
         rank: dimensions of all columns together before the rotation, fewer than D; None for D.
         seed: seed of the hash functions and the fit.
@@ -75,8 +75,10 @@ class CodebookSpec(TableSpec):
                 f"code_sources is {', '.join(map(brief, self.code_sources[:8]))}: give one of "
                 f"{', '.join(CODE_SOURCES)} for each of {self.num_levels} levels"
             )
-        if self.codebook_dtype not in FLOAT_DTYPES:
-            raise SpecError(f"codebook_dtype {brief(self.codebook_dtype)} is not one of {', '.join(FLOAT_DTYPES)}")
+        if self.codebook_dtype not in CODEBOOK_DTYPES:
+            raise SpecError(
+                f"codebook_dtype {brief(self.codebook_dtype)} is not one of {', '.join(CODEBOOK_DTYPES)}"
+            )
         if self.rotation not in (None, "opq", "pca"):
             raise SpecError(f"rotation {brief(self.rotation)} is neither 'opq' nor 'pca'")
         K = self.codebook_size
@@ -128,12 +130,22 @@ class CodebookSpec(TableSpec):
         shapes = {}
         if self.num_stored_levels:
             shapes["codes"] = TensorShape((self.num_embeddings, self.codes_width), torch.uint8)
-        dtype = FLOAT_DTYPES[self.codebook_dtype]
+        dtype = CODEBOOK_DTYPES[self.codebook_dtype]
         shapes["codebooks"] = TensorShape(
             (self.num_columns, self.num_levels, self.codebook_size, self.sub_dim), dtype
         )
         if self.rotation:
             shapes["rotation"] = TensorShape((self.width, self.embedding_dim), dtype)
+        return shapes
+
+    def file_shapes(self) -> dict[str, TensorShape]:
+        """Return the tensors of a file: int8 codebooks with a `codebook_scale` (C, L, S), and an int8 rotation."""
+        shapes = self.tensor_shapes()
+        if self.codebook_dtype == "int8":
+            for short in {"codebooks", "rotation"} & shapes.keys():
+                shapes[short] = TensorShape(shapes[short].shape, torch.int8)
+            scale = self.num_columns, self.num_levels, self.sub_dim
+            shapes["codebook_scale"] = TensorShape(scale, torch.float16)
         return shapes
 
     @property

@@ -35,7 +35,7 @@ class TrellisSpec(TableSpec):
         tier_nbytes: bytes of the codes of a row of each tier, ascending: its rates add up to 8 times as many bits.
         tier_rows: number of rows of each tier; empty for one tier.
         window: L, bits of a state; there are 2**L values.
-        rotation: "pca" if the values are multiplied by an int8 matrix (rank, D), else None.
+        rotation: "pca" if the values are multiplied by a matrix (rank, D), int8 in a file, else None.
         rank: P, number of coded dimensions before the rotation; None for D.
         gain_bits: 8 if each row has a factor, on a logarithmic scale; else 0.
         value_source: "stored", or "seeded" if the values are computed from the seed and take no bytes.
@@ -44,7 +44,7 @@ class TrellisSpec(TableSpec):
     """
 
     kind: ClassVar[str] = "trellis"
-    dtype_sources: ClassVar[dict[str, str]] = {"codebook_dtype": "dim_scale"}
+    dtype_sources: ClassVar[dict[str, str]] = {"codebook_dtype": "row_mean"}
     tier_nbytes: tuple[int, ...]
     tier_rows: tuple[int, ...] = ()
     window: int = 10
@@ -150,7 +150,7 @@ class TrellisSpec(TableSpec):
     def body_shapes(self) -> dict[str, TensorShape]:
         """Return `codes` (N, row_nbytes), `dim_rates`, `dim_scale` (T, P), `row_mean` (D,) and optional tensors.
 
-        These are `state_values` (2**window,), `rotation` (P, D) int8, `row_gain` (N,) uint8 and `gain_range` (2,).
+        These are `state_values` (2**window,), `rotation` (P, D), `row_gain` (N,) uint8 and `gain_range` (2,).
         Rows of several tiers follow each other in `codes` (codes_nbytes,); `row_tiers` (N / 4,) has 2 bits for
         each row, and `tier_starts` (N / TIER_BLOCK,) the first byte of every TIER_BLOCK-th row.
         """
@@ -158,7 +158,7 @@ class TrellisSpec(TableSpec):
         shapes = {
             "codes": TensorShape((N, self.row_nbytes), torch.uint8),
             "dim_rates": TensorShape((self.num_tiers, P), torch.uint8),
-            "dim_scale": TensorShape((self.num_tiers, P), dtype),
+            "dim_scale": TensorShape((self.num_tiers, P), self._wide_dtype if self.rotation else dtype),
             "row_mean": TensorShape((D,), dtype),
         }
         if self.has_tiers:
@@ -169,10 +169,22 @@ class TrellisSpec(TableSpec):
         if self.value_source == STORED_VALUES:
             shapes["state_values"] = TensorShape((self.num_values,), dtype)
         if self.rotation:
-            shapes["rotation"] = TensorShape((P, D), torch.int8)
+            shapes["rotation"] = TensorShape((P, D), self._wide_dtype)
         if self.gain_bits:
             shapes["row_gain"] = TensorShape((N,), torch.uint8)
             shapes["gain_range"] = TensorShape((2,), dtype)
+        return shapes
+
+    @property
+    def _wide_dtype(self) -> torch.dtype:
+        return torch.float64 if self.codebook_dtype == "float64" else torch.float32
+
+    def file_shapes(self) -> dict[str, TensorShape]:
+        """Return the tensors of a file, in which the rotation is int8."""
+        shapes = self.tensor_shapes()
+        if self.rotation:
+            dtypes = {"rotation": torch.int8, "dim_scale": FLOAT_DTYPES[self.codebook_dtype]}
+            shapes |= {short: TensorShape(shapes[short].shape, dtype) for short, dtype in dtypes.items()}
         return shapes
 
     @property
