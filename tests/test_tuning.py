@@ -378,7 +378,7 @@ class _KilledError(BaseException):
     """As a kill, it is caught by nobody."""
 
 
-@pytest.mark.parametrize("codes", ["reassign", "recluster", "frozen"])
+@pytest.mark.parametrize("codes", ["reassign", "recluster", "train", "frozen"])
 @pytest.mark.parametrize("steps", [7, 30, 31, 50])
 def test_a_killed_run_goes_on_to_the_same_file(codes: str, steps: int, small: Path, tmp_path: Path) -> None:
     chosen = options(codes=codes, save_every=3, epochs=3)

@@ -1,4 +1,4 @@
-"""Updates of codes between epochs of fine-tuning: reclustering or reassignment."""
+"""Updates of codes in fine-tuning: reclustering or reassignment between epochs, or training of the rows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cqr_compress.clustering.cluster import cluster_, clusterable_layers
 from cqr_compress.clustering.observe import Losses
 from cqr_compress.clustering.reassign import reassign_, reassignable_layers
 from cqr_compress.errors import TableNotFoundError, TaskError
+from cqr_compress.finetuning.latent_rows import has_trainable_codes
 from cqr_compress.finetuning.options import FinetuneOptions
 from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.progress import Progress
@@ -37,7 +38,7 @@ class CodeUpdates:
     progress: Progress
 
     def kind(self, per_example: bool) -> str:
-        """Choose the update of codes between epochs: "recluster", "reassign" or "frozen".
+        """Choose the update of codes between epochs: "recluster", "reassign", "train" or "frozen".
 
         Args:
             per_example: whether the task's loss gives the losses of the examples.
@@ -53,7 +54,7 @@ class CodeUpdates:
                 return "reassign"
             can = clusterable_layers(self.model) and (per_example or not needs_losses)
             return "recluster" if can else "frozen"
-        if asked != "frozen" and needs_losses and not per_example:
+        if asked != "frozen" and needs_losses and asked != "train" and not per_example:
             raise TaskError(
                 f"codes is {asked!r}, which requires the losses of the examples, but the task's loss is one "
                 "number for a batch: compute it with reduction='none'"
@@ -66,7 +67,16 @@ class CodeUpdates:
             raise TableNotFoundError(
                 "codes is 'reassign', but no table has all of its codes stored: give 'recluster' or 'auto'"
             )
+        if asked == "train" and not self.trainable_tables():
+            raise TableNotFoundError(
+                "codes is 'train', but no table has all of its codes stored and at most 2^28 values: give "
+                "'reassign' or 'auto'"
+            )
         return asked
+
+    def trainable_tables(self) -> dict[str, TableLayer]:
+        """Return the tables whose codes can be trained."""
+        return {name: layer for name, layer in self.tables.items() if has_trainable_codes(layer.spec)}
 
     @property
     def may_be_taken_back(self) -> bool:

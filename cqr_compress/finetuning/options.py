@@ -11,7 +11,7 @@ from cqr_compress.errors import SpecError
 from cqr_compress.option_fields import check_fields, documented, option, option_infos, parsed
 
 TRAINABLE = ("codebooks", "all")
-CODES = ("auto", "frozen", "recluster", "reassign")
+CODES = ("auto", "frozen", "recluster", "reassign", "train")
 DISTILL = ("outputs", "rows")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 _TRAINING, _ORIGINAL, _CODES = "Training", "Original", "Codes"
@@ -45,8 +45,8 @@ class FinetuneOptions:
     )
     codes: str = option(
         "auto",
-        "Updates of codes between epochs: reassign codes, recluster tables of one stored level, or keep codes "
-        "frozen.",
+        "Updates of codes: train rows behind the codes and encode them every few steps; between epochs reassign "
+        "codes, or recluster tables of one stored level; or keep codes frozen.",
         panel=_CODES,
         choices=CODES,
     )

@@ -22,6 +22,7 @@ from cqr_compress.finetuning.distill import OutputDistillation, RowDistillation
 from cqr_compress.finetuning.early_stopping import EarlyStopping
 from cqr_compress.finetuning.fisher import measure_fisher
 from cqr_compress.finetuning.fisher_fit import FisherFit
+from cqr_compress.finetuning.latent_rows import ENCODE_EVERY, LatentRows, original_rows
 from cqr_compress.finetuning.options import FinetuneOptions
 from cqr_compress.finetuning.resume_state import Position, damaged_state, load_state, save_state
 from cqr_compress.finetuning.rng import PASS, TRAINING, RandomStream
@@ -86,6 +87,7 @@ class Trainer:
         self._saved = time.monotonic()
         self._loss = math.nan
         self._per_example = False
+        self._latents: dict[str, LatentRows] = {}
 
     def run(self, resume: bool) -> str:
         """Train the model, and restore the best weights at the end.
@@ -116,6 +118,8 @@ class Trainer:
             if not self.early_stopping.history:
                 raise
             reason, self.failure = "an error", e
+        for latent in self._latents.values():
+            latent.end()
         assert self.early_stopping.best is not None
         self.tuned.restore(self.early_stopping.best)
         return reason
@@ -130,6 +134,7 @@ class Trainer:
             self._evaluate("as given")
             if self.original is not None and options.refit and self._per_example:
                 self._refit(self.original)
+            self._begin_latents()
             self._begin_optimizer()
         if self.early_stopping.exhausted:
             return self._patience()
@@ -180,7 +185,7 @@ class Trainer:
 
     def _step(self, step: Step) -> bool:
         """Do one optimizer step; return False, without updating the parameters, if the loss is not finite."""
-        position, parameters = self.position, self.tuned.parameters
+        position, parameters = self.position, self._parameters
         for group, base_lr in zip(self._optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base_lr * self.lr_factor()
         self._optimizer.zero_grad(set_to_none=True)
@@ -203,6 +208,8 @@ class Trainer:
             return False
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        if position.step % ENCODE_EVERY == 0:
+            self._encode()
         return True
 
     def _loss_of(self, batch: Any) -> Tensor:
@@ -228,6 +235,7 @@ class Trainer:
 
     def _evaluate(self, stage: str) -> bool:
         """Evaluate with weights rounded to the dtypes of the file; store a snapshot if they are the best."""
+        self._encode()
         self.tuned.model.eval()
         with self.tuned.as_written():
             metrics = evaluate_task(self.task, self.tuned.model, self.options.seed)
@@ -265,7 +273,10 @@ class Trainer:
     def _change_codes(self, epoch: int) -> None:
         """Recluster or reassign codes at the beginning of an epoch, if due."""
         kind = self.changes.kind(self._per_example)
-        if kind != "frozen" and self.changes.is_due(epoch) and not self.early_stopping.was_taken_back:
+        if kind == "train":
+            if not self.changes.is_due(epoch):
+                self._end_latents()
+        elif kind != "frozen" and self.changes.is_due(epoch) and not self.early_stopping.was_taken_back:
             before = None
             if self.changes.may_be_taken_back:
                 self._evaluate_once()
@@ -278,6 +289,29 @@ class Trainer:
                     self.tuned.restore(before)
                     self._log("the reassignment is taken back, and codes are frozen from now on")
         self.position.codes_changed = True
+
+    def _begin_latents(self) -> None:
+        """Begin to train rows behind the codes: those of the original, or the decoded ones."""
+        if self.changes.kind(self._per_example) != "train":
+            return
+        for name, layer in self.changes.trainable_tables().items():
+            rows = None if self.original is None else original_rows(self.original, name, layer.table())
+            self._latents[name] = LatentRows.begin(layer, rows)
+
+    def _end_latents(self) -> None:
+        """Leave the codes as they are, while training goes on."""
+        self._encode()
+        for latent in self._latents.values():
+            latent.end()
+
+    def _encode(self) -> None:
+        for latent in self._latents.values():
+            latent.encode()
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        """Parameters of the optimizer."""
+        return [*self.tuned.parameters, *(latent.moved for latent in self._latents.values())]
 
     def _losses(self, epoch: int) -> Callable[[], Iterator[Tensor]]:
         def losses() -> Iterator[Tensor]:
@@ -296,10 +330,8 @@ class Trainer:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         if self.task.optimizer is None:
             options = self.options
-            return torch.optim.AdamW(
-                self.tuned.parameters, lr=options.learning_rate, weight_decay=options.weight_decay
-            )
-        optimizer = self.task.optimizer(self.tuned.parameters)
+            return torch.optim.AdamW(self._parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+        optimizer = self.task.optimizer(self._parameters)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TaskError(
                 f"optimizer returned a {type(optimizer).__name__}: it has to return a torch.optim.Optimizer"
@@ -322,9 +354,11 @@ class Trainer:
         parts = {
             "early_stopping": self.early_stopping.to_plain(),
             "tuned": self.tuned.snapshot(),
+            "latents": {name: latent.state() for name, latent in self._latents.items()},
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "log": self.log,
+            "per_example": self._per_example,
         }
         save_state(self.state_file, self.identity, self.position, parts)
 
@@ -333,6 +367,11 @@ class Trainer:
             self.position, state = load_state(self.state_file, self.identity)
             self.early_stopping.load_plain(state["early_stopping"])
             self.tuned.restore(state["tuned"])
+        self._per_example = bool(state["per_example"])
+        self._begin_latents()
+        with damaged_state(self.state_file):
+            for name, latent in self._latents.items():
+                latent.load(state["latents"][name])
         self._begin_optimizer()
         with damaged_state(self.state_file):
             self._optimizer.load_state_dict(state["optimizer"])

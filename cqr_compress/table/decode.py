@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cqr_compress.table.bitpack import unpack_codes
 from cqr_compress.table.codes import flat_codes, row_codes
 from cqr_compress.table.spec import AnySpec, CodebookSpec, TrellisSpec
-from cqr_compress.table.tiers import gather_codes, stored_codes, tiers_of
+from cqr_compress.table.tiers import gather_codes, places, stored_codes, tiers_of
 from cqr_compress.table.tracing import is_exporting, is_tracing
 from cqr_compress.table.trellis import values_of_states, window_states
 
@@ -40,6 +40,24 @@ def gather_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> di
 
 def _take(tensor: Tensor, ids: Tensor) -> Tensor:
     return torch.embedding(tensor, ids) if tensor.ndim == 2 else tensor.index_select(0, ids)
+
+
+def write_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor, gathered: Mapping[str, Tensor]) -> None:
+    """Replace the entries of ids, each once, in place: the inverse of `gather_rows`.
+
+    Args:
+        spec: the table's spec.
+        tensors: all of `spec.tensor_shapes()`.
+        ids: (B,) int64 in [0, N).
+        gathered: entries of PER_ROW for these rows; others are ignored.
+    """
+    for short in PER_ROW & gathered.keys():
+        tensor, new = tensors[short], gathered[short].to(tensors[short].device)
+        if isinstance(spec, TrellisSpec) and spec.has_tiers and short == "codes":
+            at, inside = places(spec, tensors, ids)
+            tensor[at[inside]] = new[inside]
+        else:
+            tensor[ids] = new
 
 
 def stored_rows(spec: AnySpec, gathered: Mapping[str, Tensor]) -> dict[str, Tensor]:

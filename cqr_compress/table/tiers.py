@@ -75,6 +75,13 @@ def gather_codes(spec: TrellisSpec, tensors: Mapping[str, Tensor], ids: Tensor) 
     return codes.index_select(0, at.clamp_max(spec.codes_nbytes - 1).flatten()).view(at.shape)
 
 
+def places(spec: TrellisSpec, tensors: Mapping[str, Tensor], ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Locate the codes of rows (B,): indices (B, row_nbytes) into `codes`, and which of them are of the row."""
+    within = torch.arange(spec.row_nbytes, device=ids.device)
+    sizes = torch.tensor(spec.tier_nbytes, device=ids.device)[tiers_of(tensors, ids)]
+    return first_bytes(spec, tensors, ids)[:, None] + within, within < sizes[:, None]
+
+
 def stored_codes(spec: TrellisSpec, codes: Tensor, tiers: Tensor) -> Tensor:
     """Select the bytes that are stored, of codes (B, row_nbytes) of rows of tiers (B,): (n,) uint8."""
     sizes = torch.tensor(spec.tier_nbytes, device=codes.device)[tiers.to(torch.int64)]
