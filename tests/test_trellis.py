@@ -22,7 +22,7 @@ from cqr_compress.errors import FormatError, ShapeError, SpecError
 from cqr_compress.kernel import ops
 from cqr_compress.quantize.base import FitEffort, importance_of
 from cqr_compress.quantize.rates import WINDOWS, allocate
-from cqr_compress.quantize.trellis import fit_trellis
+from cqr_compress.quantize.trellis_fit import fit_trellis
 from cqr_compress.quantize.trellis_search import search_paths
 from cqr_compress.table.decode import decode_rows
 from cqr_compress.table.spec import TrellisSpec, spec_from_json

@@ -23,7 +23,7 @@ from cqr_compress.progress import Progress
 from cqr_compress.quantize.base import TableRows
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.registry import method_of
-from cqr_compress.quantize.trellis import multiplied
+from cqr_compress.quantize.trellis_fit import multiplied
 from cqr_compress.table.decode import stored_rows
 from cqr_compress.table.file_form import as_in_file
 from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec, TrellisSpec

@@ -20,7 +20,7 @@ from cqr_compress.planning.scan import source_rows
 from cqr_compress.progress import NoProgress
 from cqr_compress.quantize.additive import AdditiveQuantizer
 from cqr_compress.quantize.base import FitEffort, Quantizer
-from cqr_compress.quantize.trellis import TrellisQuantizer
+from cqr_compress.quantize.trellis_fit import TrellisQuantizer
 from cqr_compress.table.blocks import row_blocks
 from cqr_compress.table.decode import TIERS, gather_rows, write_rows
 from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec, TrellisSpec
@@ -121,6 +121,47 @@ class LatentRows:
         self.used.copy_(state["used"])
         if state["ended"]:
             self.end()
+
+
+@dataclass(frozen=True)
+class TrainedCodes:
+    """The rows behind the codes of all tables that are trained, by name; none where codes are not trained."""
+
+    latents: Mapping[str, LatentRows]
+
+    @classmethod
+    def begin(cls, tables: Mapping[str, TableLayer], original: Path | None) -> TrainedCodes:
+        """Start from the rows of the original, or from the decoded ones without it."""
+        rows = {
+            name: None if original is None else original_rows(original, name, layer.table())
+            for name, layer in tables.items()
+        }
+        return cls({name: LatentRows.begin(layer, rows[name]) for name, layer in tables.items()})
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Parameters of the optimizer."""
+        return [latent.moved for latent in self.latents.values()]
+
+    def encode(self) -> None:
+        """Encode the rows that were used."""
+        for latent in self.latents.values():
+            latent.encode()
+
+    def end(self) -> None:
+        """Encode the rows that were used, and leave the codes as they are from now on."""
+        for latent in self.latents.values():
+            latent.encode()
+            latent.end()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return the state, from which a resumed run goes on."""
+        return {name: latent.state() for name, latent in self.latents.items()}
+
+    def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore `state`."""
+        for name, latent in self.latents.items():
+            latent.load(state[name])
 
 
 def _root_mean_square(rows: Tensor) -> float:

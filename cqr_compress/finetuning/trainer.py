@@ -22,7 +22,7 @@ from cqr_compress.finetuning.distill import OutputDistillation, RowDistillation
 from cqr_compress.finetuning.early_stopping import EarlyStopping
 from cqr_compress.finetuning.fisher import measure_fisher
 from cqr_compress.finetuning.fisher_fit import FisherFit
-from cqr_compress.finetuning.latent_rows import ENCODE_EVERY, LatentRows, original_rows
+from cqr_compress.finetuning.latent_rows import ENCODE_EVERY, TrainedCodes
 from cqr_compress.finetuning.options import FinetuneOptions
 from cqr_compress.finetuning.resume_state import Position, damaged_state, load_state, save_state
 from cqr_compress.finetuning.rng import PASS, TRAINING, RandomStream
@@ -87,7 +87,7 @@ class Trainer:
         self._saved = time.monotonic()
         self._loss = math.nan
         self._per_example = False
-        self._latents: dict[str, LatentRows] = {}
+        self._codes = TrainedCodes({})
 
     def run(self, resume: bool) -> str:
         """Train the model, and restore the best weights at the end.
@@ -118,8 +118,7 @@ class Trainer:
             if not self.early_stopping.history:
                 raise
             reason, self.failure = "an error", e
-        for latent in self._latents.values():
-            latent.end()
+        self._codes.end()
         assert self.early_stopping.best is not None
         self.tuned.restore(self.early_stopping.best)
         return reason
@@ -134,7 +133,7 @@ class Trainer:
             self._evaluate("as given")
             if self.original is not None and options.refit and self._per_example:
                 self._refit(self.original)
-            self._begin_latents()
+            self._begin_codes()
             self._begin_optimizer()
         if self.early_stopping.exhausted:
             return self._patience()
@@ -209,7 +208,7 @@ class Trainer:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if position.step % ENCODE_EVERY == 0:
-            self._encode()
+            self._codes.encode()
         return True
 
     def _loss_of(self, batch: Any) -> Tensor:
@@ -235,7 +234,7 @@ class Trainer:
 
     def _evaluate(self, stage: str) -> bool:
         """Evaluate with weights rounded to the dtypes of the file; store a snapshot if they are the best."""
-        self._encode()
+        self._codes.encode()
         self.tuned.model.eval()
         with self.tuned.as_written():
             metrics = evaluate_task(self.task, self.tuned.model, self.options.seed)
@@ -275,7 +274,7 @@ class Trainer:
         kind = self.changes.kind(self._per_example)
         if kind == "train":
             if not self.changes.is_due(epoch):
-                self._end_latents()
+                self._codes.end()
         elif kind != "frozen" and self.changes.is_due(epoch) and not self.early_stopping.was_taken_back:
             before = None
             if self.changes.may_be_taken_back:
@@ -290,28 +289,15 @@ class Trainer:
                     self._log("the reassignment is taken back, and codes are frozen from now on")
         self.position.codes_changed = True
 
-    def _begin_latents(self) -> None:
-        """Begin to train rows behind the codes: those of the original, or the decoded ones."""
-        if self.changes.kind(self._per_example) != "train":
-            return
-        for name, layer in self.changes.trainable_tables().items():
-            rows = None if self.original is None else original_rows(self.original, name, layer.table())
-            self._latents[name] = LatentRows.begin(layer, rows)
-
-    def _end_latents(self) -> None:
-        """Leave the codes as they are, while training goes on."""
-        self._encode()
-        for latent in self._latents.values():
-            latent.end()
-
-    def _encode(self) -> None:
-        for latent in self._latents.values():
-            latent.encode()
+    def _begin_codes(self) -> None:
+        """Begin to train the rows behind the codes, if asked for."""
+        if self.changes.kind(self._per_example) == "train":
+            self._codes = TrainedCodes.begin(self.changes.trainable_tables(), self.original)
 
     @property
     def _parameters(self) -> list[nn.Parameter]:
         """Parameters of the optimizer."""
-        return [*self.tuned.parameters, *(latent.moved for latent in self._latents.values())]
+        return [*self.tuned.parameters, *self._codes.parameters]
 
     def _losses(self, epoch: int) -> Callable[[], Iterator[Tensor]]:
         def losses() -> Iterator[Tensor]:
@@ -354,7 +340,7 @@ class Trainer:
         parts = {
             "early_stopping": self.early_stopping.to_plain(),
             "tuned": self.tuned.snapshot(),
-            "latents": {name: latent.state() for name, latent in self._latents.items()},
+            "codes": self._codes.state(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "log": self.log,
@@ -368,10 +354,9 @@ class Trainer:
             self.early_stopping.load_plain(state["early_stopping"])
             self.tuned.restore(state["tuned"])
         self._per_example = bool(state["per_example"])
-        self._begin_latents()
+        self._begin_codes()
         with damaged_state(self.state_file):
-            for name, latent in self._latents.items():
-                latent.load(state["latents"][name])
+            self._codes.load(state["codes"])
         self._begin_optimizer()
         with damaged_state(self.state_file):
             self._optimizer.load_state_dict(state["optimizer"])
