@@ -29,8 +29,6 @@ _PROBES, _HOPELESS = 5, 1.25
 """Number of codebooks that are tried before the others are dropped, if all have 25% more error than a trellis."""
 _PROMISING = 1.5
 """Layouts with more error in a brief trial, relative to the best, have no longer one."""
-_PROMISING_TRELLIS = 1.1
-"""The same of trellises, of which brief trials are close to the final fit."""
 _BEST_SIZES, _ALL_RANKS_DIM = 4, 128
 """Of tables with more dimensions, reduced ranks are tried with the best codebook sizes only."""
 
@@ -156,11 +154,12 @@ def search(table: ScannedTable, specs: Sequence[AnySpec], options: ConvertOption
             progress.advance()
     trials.least = float("inf")
     rows = _rows(effort.second_values, effort.second_rows, table)
+    first = _one_of_each_trellis(first)
     least = min(error for error, _ in first)
     second = [
         (trials.error(spec, _longer(spec, options), rows), spec)
         for error, spec in sorted(first, key=_error)[:finalists]
-        if error <= (_PROMISING_TRELLIS if isinstance(spec, TrellisSpec) else _PROMISING) * least
+        if error <= _PROMISING * least
     ]
     progress.advance(finalists - len(second))
     second.sort(key=_error)
@@ -199,6 +198,16 @@ def _are_hopeless(trials: Sequence[tuple[float, AnySpec]]) -> bool:
     codebooks = [error for error, spec in trials if isinstance(spec, CodebookSpec)]
     others = [error for error, spec in trials if not isinstance(spec, CodebookSpec)]
     return bool(others) and len(codebooks) >= _PROBES and min(codebooks) > _HOPELESS * min(others)
+
+
+def _one_of_each_trellis(trials: Sequence[tuple[float, AnySpec]]) -> list[tuple[float, AnySpec]]:
+    """Keep the number of tiers with the least error of each other layout of a trellis."""
+    best: dict[object, tuple[float, AnySpec]] = {}
+    for error, spec in trials:
+        key: object = (spec.rotation, spec.gain_bits) if isinstance(spec, TrellisSpec) else spec
+        if key not in best or error < best[key][0]:
+            best[key] = error, spec
+    return list(best.values())
 
 
 class _Trials:
