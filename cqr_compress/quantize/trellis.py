@@ -30,6 +30,8 @@ _LONG_WINDOW_VALUES = 2**24
 _LONG_WINDOW_BITS = 1.5
 _STORED_SHARE = 0.0025
 """Largest share of the budget for stored values: they lower the error by about 0.03 dB or 0.005 bits per value."""
+_TIERED_ROWS = 2**24
+"""Largest table, in rows, that gets tiers unless asked for: to rank its rows takes about 32 bytes for each."""
 _MIN_TIER_GAIN = 0.99
 """Largest predicted error of tiers, relative to one tier, for which they are tried."""
 
@@ -76,7 +78,9 @@ class TrellisMethod:
             if spec.num_values * FLOAT_DTYPES[spec.codebook_dtype].itemsize <= _STORED_SHARE * budget:
                 spec = _largest(replace(spec, value_source=STORED_VALUES), variances, budget)
             yield spec
-            if options.max_tiers != 1:
+            if options.max_tiers not in (None, 1) or (
+                options.max_tiers is None and facts.shape[0] <= _TIERED_ROWS
+            ):
                 ranked = RankedRows.of(facts.importance(ENERGY_POWER))
                 windows = [w for w in WINDOWS if w == spec.window or (w < spec.window and options.window is None)]
                 tiered = _with_tiers(spec, variances, ranked, budget, options.max_tiers or MAX_TIERS, windows)

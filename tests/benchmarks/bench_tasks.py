@@ -286,7 +286,9 @@ def sasrec(path: Path, length: int = 20) -> Task:
     def losses(model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(logits(model, batch), batch[1][batch[1] > 0], reduction="none")
 
-    everything = {"learning_rate": 1e-3, "epochs": 4, "distill_weight": 10.0, "codes": "frozen"}
+    everything = {
+        "learning_rate": 1e-3, "epochs": 4, "distill_weight": 10.0, "codes": "train", "eval_every": 44, "patience": 9,
+    }  # fmt: skip
     return Task(
         lambda make: SASRec(make, num_items, length=length), (inputs, wanted), losses, metrics, "ndcg@10", 256, 30,
         ("item.weight",), (512,), logits=logits, everything=everything,
