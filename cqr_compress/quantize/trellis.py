@@ -78,12 +78,11 @@ class TrellisMethod:
             if spec.num_values * FLOAT_DTYPES[spec.codebook_dtype].itemsize <= _STORED_SHARE * budget:
                 spec = _largest(replace(spec, value_source=STORED_VALUES), variances, budget)
             yield spec
-            if options.max_tiers not in (None, 1) or (
-                options.max_tiers is None and facts.shape[0] <= _TIERED_ROWS
-            ):
+            max_tiers = options.max_tiers or (MAX_TIERS if facts.shape[0] <= _TIERED_ROWS else 1)
+            if max_tiers > 1:
                 ranked = RankedRows.of(facts.importance(ENERGY_POWER))
                 windows = [w for w in WINDOWS if w == spec.window or (w < spec.window and options.window is None)]
-                tiered = _with_tiers(spec, variances, ranked, budget, options.max_tiers or MAX_TIERS, windows)
+                tiered = _with_tiers(spec, variances, ranked, budget, max_tiers, windows)
                 if tiered is not None:
                     yield tiered
 
