@@ -11,7 +11,7 @@ from test_tuning import compressed, dense, options, task  # noqa: F401
 from torch import Tensor, nn
 
 import cqr_compress as cqr
-from cqr_compress.errors import TableNotFoundError
+from cqr_compress.errors import SpecError, TableNotFoundError
 from cqr_compress.finetuning.latent_rows import LatentRows, has_trainable_codes
 from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.table.spec import AnySpec
@@ -102,6 +102,11 @@ def test_training_codes_lowers_the_loss(asked: dict[str, object], dense: Path, t
     frozen = options(codes="frozen", epochs=4, refit=False, learning_rate=1e-9)
     still = cqr.finetune(path, tmp_path / "still.safetensors", task(), frozen, original=dense)
     assert report.after["bce"] < still.after["bce"] - 1e-3
+
+
+def test_codes_are_not_trained_toward_the_rows_of_the_teacher() -> None:
+    with pytest.raises(SpecError, match="give distill 'outputs'"):
+        options(codes="train", distill="rows")
 
 
 def test_training_codes_of_hashed_tables_is_refused(dense: Path, tmp_path: Path) -> None:  # noqa: F811

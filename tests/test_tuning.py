@@ -1126,7 +1126,7 @@ assert group() is None
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("codes", ["reassign", "recluster"])
+@pytest.mark.parametrize("codes", ["reassign", "recluster", "train"])
 def test_two_processes_train_as_one_with_the_same_global_batch(
     codes: str, task_file: Path, dense: Path, small: Path, tmp_path: Path, cli: Cli
 ) -> None:

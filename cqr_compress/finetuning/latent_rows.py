@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cqr_compress import distributed
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.planning.scan import source_rows
@@ -22,7 +23,7 @@ from cqr_compress.quantize.additive import AdditiveQuantizer
 from cqr_compress.quantize.base import FitEffort, Quantizer
 from cqr_compress.quantize.trellis_fit import TrellisQuantizer
 from cqr_compress.table.blocks import row_blocks
-from cqr_compress.table.decode import TIERS, gather_rows, write_rows
+from cqr_compress.table.decode import PER_ROW, TIERS, gather_rows, write_rows
 from cqr_compress.table.spec import STORED, AnySpec, CodebookSpec, TrellisSpec
 from cqr_compress.table.table import CompressedTable
 
@@ -81,8 +82,10 @@ class LatentRows:
 
     @torch.no_grad()
     def encode(self) -> float:
-        """Encode the rows that were used, and return the share of those whose codes changed."""
-        layer, ids = self.layer, self.used.nonzero().flatten()
+        """Encode the rows that were used in any process; return the share of those whose codes changed."""
+        layer, used = self.layer, self.used.to(torch.int32)
+        distributed.all_reduce_(used)
+        ids = used.nonzero().flatten()
         if not len(ids):
             return 0.0
         tensors = {short: t.detach() for short, t in layer.table_tensors().items()}
@@ -94,6 +97,8 @@ class LatentRows:
         ]
         encoded = {short: torch.cat([part[short] for part in parts]) for short in parts[0]}
         write_rows(layer.spec, tensors, ids, encoded)
+        for short in PER_ROW & tensors.keys():
+            distributed.broadcast_(tensors[short])
         self.used.zero_()
         return float((encoded["codes"] != held["codes"].cpu()).any(1).float().mean())
 
@@ -149,9 +154,8 @@ class TrainedCodes:
             latent.encode()
 
     def end(self) -> None:
-        """Encode the rows that were used, and leave the codes as they are from now on."""
+        """Leave the codes as they are from now on."""
         for latent in self.latents.values():
-            latent.encode()
             latent.end()
 
     def state(self) -> dict[str, dict[str, Tensor]]:

@@ -114,6 +114,8 @@ class FinetuneOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.codes == "train" and self.distill == "rows":
+            raise SpecError("codes is 'train', which moves rows away from the original's: give distill 'outputs'")
 
     @classmethod
     def from_strings(cls, given: Mapping[str, str], **known: Any) -> FinetuneOptions:

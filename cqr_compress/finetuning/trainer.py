@@ -274,6 +274,7 @@ class Trainer:
         kind = self.changes.kind(self._per_example)
         if kind == "train":
             if not self.changes.is_due(epoch):
+                self._codes.encode()
                 self._codes.end()
         elif kind != "frozen" and self.changes.is_due(epoch) and not self.early_stopping.was_taken_back:
             before = None
@@ -353,7 +354,7 @@ class Trainer:
             self.position, state = load_state(self.state_file, self.identity)
             self.early_stopping.load_plain(state["early_stopping"])
             self.tuned.restore(state["tuned"])
-        self._per_example = bool(state["per_example"])
+            self._per_example = bool(state["per_example"])
         self._begin_codes()
         with damaged_state(self.state_file):
             self._codes.load(state["codes"])

@@ -34,7 +34,8 @@ def gather_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> di
         s: _take(t, ids) if s in PER_ROW and not (has_tiers and s == "codes") else t for s, t in tensors.items()
     }
     if isinstance(spec, TrellisSpec) and has_tiers:
-        here |= {"codes": gather_codes(spec, tensors, ids), TIERS: tiers_of(tensors, ids)}
+        here["codes"] = gather_codes(spec, tensors, ids)  # torch 2.6 cannot compile |=
+        here[TIERS] = tiers_of(tensors, ids)
     return here
 
 
