@@ -169,7 +169,7 @@ def trellis_row(spec: TrellisSpec, tensors: Mapping[str, Tensor], parameters: di
     """A trellis-coded row from the bits of its ring, as one long integer."""
     tiers, start = [0] * N, i * spec.row_nbytes
     if spec.has_tiers:
-        tiers = [int(tensors["row_tiers"][row // 4]) >> 2 * (row % 4) & 3 for row in range(N)]
+        tiers = [byte >> shift & 3 for byte in tensors["row_tiers"].tolist() for shift in (0, 2, 4, 6)]
         start = sum(spec.tier_nbytes[tier] for tier in tiers[:i])
     row_nbytes = spec.tier_nbytes[tiers[i]]
     bits = int.from_bytes(bytes(tensors["codes"].flatten()[start : start + row_nbytes].tolist()), "little")

@@ -113,6 +113,7 @@ class FisherFit:
             ratio=max(1.0001, spec.dense_nbytes / (budget + 0.5)),
             rotation="pca",
             codebook_dtype=spec.codebook_dtype,
+            effort="fast",
             min_rows=0,
             seed=spec.seed,
         )

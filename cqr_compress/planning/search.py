@@ -164,11 +164,13 @@ def search(table: ScannedTable, specs: Sequence[AnySpec], options: ConvertOption
     progress.advance(finalists - len(second))
     second.sort(key=_error)
     close = [spec for error, spec in second[:deciders] if error <= _CLOSE * second[0][0]]
-    if len(close) > 1:
+    if len(close) > 1 and not all(isinstance(spec, TrellisSpec) for spec in close):
         method = method_of(options.method)
         trials.least = float("inf")
         second = [(trials.error(spec, method.effort(spec, options.refine_rounds), rows), spec) for spec in close]
-    progress.advance(deciders - len(close) if len(close) > 1 else deciders)
+        progress.advance(deciders - len(close))
+    else:  # of one layout, or of trellises, of which longer trials are close to the final fit
+        progress.advance(deciders)
     error, best = min(second, key=_error)
     return Found(best, error, len(specs))
 
