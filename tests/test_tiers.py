@@ -19,6 +19,7 @@ import cqr_compress as cqr
 from cqr_compress.cli.app import app
 from cqr_compress.errors import FormatError, ShapeError, SpecError
 from cqr_compress.kernel import ops
+from cqr_compress.kernel.trellis_ops import TrellisCodes, trellis_states
 from cqr_compress.quantize.rates import errors_by_bytes
 from cqr_compress.quantize.tiers import RankedRows, allocate_tiers
 from cqr_compress.table.spec import TrellisSpec, spec_from_json
@@ -71,15 +72,8 @@ def test_the_compiled_lookup_reads_no_codes_outside_the_table(short: str, value:
     codes = torch.zeros(spec.codes_nbytes, dtype=torch.uint8)
 
     def states() -> Tensor | None:
-        table = ops.TrellisCodes(
-            codes,
-            rates,
-            8,
-            spec.tier_nbytes,
-            tensors["row_tiers"].contiguous(),
-            tensors["tier_starts"].contiguous(),
-        )
-        return ops.trellis_states(torch.arange(300), table, 300)
+        places = (tensors[name].contiguous() for name in ("row_tiers", "tier_starts"))
+        return trellis_states(torch.arange(300), TrellisCodes(codes, rates, 8, spec.tier_nbytes, 300, *places))
 
     assert states() is not None
     tensors[short] = torch.full_like(tensors[short], value & 255 if short == "row_tiers" else value)

@@ -19,14 +19,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import cqr_compress as cqr
 from cqr_compress.errors import FormatError, ShapeError, SpecError
-from cqr_compress.kernel import ops
+from cqr_compress.kernel import ops, trellis_ops
+from cqr_compress.kernel.trellis_ops import TrellisCodes, TrellisValues
 from cqr_compress.quantize.base import FitEffort, importance_of
 from cqr_compress.quantize.rates import WINDOWS, allocate
 from cqr_compress.quantize.trellis_fit import fit_trellis
 from cqr_compress.quantize.trellis_search import search_paths
 from cqr_compress.table.decode import decode_rows
 from cqr_compress.table.spec import TrellisSpec, spec_from_json
-from cqr_compress.table.trellis import pack_states, seeded_values, window_states
+from cqr_compress.table.trellis import gain_table, pack_states, seeded_values, window_states
 
 needs_library = pytest.mark.skipif(not ops.available(), reason="no compiled library")
 
@@ -68,30 +69,50 @@ def test_windows_of_the_ring_are_read_and_written(ring: tuple[Tensor, int], seed
         assert torch.equal(pack_states(states, rates, row_nbytes), codes)
     if ops.available():
         ids = torch.randint(max(1, num_rows), (13 if num_rows else 0,))
-        found = ops.trellis_states(ids, ops.TrellisCodes(codes, rates[None], window, (row_nbytes,)), num_rows)
+        found = trellis_ops.trellis_states(ids, TrellisCodes(codes, rates[None], window, (row_nbytes,), num_rows))
         assert found is not None and torch.equal(found, states[ids])
 
 
 @needs_library
 @settings(deadline=None, max_examples=60)
-@given(rings(), st.integers(0, 2**31), st.booleans(), st.booleans())
+@given(
+    rings(),
+    st.integers(0, 2**31),
+    st.booleans(),
+    st.booleans(),
+    st.none() | st.integers(0, 90),
+    st.integers(0, 300),
+)
 def test_compiled_rows_equal_those_of_torch(
-    ring: tuple[Tensor, int], seed: int, with_gain: bool, with_mean: bool
+    ring: tuple[Tensor, int], seed: int, with_gain: bool, with_mean: bool, more: int | None, num_ids: int
 ) -> None:
     rates, window = ring
     generator = torch.Generator().manual_seed(seed)
     N, P, row_nbytes = 7, len(rates), int(rates.sum()) // 8
+    D = P if more is None else P + more
     codes = torch.randint(256, (N, row_nbytes), generator=generator).byte()
-    values, scale, mean = (torch.randn(n, generator=generator) for n in (2**window, P, P))
-    gain, gains = torch.randint(256, (N,), generator=generator).byte(), torch.rand(256, generator=generator)
-    ids = torch.randint(N, (29,), generator=generator)
+    values, scale, mean = (torch.randn(n, generator=generator) for n in (2**window, P, D))
+    scale, mean = (t.half() if seed % 2 and ops.has_half() else t for t in (scale, mean))
+    rotation = None if more is None else torch.randn(P, D, generator=generator) / P**0.5
+    gain = torch.randint(256, (N,), generator=generator).byte()
+    gain_range = torch.tensor([0.5, 1.5]).to(scale.dtype)
+    ids = torch.randint(N, (num_ids,), generator=generator)
     wanted = values[window_states(codes, rates[None], window)] * scale
-    wanted = (wanted * gains[gain.long()][:, None] if with_gain else wanted) + (mean if with_mean else 0.0)
-    found = ops.trellis_lookup(
-        ids, ops.TrellisCodes(codes, rates[None], window, (row_nbytes,)), values, scale[None],
-        mean if with_mean else None, N, *((gain, gains) if with_gain else (None, None)),
-    )  # fmt: skip
-    assert found is not None and torch.allclose(found, wanted[ids], atol=1e-6)
+    wanted = wanted * gain_table(gain_range.float())[gain.long()][:, None] if with_gain else wanted
+    wanted = (wanted if rotation is None else wanted @ rotation) + (mean if with_mean else 0.0)
+    by = TrellisValues(
+        values,
+        scale[None],
+        mean if with_mean else None,
+        *((gain, gain_range) if with_gain else (None, None)),
+        rotation,
+    )
+    given_codes = TrellisCodes(codes, rates[None], window, (row_nbytes,), N)
+    found = trellis_ops.trellis_lookup(ids, given_codes, by)
+    assert found is not None and torch.allclose(found, wanted[ids], rtol=1e-4, atol=1e-5)
+    for each in range(min(3, num_ids)):  # independent of the batch, to the bit
+        alone = trellis_ops.trellis_lookup(ids[each : each + 1].clone(), given_codes, by)
+        assert alone is not None and torch.equal(alone[0], found[each])
 
 
 def cost(states: Tensor, rows: Tensor, weights: Tensor, values: Tensor) -> Tensor:
@@ -274,8 +295,8 @@ def test_rates_that_do_not_match_the_codes_are_refused_before_a_read(
 ) -> None:
     given_rates = torch.tensor(rates, dtype=torch.uint8)
     with pytest.raises(ShapeError, match="do not form a table"):
-        table = ops.TrellisCodes(torch.zeros(codes).byte(), given_rates[None], 8, codes[1:])
-        ops.trellis_states(torch.zeros(2, dtype=torch.int64), table, codes[0])
+        table = TrellisCodes(torch.zeros(codes).byte(), given_rates[None], 8, codes[1:], codes[0])
+        trellis_ops.trellis_states(torch.zeros(2, dtype=torch.int64), table)
     with pytest.raises(ShapeError):
         pack_states(torch.zeros(2, len(rates), dtype=torch.int64), given_rates, codes[1])
 
@@ -284,7 +305,7 @@ def test_rates_that_do_not_match_the_codes_are_refused_before_a_read(
 @pytest.mark.parametrize("bad", [-1, 5, 2**62, -(2**62)])
 def test_ids_outside_the_table_are_found(bad: int) -> None:
     codes, rates = torch.zeros(5, 2).byte(), torch.tensor([[8, 8]], dtype=torch.uint8)
-    assert ops.trellis_states(torch.tensor([0, bad]), ops.TrellisCodes(codes, rates, 8, (2,)), 5) is None
+    assert trellis_ops.trellis_states(torch.tensor([0, bad]), TrellisCodes(codes, rates, 8, (2,), 5)) is None
 
 
 def test_a_table_is_converted_within_its_budget(table: Tensor) -> None:
@@ -434,8 +455,8 @@ def test_threads_of_a_search_share_the_memory() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        assert [ops.search_threads(rows, 64, 10) for rows in (0, 20, 40, 1000)] == [1, 1, 2, 4]
-        assert [ops.search_threads(1000, dim, 12) for dim in (30_000, 60_000, 200_000)] == [2, 1, 1]
+        assert [trellis_ops.search_threads(rows, 64, 10) for rows in (0, 20, 40, 1000)] == [1, 1, 2, 4]
+        assert [trellis_ops.search_threads(1000, dim, 12) for dim in (30_000, 60_000, 200_000)] == [2, 1, 1]
     finally:
         torch.set_num_threads(before)
 

@@ -28,6 +28,7 @@ from cqr_compress.kernel.compile import (
     installed_name,
     levels,
 )
+from cqr_compress.table.trellis_spec import MAX_TIERS
 
 _SECONDS = 10.0
 """Time limit of the compiler, which needs about one.
@@ -35,6 +36,22 @@ _SECONDS = 10.0
 Lookups wait for it: were they to change from torch to C while a program runs, its results would depend on when.
 """
 _log = logging.getLogger(__name__)
+
+
+class TrellisTable(ctypes.Structure):
+    """The arguments of `trellis_lookup` that describe a table, as in trellis_rows.c."""
+
+    _fields_ = (
+        *[(name, ctypes.c_int64) for name in ("N", "size", "P", "D", "T", "L", "starts_are_int64", "is_half")],
+        ("widths", ctypes.c_int64 * MAX_TIERS),
+        *[
+            (name, ctypes.c_void_p)
+            for name in (
+                "codes", "rates", "row_tiers", "starts", "values", "scale", "mean", "gains", "gain_range",
+                "rotation",
+            )
+        ],
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,7 +164,4 @@ def _declare(library: ctypes.CDLL) -> None:
     library.trellis_search.argtypes = [
         pointer, pointer, pointer, long, integer, pointer, pointer, long, integer, pointer, integer, integer
     ]  # fmt: skip
-    library.trellis_lookup.argtypes = [
-        pointer, pointer, *batch, long, pointer, long, integer, *[pointer] * 3, integer, pointer, integer, integer,
-        *[pointer] * 5, integer,
-    ]  # fmt: skip
+    library.trellis_lookup.argtypes = [pointer, integer, *batch, ctypes.POINTER(TrellisTable), integer]

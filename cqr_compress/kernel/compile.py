@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 HEADER = Path(__file__).with_name("kernel.h")
-SOURCES = tuple(HEADER.with_name(name) for name in ("lookup.c", "trellis.c"))
+SOURCES = tuple(HEADER.with_name(name) for name in ("lookup.c", "trellis_rows.c", "trellis_search.c"))
 THREADS = {"": ("-fopenmp",), "-serial": ()}
 """Compiler flags by suffix of a library's name; the first that can be loaded is used."""
 
@@ -96,7 +96,7 @@ def compile_library(compiler: list[str], flags: tuple[str, ...], output: Path, s
     compiled = [output.with_suffix(f".{source.stem}.o") for source in SOURCES]
     for source, made in zip(SOURCES, compiled, strict=True):
         _run([*compiler, *_FLAGS, *flags, "-c", str(source), "-o", str(made)], until)
-    _run([*compiler, "-shared", "-s", *map(str, compiled), "-o", str(output)], until)
+    _run([*compiler, "-shared", "-s", *map(str, compiled), "-lm", "-o", str(output)], until)
     for made in compiled:
         made.unlink()
 

@@ -12,28 +12,7 @@
 
 #define MAX_LEVELS 64 /* levels that are summed in one pass */
 
-typedef uint16_t half; /* the bits of an IEEE float16 */
-
-#ifdef __F16C__
-const int has_half = 1;
-INLINE float half_1(const half *p) { return _cvtsh_ss(*p); }
-INLINE f4 half_4(const half *p) { return (f4)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)p)); }
-INLINE f16 half_16(const half *p) {
-#ifdef __AVX512F__
-    return (f16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-#else
-    union { __m256 two[2]; f16 all; } sum;
-    sum.two[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-    sum.two[1] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)));
-    return sum.all;
-#endif
-}
-#else
-const int has_half = 0; /* the caller converts float16 to float32 */
-INLINE float half_1(const half *p) { return (float)*p; }
-INLINE f4 half_4(const half *p) { return (f4){(float)*p}; }
-INLINE f16 half_16(const half *p) { return (f16){(float)*p}; }
-#endif
+const int has_half = HAS_HALF;
 
 /* The m-th code of a packed row; reads no byte beyond the row. */
 INLINE uint32_t code_at(const uint8_t *row, int64_t m, int n_bits) {

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cqr_compress.kernel import ops
+from cqr_compress.kernel import ops, trellis_ops
+from cqr_compress.kernel.trellis_ops import TrellisCodes, TrellisValues
 from cqr_compress.table.codes import row_codes
 from cqr_compress.table.decode import decode_rows, gather_rows, rotated
 from cqr_compress.table.spec import HASHED, STORED, AnySpec, CodebookSpec, TrellisSpec
 from cqr_compress.table.tiers import tiers_of
 from cqr_compress.table.tracing import is_intercepted, is_tracing
-from cqr_compress.table.trellis import gain_table, value_table, values_of_states
+from cqr_compress.table.trellis import value_table, values_of_states
 
-_ROTATED_ROWS = 4096
 _FLOATS = (torch.float16, torch.float32)
 
 
@@ -82,41 +82,33 @@ def unrotated_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) ->
 
 def _trellis_rows(spec: TrellisSpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
     """Compute trellis-coded rows; arguments and result as in `lookup_cpu`."""
-    scale, rates, N = tensors["dim_scale"], tensors["dim_rates"], spec.num_embeddings
-    gain, whole = tensors.get("row_gain"), "rotation" not in tensors
-    table = ops.TrellisCodes(
-        tensors["codes"],
-        rates,
-        spec.window,
-        spec.tier_nbytes,
-        tensors.get("row_tiers"),
-        tensors.get("tier_starts"),
-    )
-    integers = [t for t in (table.codes, rates, gain, table.row_tiers, table.starts) if t is not None]
-    if not all(_usable(t, scale) for t in integers) or (not spec.has_tiers and len(table.codes) != N):
+    scale, N, get = tensors["dim_scale"], spec.num_embeddings, tensors.get
+    found = tensors["codes"], tensors["dim_rates"], spec.window, spec.tier_nbytes, N
+    codes = TrellisCodes(*found, get("row_tiers"), get("tier_starts"))
+    row_gain = get("row_gain")
+    integers = (codes.codes, codes.rates, codes.row_tiers, codes.starts, row_gain)
+    if not _usable(codes.codes, scale) or not all(t is None or (t.is_cpu and t.is_contiguous()) for t in integers):
+        return None
+    if not spec.has_tiers and len(codes.codes) != N:
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
-        states = ops.trellis_states(ids, table, N)
+        states = trellis_ops.trellis_states(ids, codes)
         if states is None:
             return None
-        gain = None if gain is None else gain.index_select(0, ids)
+        row_gain = None if row_gain is None else row_gain.index_select(0, ids)
         tiers = tiers_of(tensors, ids) if spec.has_tiers else None
-        return rotated(tensors, values_of_states(spec, tensors, states, gain, tiers))
-    mean = tensors["row_mean"].float() if whole and "row_mean" in tensors else None
-    gains = None if gain is None else gain_table(tensors["gain_range"].float())
-    values, scale = value_table(spec, tensors), scale.float()
-    if whole or len(ids) <= _ROTATED_ROWS:
-        rows = ops.trellis_lookup(ids, table, values, scale, mean, N, gain, gains)
-        return rows if rows is None or whole else rotated(tensors, rows)
-    # the rotation reads rows from the cache
-    out = torch.empty(len(ids), spec.embedding_dim, dtype=torch.float32, device="cpu")
-    tensors = {**tensors, "rotation": tensors["rotation"].float()}
-    for part, to in zip(torch.split(ids, _ROTATED_ROWS), torch.split(out, _ROTATED_ROWS), strict=True):
-        rows = ops.trellis_lookup(part, table, values, scale, mean, N, gain, gains)
-        if rows is None:
-            return None
-        to.copy_(rotated(tensors, rows))
-    return out
+        return rotated(tensors, values_of_states(spec, tensors, states, row_gain, tiers))
+    mean, gain_range, rotation = get("row_mean"), get("gain_range"), get("rotation")
+    dtype = scale.dtype if scale.dtype == torch.float32 or ops.has_half() else torch.float32
+    by = TrellisValues(
+        value_table(spec, tensors),
+        _in(dtype, scale),
+        None if mean is None else _in(dtype, mean),
+        row_gain,
+        None if gain_range is None else _in(dtype, gain_range),
+        None if rotation is None else _in(torch.float32, rotation),
+    )
+    return trellis_ops.trellis_lookup(ids, codes, by)
 
 
 def _computed(spec: CodebookSpec, codes: Tensor | None, ids: Tensor) -> Tensor | None:
@@ -180,6 +172,10 @@ class _CodewordSums(torch.autograd.Function):
         codes, ids = ctx.saved_tensors
         rows: Tensor = _CodebookRows.apply(grad.contiguous(), codes, ids, *ctx.sizes)  # type: ignore
         return rows.to(ctx.dtype), None, None, None, None, None
+
+
+def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _is_plain(ids: Tensor) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cqr_compress.kernel import ops
+from cqr_compress.kernel import ops, trellis_ops
 from cqr_compress.table.trellis import pack_states
 
 AROUND = 64
@@ -34,7 +34,7 @@ def search_paths(
     """
     values = values.float()
     if rows.is_cpu and ops.available():
-        return ops.trellis_search(rows.contiguous(), weights, rates, window, values, AROUND)
+        return trellis_ops.trellis_search(rows.contiguous(), weights, rates, window, values, AROUND)
     P = rows.shape[1]
     size = max(1, _BLOCK_BYTES // ((2**window) * (P + 16)))
     states = torch.cat(
