@@ -1,9 +1,11 @@
 """Frequencies of tokens, estimated from the tokenizer that lies beside a language model's weights.
 
 Vocabularies are ordered by frequency (WordPiece, Unigram) or by merges (BPE), of which the first are the most
-frequent. Counts follow the law of Zipf and Mandelbrot, 1 / (rank + 10). Without weights, the special tokens and
-the head of the vocabulary, which occur in every text, would be compressed as rare tokens; and they are
-outliers in many tables, with several times the error of the others.
+frequent. Counts follow the law of Zipf and Mandelbrot, 1 / (rank + 10); rows are weighted by their square roots, as
+frequent tokens are by the subsampling of word2vec (Mikolov et al. 2013, arXiv:1310.4546, section 2.3), because rare
+tokens tell texts apart. Without weights, the special tokens and the head of the vocabulary, which occur in every
+text, would be compressed as rare tokens; and they are outliers in many tables, with several times the error of the
+others.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ _log = logging.getLogger(__name__)
 
 
 def token_frequencies(checkpoint: Path, num_rows: Mapping[str, int]) -> dict[str, Tensor]:
-    """Estimate the frequencies of the ids of tables that have one row for each token of a tokenizer.
+    """Estimate the square roots of the frequencies of the ids of tables with one row for each token of a tokenizer.
 
     Args:
         checkpoint: file or folder of the weights, in the same folder as `tokenizer.json` or `vocab.txt`.
         num_rows: N of each table.
 
     Returns:
-        (N,) float32 positive frequencies, by table; empty without a tokenizer.
+        (N,) float32, positive, by table; empty without a tokenizer.
 
     Warns:
         CqrCompressWarning: a tokenizer that cannot be read, and is ignored.
@@ -105,7 +107,7 @@ def _checked_id(value: Any) -> int:
 
 
 def _frequencies(tokens: list[str], special: set[int], num_rows: int) -> Tensor:
-    """Estimate the frequencies of the tokens: (num_rows,) float32."""
+    """Estimate the square roots of the tokens' frequencies: (num_rows,) float32."""
     ranks, rank = [], 0.0
     for i, token in enumerate(tokens):
         if token == "" or _UNUSED.fullmatch(token):
@@ -119,4 +121,4 @@ def _frequencies(tokens: list[str], special: set[int], num_rows: int) -> Tensor:
             rank += 1
     ranks += [float("inf")] * (num_rows - len(tokens))
     rarest = 1 / (rank + _OFFSET)
-    return (1 / (torch.tensor(ranks, **CPU_FLOAT) + _OFFSET)).clamp_min(rarest / 10)
+    return (1 / (torch.tensor(ranks, **CPU_FLOAT) + _OFFSET)).clamp_min(rarest / 10).sqrt()
