@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cqr_compress._version import __version__
+from cqr_compress.integrations.after_import import after_import
 
 if TYPE_CHECKING:
     from cqr_compress.checkpoint.size_report import SizeReport as SizeReport
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from cqr_compress.clustering.options import ClusterOptions as ClusterOptions
     from cqr_compress.clustering.schedule import ClusterSchedule as ClusterSchedule
     from cqr_compress.commands.convert import convert as convert
+    from cqr_compress.commands.convert_folder import FolderReport as FolderReport
+    from cqr_compress.commands.convert_folder import convert_folder as convert_folder
     from cqr_compress.commands.evaluate import EvaluationReport as EvaluationReport
     from cqr_compress.commands.evaluate import evaluate as evaluate
     from cqr_compress.commands.export import export as export
@@ -65,6 +68,7 @@ _HOMES = {
     "clustering.options": ("ClusterOptions", "Clustering"),
     "clustering.schedule": ("ClusterSchedule",),
     "commands.convert": ("convert",),
+    "commands.convert_folder": ("FolderReport", "convert_folder"),
     "commands.evaluate": ("EvaluationReport", "evaluate"),
     "commands.export": ("export", "load_dense_state_dict"),
     "commands.finetune": ("finetune",),
@@ -90,6 +94,11 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME_OF)]
+
+
+after_import(
+    "transformers.quantizers.auto", lambda: import_module(f"{__name__}.integrations.transformers_quantizer")
+)
 
 
 def __getattr__(name: str) -> Any:

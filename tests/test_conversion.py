@@ -240,8 +240,8 @@ def test_a_request_that_contradicts_itself_is_refused(fields: dict[str, Any]) ->
 @pytest.mark.parametrize(
     "request_",
     [
-        cqr.ConvertOptions(num_columns=8, ratio=6), cqr.ConvertOptions(method="rq", rotation="opq", rank=64, ratio=6),
-        cqr.ConvertOptions(rank=64, ratio=6), cqr.ConvertOptions(rank=4, ratio=6), cqr.ConvertOptions(method="prq", rotation="pca", rank="auto", num_columns=4, ratio=6),
+        cqr.ConvertOptions(num_columns=8, ratio=6, effort="fast"), cqr.ConvertOptions(method="rq", rotation="opq", rank=64, ratio=6, effort="fast"),
+        cqr.ConvertOptions(rank=64, ratio=6, effort="fast"), cqr.ConvertOptions(rank=4, ratio=6, effort="fast"), cqr.ConvertOptions(method="prq", rotation="pca", rank="auto", num_columns=4, ratio=6, effort="fast"),
     ],
 )  # fmt: skip
 def test_ranks_that_a_table_cannot_have_are_left_out(

@@ -248,7 +248,9 @@ def test_the_sasrec_example_runs(tmp_path: Path) -> None:
 
 def test_the_criteo_example_draws_every_method_and_keeps_its_results(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    small = "--num-events 6000 --max-table 300 --codewords 16 --epochs 1 --batch-size 1000 --weight-decay 0 1e-5".split()
+    small = (
+        "--num-events 6000 --max-table 300 --codewords 16 --epochs 1 --batch-size 1000 --weight-decay 0".split()
+    )
     printed = run_example("dlrm_criteo.py", tmp_path, *small)
     results = json.loads((tmp_path / "criteo" / "results.json").read_text())
     assert len(results) == 9 and all(0.1 < result["bce"] < 2 for result in results.values())

@@ -22,7 +22,7 @@ RANKS = {
     "quantize": 3, "checkpoint": 3, "nn": 3,
     "planning": 4, "clustering": 4,
     "model": 5,
-    "finetuning": 6,
+    "finetuning": 6, "integrations": 6,
     "commands": 7, "tasks": 7,
     "cli": 8, "__init__": 8,
     "__main__": 9,

@@ -156,7 +156,7 @@ def _output(
 
 
 def _with_header(metadata: Mapping[str, str], header: Header) -> dict[str, str]:
-    return {**metadata, "format": "cqr_compress", METADATA_KEY: header.dumps()}
+    return {**metadata, "format": "pt", METADATA_KEY: header.dumps()}
 
 
 def _write(

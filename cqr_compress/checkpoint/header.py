@@ -329,3 +329,16 @@ def _typed(value: Any, kind: type[T], what: str = "a field") -> T:
     if isinstance(value, int) and not _fits(value):
         raise TypeError(f"{what} is {brief(value)}, which 64 bits cannot hold")
     return value
+
+
+def tables_for_config(header: Header) -> dict[str, Any]:
+    """Return a description of the tables of a file for its config.json."""
+    return {
+        name: {
+            "method": table.spec.method,
+            "layout": table.spec.layout,
+            "shape": [table.spec.num_embeddings, table.spec.embedding_dim],
+            "bytes": table.spec.nbytes,
+        }
+        for name, table in header.tables.items()
+    }

@@ -56,24 +56,36 @@ def convert(
 ) -> None:
     """Compress the embedding tables of a checkpoint.
 
-    Writes a safetensors file, with a JSON report next to it.
+    Writes a safetensors file, with a JSON report next to it; or, where CHECKPOINT and the output are folders, a
+    folder that transformers or sentence-transformers loads.
 
     Example:
     cqr-compress convert ckpt.pt -o small.safetensors --ratio 16 --dry-run
     """
 
     def work() -> None:
-        from cqr_compress.cli.render import print_load_hint, print_size_report
+        from cqr_compress.cli.render import print_folder_hint, print_load_hint, print_size_report
         from cqr_compress.commands.convert import convert as convert_file
+        from cqr_compress.commands.convert_folder import convert_folder, is_folder_conversion
         from cqr_compress.progress import ProgressBars
 
-        options = ConvertOptions(**option_fields)
+        options: dict[str, Any] = {
+            "options": ConvertOptions(**option_fields), "tables": tables or (), "exclude": exclude or (),
+            "frequencies": frequencies or (), "untie": untie, "shard_bytes": parse_size(shard_size),
+            "force": force, "dry_run": dry_run,
+        }  # fmt: skip
+        if output is not None and is_folder_conversion(checkpoint, output):
+            with ProgressBars() as progress:
+                folder = convert_folder(checkpoint, output, progress=progress, **options)
+            if as_json:
+                print_json(folder.to_json())
+                return
+            for report in folder.reports:
+                print_size_report(report)
+            print_folder_hint(folder)
+            return
         with ProgressBars() as progress:
-            report = convert_file(
-                checkpoint, output, options, tables=tables or (), exclude=exclude or (),
-                frequencies=frequencies or (), untie=untie, shard_bytes=parse_size(shard_size), force=force,
-                dry_run=dry_run, progress=progress,
-            )  # fmt: skip
+            report = convert_file(checkpoint, output, progress=progress, **options)
         if as_json:
             print_json(report.to_json())
             return

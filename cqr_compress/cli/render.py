@@ -12,6 +12,7 @@ from cqr_compress.checkpoint.base import UnbuiltObject
 from cqr_compress.checkpoint.size_report import SizeReport
 from cqr_compress.cli.printable import printable
 from cqr_compress.cli.tables import Column, print_table, stdout
+from cqr_compress.commands.convert_folder import FolderReport
 from cqr_compress.commands.evaluate import EvaluationReport
 from cqr_compress.commands.inspect import DenseReport
 from cqr_compress.finetuning.report import TuningReport
@@ -127,6 +128,18 @@ def print_load_hint(report: SizeReport) -> None:
     console.print()
     code = f"import cqr_compress as cqr\ncqr.load_compressed(model, {report.file!r})"
     console.print(Text(printable(code)), soft_wrap=True)
+
+
+def print_folder_hint(report: FolderReport) -> None:
+    """Print what a written folder has, and how to load it."""
+    console = stdout()
+    console.print()
+    if report.left_out:
+        _line(console, f"not copied: {', '.join(report.left_out[:_SHOWN_OTHERS])}")
+    if report.measured:
+        _line(console, f"{report.folder}: {len(report.copied)} other files are copied")
+        code = f"import cqr_compress\nmodel = AutoModel.from_pretrained({report.folder!r})"
+        console.print(Text(printable(code)), soft_wrap=True)
 
 
 def print_dense_report(report: DenseReport) -> None:

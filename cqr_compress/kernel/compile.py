@@ -94,29 +94,38 @@ def compile_library(compiler: list[str], flags: tuple[str, ...], output: Path, s
     """
     until = time.monotonic() + seconds
     compiled = [output.with_suffix(f".{source.stem}.o") for source in SOURCES]
-    for source, made in zip(SOURCES, compiled, strict=True):
-        _run([*compiler, *_FLAGS, *flags, "-c", str(source), "-o", str(made)], until)
-    _run([*compiler, "-shared", "-s", *map(str, compiled), "-lm", "-o", str(output)], until)
+    pairs = zip(SOURCES, compiled, strict=True)
+    _run([[*compiler, *_FLAGS, *flags, "-c", str(source), "-o", str(made)] for source, made in pairs], until)
+    _run([[*compiler, "-shared", "-s", *map(str, compiled), "-lm", "-o", str(output)]], until)
     for made in compiled:
         made.unlink()
 
 
-def _run(command: list[str], until: float) -> None:
-    """Run a compiler until a time; its own child processes end with it, and no pipe of theirs is waited for."""
-    with tempfile.TemporaryFile() as messages:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages, start_new_session=True
-        )
-        try:
-            code = process.wait(max(0.0, until - time.monotonic()))
-        except BaseException as e:
-            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if isinstance(e, subprocess.TimeoutExpired):
-                raise TimeoutError(f"{command[0]} did not finish in time") from None
-            raise
-        if code:
-            messages.seek(0)
-            detail = messages.read().decode(errors="replace").strip()[-500:]
-            raise OSError(f"{command[0]} failed with code {code} {detail}".strip())
+def _run(commands: list[list[str]], until: float) -> None:
+    """Run compilers at once until a time; their child processes end with them, and no pipe is waited for."""
+    with contextlib.ExitStack() as stack:
+        started = []
+        for command in commands:
+            messages = stack.enter_context(tempfile.TemporaryFile())
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages, start_new_session=True
+            )
+            stack.callback(_kill, process)
+            started.append((process, messages))
+        for process, messages in started:
+            try:
+                code = process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise TimeoutError(f"{commands[0][0]} did not finish in time") from None
+            if code:
+                messages.seek(0)
+                detail = messages.read().decode(errors="replace").strip()[-500:]
+                raise OSError(f"{commands[0][0]} failed with code {code} {detail}".strip())
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process that still runs, with its children."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

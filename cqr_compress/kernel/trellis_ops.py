@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cqr_compress.errors import ShapeError
+from cqr_compress.kernel import ops
 from cqr_compress.kernel.build import TrellisTable
-from cqr_compress.kernel.ops import library, lookup_threads
 from cqr_compress.table.trellis_spec import MAX_TIERS, TIER_BLOCK
 
 _WRONG_RATES, _NO_MEMORY, _LOST_ROW = -2, -3, -4
@@ -51,7 +51,7 @@ def trellis_search(
     weights, rates, values = weights.contiguous(), rates.contiguous(), values.contiguous()
     states = torch.empty(n, P, dtype=torch.int32, device="cpu")
     codes = torch.empty(n, row_nbytes, dtype=torch.uint8, device="cpu")
-    status = library().trellis_search(
+    status = ops.library().trellis_search(
         states.data_ptr(), codes.data_ptr(), rows.data_ptr(), n, P, weights.data_ptr(), rates.data_ptr(),
         row_nbytes, window, values.data_ptr(), max(1, around), search_threads(n, P, window),
     )  # fmt: skip
@@ -196,8 +196,8 @@ def _call(out: Tensor, ids: Tensor, codes: TrellisCodes, by: TrellisValues | Non
             codes.row_tiers, starts, values, scale, mean, gain, gain_range, rotation,
         )],
     )  # fmt: skip
-    bad = library().trellis_lookup(
-        out.data_ptr(), by is None, ids.data_ptr(), ids.dtype == torch.int64, B, table, lookup_threads(B)
+    bad = ops.library().trellis_lookup(
+        out.data_ptr(), by is None, ids.data_ptr(), ids.dtype == torch.int64, B, table, ops.lookup_threads(B)
     )
     if bad in (_WRONG_RATES, _LOST_ROW):
         raise codes.mismatch()

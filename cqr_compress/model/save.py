@@ -66,7 +66,7 @@ def save_compressed(
     destination.check()
     with shown(progress) as progress:
         if template is None:
-            header, parts = _from_model(model)
+            header, parts = parts_of_model(model)
             return CompressedOutput(destination, change_header(header), parts, {}).write(progress)
         with open_checkpoint(template) as checkpoint:
             opened = CompressedFile.from_checkpoint(checkpoint)
@@ -101,8 +101,12 @@ def _with_dtypes_of(spec: AnySpec, file: AnySpec) -> AnySpec:
     return replace(spec, dtype=file.dtype)
 
 
-def _from_model(model: nn.Module) -> tuple[Header, list[Part]]:
-    """Collect the tensors of the model, under their names in its state_dict."""
+def parts_of_model(model: nn.Module) -> tuple[Header, list[Part]]:
+    """Collect the tensors of a model with compressed layers, under their names in its state_dict.
+
+    Raises:
+        TableNotFoundError: the model has no compressed layer.
+    """
     parts: list[Part] = []
     named: dict[int, str] = {}
     tables: dict[str, TableRecord] = {}

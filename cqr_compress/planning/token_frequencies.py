@@ -1,11 +1,11 @@
 """Frequencies of tokens, estimated from the tokenizer that lies beside a language model's weights.
 
 Vocabularies are ordered by frequency (WordPiece, Unigram) or by merges (BPE), of which the first are the most
-frequent. Counts follow the law of Zipf and Mandelbrot, 1 / (rank + 10); rows are weighted by their square roots, as
-frequent tokens are by the subsampling of word2vec (Mikolov et al. 2013, arXiv:1310.4546, section 2.3), because rare
-tokens tell texts apart. Without weights, the special tokens and the head of the vocabulary, which occur in every
-text, would be compressed as rare tokens; and they are outliers in many tables, with several times the error of the
-others.
+frequent. Counts follow the law of Zipf and Mandelbrot, 1 / (rank + 10). Rows are weighted by their square roots,
+as frequent tokens are by the subsampling of word2vec (Mikolov et al. 2013, arXiv:1310.4546, section 2.3), because
+rare tokens tell texts apart. Without weights, the special tokens and the head of the vocabulary, which occur in
+every text, would be compressed as rare tokens; and they are outliers in many tables, with several times the error
+of the others.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 def token_frequencies(checkpoint: Path, num_rows: Mapping[str, int]) -> dict[str, Tensor]:
-    """Estimate the square roots of the frequencies of the ids of tables with one row for each token of a tokenizer.
+    """Estimate the square roots of the frequencies of tokens, for tables with one row for each token.
 
     Args:
         checkpoint: file or folder of the weights, in the same folder as `tokenizer.json` or `vocab.txt`.

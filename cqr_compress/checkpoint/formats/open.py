@@ -150,16 +150,22 @@ def _shard_path(index: Path, shard: str) -> Path:
         raise CheckpointError(f"{str(index)!r} lists the shard {brief(shard)}, which is no plain file name")
     path = index.parent / shard
     try:
-        folder, target = index.parent.resolve(), path.resolve()
+        is_inside = lies_in(path, index.parent)
     except (OSError, RuntimeError, ValueError) as e:
         raise CheckpointError(f"{str(index)!r} lists the shard {brief(shard)}, which cannot be read: {e}") from e
-    stores = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
-    if not any(target.is_relative_to(allowed) for allowed in (folder, *stores)):
+    if not is_inside:
         raise CheckpointError(
-            f"{str(index)!r} lists the shard {brief(shard)}, a link to {str(target)!r} outside its folder: copy "
-            "the file into the folder if you trust it"
+            f"{str(index)!r} lists the shard {brief(shard)}, a link to {str(path.resolve())!r} outside its "
+            "folder: copy the file into the folder if you trust it"
         )
     return path
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Return whether a file lies in a folder or, by links, in the store of a Hugging Face cache of the folder."""
+    folder, target = folder.resolve(), path.resolve()
+    stores = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
+    return any(target.is_relative_to(allowed) for allowed in (folder, *stores))
 
 
 def _merge(index: Path, weight_map: dict[str, str], shards: dict[str, Checkpoint], metadata: object) -> Checkpoint:

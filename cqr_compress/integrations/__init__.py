@@ -1,0 +1,1 @@
+"""Loading of compressed files by other libraries' own functions."""
