@@ -385,7 +385,7 @@ def test_the_stored_names_and_shapes_are_those_of_the_format(tmp_path: Path, ckp
     with open_checkpoint(tmp_path / "s.safetensors") as checkpoint:
         opened = CompressedFile.from_checkpoint(checkpoint)
         assert (
-            checkpoint.metadata["format"] == "cqr_compress"
+            checkpoint.metadata["format"] == "pt"
             and json.loads(checkpoint.metadata["cqr_compress"])["format_version"] == 2
         )
         assert opened.header.method == "prq"

@@ -338,7 +338,7 @@ def test_other_programs_fail_instead_of_leaving_random_rows(small: Path) -> None
     ):
         Model().load_state_dict(load_file(small), strict=False)
     with safe_open(small, "pt") as file:
-        assert file.metadata()["format"] == "cqr_compress"
+        assert file.metadata()["format"] == "pt"
 
 
 class Positions(nn.Module):

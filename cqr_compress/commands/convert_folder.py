@@ -1,7 +1,7 @@
 """Compress the embedding tables of a model's folder, from folder to folder, for the library that it belongs to.
 
 Folders of transformers, sentence-transformers and model2vec: their weights are `model.safetensors`,
-`pytorch_model.bin` or shards with an index, in the folder and in folders of its modules. Everything else is copied.
+`pytorch_model.bin` or shards with an index, in it and in folders of its modules. All other files are copied.
 """
 
 from __future__ import annotations

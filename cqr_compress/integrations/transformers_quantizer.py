@@ -27,6 +27,7 @@ from cqr_compress.checkpoint.json_file import read_json
 from cqr_compress.errors import SwapError
 from cqr_compress.model.save import parts_of_model
 from cqr_compress.model.swap import decompress_, swap_embeddings_
+from cqr_compress.table.spec import AnySpec
 from cqr_compress.table.table import CompressedTable
 
 _INDEX, _FILE = "model.safetensors.index.json", "model.safetensors"
@@ -60,11 +61,15 @@ class CompressedTablesQuantizer(HfQuantizer):
         """Create the quantizer of one `from_pretrained`."""
         super().__init__(quantization_config, **kwargs)
         self._tables: dict[str, CompressedTable] = {}
+        self._specs: dict[str, AnySpec] = {}
         self._source: SourceRecord | None = None
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         """Return whether `save_pretrained` can write the model: as safetensors files."""
         return safe_serialization is not False
+
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        """Do nothing: version 4 imports accelerate for layers that other methods replace."""
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         with open_checkpoint(_weights_of(model, checkpoint_files)) as checkpoint:
@@ -74,7 +79,7 @@ class CompressedTablesQuantizer(HfQuantizer):
             tables = {name: opened.table(name) for name in opened.specs}
         for name, table in tables.items():
             found = _name_in_model(model, name, table)
-            self._tables[found] = table
+            self._tables[found], self._specs[found] = table, table.spec
             module, attribute = _owner(model, found)
             module.register_parameter(attribute, _empty("meta"))
         stored = [stored_name(name, short) for name, table in tables.items() for short in table.spec.file_shapes()]
@@ -104,7 +109,7 @@ class CompressedTablesQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors of the model's file, and the metadata that describes its tables."""
-        header, parts = parts_of_model(model)
+        header, parts = parts_of_model(model, self._specs)
         written: dict[str, list[Tensor]] = {}
         for part in parts:
             part.write(lambda name, values: written.setdefault(name, []).append(values))

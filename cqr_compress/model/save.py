@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,8 +101,12 @@ def _with_dtypes_of(spec: AnySpec, file: AnySpec) -> AnySpec:
     return replace(spec, dtype=file.dtype)
 
 
-def parts_of_model(model: nn.Module) -> tuple[Header, list[Part]]:
+def parts_of_model(model: nn.Module, dtypes: Mapping[str, AnySpec] = {}) -> tuple[Header, list[Part]]:
     """Collect the tensors of a model with compressed layers, under their names in its state_dict.
+
+    Args:
+        model: the model.
+        dtypes: specs by name of tables that get the dtypes of a spec instead of those in memory.
 
     Raises:
         TableNotFoundError: the model has no compressed layer.
@@ -120,9 +124,10 @@ def parts_of_model(model: nn.Module) -> tuple[Header, list[Part]]:
             continue
         named[id(layer.owner)] = slot.name
         table: CompressedTable = layer.table()
-        parts.append(table_part(slot.name, table.spec, table.tensors))
-        tables[slot.name] = TableRecord(spec=table.spec, quality=None, reason="made by its layer")
-        dense_bytes += table.spec.dense_nbytes
+        spec = _with_dtypes_of(table.spec, dtypes.get(slot.name, table.spec))
+        parts.append(table_part(slot.name, spec, table.tensors))
+        tables[slot.name] = TableRecord(spec=spec, quality=None, reason="made by its layer")
+        dense_bytes += spec.dense_nbytes
     if not named:
         raise TableNotFoundError(f"{type(model).__name__} has no compressed layer")
     inside = names_inside_tables(model)
