@@ -5,6 +5,7 @@ cqr.convert("ckpt.pt", "small.safetensors", ratio=16)
 cqr.load_compressed(model, "small.safetensors")
 """
 
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -96,9 +97,17 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME_OF)]
 
 
+def _extend_static_embedding(module: str) -> None:
+    import_module(f"{__name__}.integrations.static_embedding").extend(module)
+
+
 after_import(
     "transformers.quantizers.auto", lambda: import_module(f"{__name__}.integrations.transformers_quantizer")
 )
+for _module in ("sentence_transformer.modules.static_embedding", "models.StaticEmbedding"):
+    after_import(
+        f"sentence_transformers.{_module}", partial(_extend_static_embedding, f"sentence_transformers.{_module}")
+    )
 
 
 def __getattr__(name: str) -> Any:

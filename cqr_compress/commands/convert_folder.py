@@ -40,7 +40,6 @@ _OTHER_WEIGHTS = (
 )  # fmt: skip
 """Suffixes of files of the same weights in other formats, which are not copied."""
 _NOT_COPIED = frozenset([".git", ".cache", "__pycache__"])
-_STATIC = "cqr_compress.integrations.static_embedding.CompressedStaticEmbedding"
 _CARD = "## Compressed embedding tables"
 
 
@@ -155,7 +154,6 @@ def convert_folder(
         if not dry_run:
             for file in reports:
                 _describe(file, source, staging)
-            _replace_static_modules(staging, {file.parent.relative_to(source) for file in reports})
             _write_card(staging / "README.md", list(reports.values()))
             _commit(staging, output)
     return FolderReport(
@@ -268,21 +266,12 @@ def _describe(weights: Path, source: Path, staging: Path) -> None:
     written = (staging / weights.relative_to(source)).with_name(_output_name(weights))
     with open_checkpoint(written if written.exists() else written.parent) as checkpoint:
         header = CompressedFile.from_checkpoint(checkpoint).header
+    if (
+        "dtype" not in values and "torch_dtype" not in values
+    ):  # else that of the first tensor, which may be a codebook
+        values["torch_dtype"] = next(iter(header.specs.values())).dtype
     values["quantization_config"] = {"quant_method": METADATA_KEY, "tables": tables_for_config(header)}
     _write_text(config, json.dumps(values, indent=2) + "\n")
-
-
-def _replace_static_modules(staging: Path, converted: set[Path]) -> None:
-    """Let sentence-transformers load compressed StaticEmbedding modules by the class of this package."""
-    path = staging / "modules.json"
-    if not path.exists():
-        return
-    modules = read_json(path)
-    for module in modules if isinstance(modules, list) else ():
-        is_static = isinstance(module, dict) and str(module.get("type", "")).endswith(".StaticEmbedding")
-        if is_static and Path(str(module.get("path", ""))) in converted:
-            module["type"] = _STATIC
-    _write_text(path, json.dumps(modules, indent=2) + "\n")
 
 
 def _write_card(path: Path, reports: Sequence[SizeReport]) -> None:

@@ -26,6 +26,7 @@ from cqr_compress.checkpoint.header import METADATA_KEY, SourceRecord, tables_fo
 from cqr_compress.checkpoint.json_file import read_json
 from cqr_compress.errors import SwapError
 from cqr_compress.model.save import parts_of_model
+from cqr_compress.model.surgery import table_attributes
 from cqr_compress.model.swap import decompress_, swap_embeddings_
 from cqr_compress.table.spec import AnySpec
 from cqr_compress.table.table import CompressedTable
@@ -62,6 +63,8 @@ class CompressedTablesQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._tables: dict[str, CompressedTable] = {}
         self._specs: dict[str, AnySpec] = {}
+        self._weights = Path()
+        self._shapes: dict[str, torch.Size] = {}
         self._source: SourceRecord | None = None
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
@@ -72,7 +75,9 @@ class CompressedTablesQuantizer(HfQuantizer):
         """Do nothing: version 4 imports accelerate for layers that other methods replace."""
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
-        with open_checkpoint(_weights_of(model, checkpoint_files)) as checkpoint:
+        self._weights = _weights_of(model, checkpoint_files)
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        with open_checkpoint(self._weights) as checkpoint:
             opened = CompressedFile.from_checkpoint(checkpoint)
             opened.verify()
             self._source = opened.header.source
@@ -103,9 +108,30 @@ class CompressedTablesQuantizer(HfQuantizer):
                 for key, parameter in other._parameters.items():
                     if parameter is filled:
                         other._parameters[key] = weight
+        self._restore_biases(model)
         swap_embeddings_(model, self._tables)
+        for name in self._tables:
+            table_attributes(_owner(model, name)[0])[_owner(model, name)[1]].to(
+                dtype
+            )  # model.dtype is the first of all
         self._tables = {}
         return model
+
+    def _restore_biases(self, model: Any) -> None:
+        """Load biases of tied output heads again, which were cut to the number of rows of an empty weight."""
+        cut = {n: p for n, p in model.named_parameters() if n in self._shapes and p.shape != self._shapes[n]}
+        if not cut:
+            return
+        prefix = f"{model.base_model_prefix}."
+        with open_checkpoint(self._weights) as checkpoint:
+            for name, parameter in cut.items():
+                in_file = next(
+                    (n for n in (name, prefix + name, name.removeprefix(prefix)) if n in checkpoint.entries), None
+                )
+                whole = torch.zeros(self._shapes[name], dtype=parameter.dtype, device=parameter.device)
+                if in_file is not None:
+                    whole.copy_(checkpoint.entries[in_file].stored.read())
+                parameter.data = whole
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors of the model's file, and the metadata that describes its tables."""
