@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cqr_compress.checkpoint.base import Checkpoint, Format, TensorEntry
 from cqr_compress.checkpoint.checksums import WRITE_KEY
+from cqr_compress.checkpoint.formats.foreign import explain
 from cqr_compress.checkpoint.formats.mapped_storage import changed_error
 from cqr_compress.checkpoint.formats.safetensors_files import SAFETENSORS
 from cqr_compress.checkpoint.formats.torch_files import BARE_PICKLE, TORCH_LEGACY, TORCH_TAR, TORCH_ZIP
@@ -85,10 +86,17 @@ def _open_as(path: Path, formats: tuple[Format, ...]) -> Checkpoint:
         raise CheckpointError(f"{str(path)!r} is empty")
     for form in formats:
         if form.matches(path, head):
-            return form.open(path)
+            try:
+                return form.open(path)
+            except CheckpointError as e:
+                if known := explain(path, head):
+                    raise CheckpointError(f"{e} {known[:1].upper()}{known[1:]}") from e
+                raise
+    known = explain(path, head) or (
+        f"known are {_known_suffixes()}, an index of shards, or a folder with one of these."
+    )
     raise CheckpointError(
-        f"{str(path)!r} starts with {head[:8]!r}: not a torch or safetensors checkpoint. "
-        f"Known: {_known_suffixes()}, an index of shards, or a folder with one of these."
+        f"{str(path)!r} starts with {head[:8]!r}: not a torch or safetensors checkpoint; {known}"
     )
 
 
@@ -107,9 +115,8 @@ def _in_folder(folder: Path) -> Path:
                 f"folder {str(folder)!r} contains {len(choices)} checkpoints and no index: give one of "
                 f"{', '.join(p.name for p in choices[:8])}"
             )
-    raise CheckpointError(
-        f"folder {str(folder)!r} contains no checkpoint: no index of shards (*.index.json), {_known_suffixes()}"
-    )
+    known = explain(folder, b"") or f"no index of shards (*.index.json), {_known_suffixes()}"
+    raise CheckpointError(f"folder {str(folder)!r} contains no checkpoint: {known}")
 
 
 def _known_suffixes() -> str:

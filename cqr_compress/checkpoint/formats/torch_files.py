@@ -12,6 +12,7 @@ from typing import IO, Any, NoReturn
 
 from cqr_compress.checkpoint.base import Checkpoint, Format
 from cqr_compress.checkpoint.formats.budget import Budget, Meter
+from cqr_compress.checkpoint.formats.foreign import explain_zip
 from cqr_compress.checkpoint.formats.mapped_storage import LazyStorage, SourceFile
 from cqr_compress.checkpoint.formats.nesting import checkpoint_from_tree
 from cqr_compress.checkpoint.formats.safe_pickle import describe, load_structure
@@ -40,8 +41,9 @@ def open_torch_zip(path: Path) -> Checkpoint:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
+            known = f": {explain_zip(path, {*members})}" if not pickles else ""
             raise CheckpointError(
-                f"{str(path)!r} is a zip file with {len(pickles)} data.pkl members, not a torch checkpoint"
+                f"{str(path)!r} is a zip file with {len(pickles)} data.pkl members, not a torch checkpoint{known}"
             )
         prefix = pickles[0].removesuffix("data.pkl")
         if f"{prefix}constants.pkl" in members:
