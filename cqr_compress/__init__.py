@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from cqr_compress.table.spec import CodebookSpec as CodebookSpec
     from cqr_compress.table.spec import RowwiseSpec as RowwiseSpec
     from cqr_compress.table.table import CompressedTable as CompressedTable
+    from cqr_compress.vectors.word_vectors import WordVectors as WordVectors
+    from cqr_compress.vectors.word_vectors import load_vectors as load_vectors
 
 _HOMES = {
     "checkpoint.size_report": ("SizeReport", "TableReport"),
@@ -92,6 +94,7 @@ _HOMES = {
     "table.random_tables": ("sketch_table",),
     "table.spec": ("CodebookSpec", "RowwiseSpec"),
     "table.table": ("CompressedTable",),
+    "vectors.word_vectors": ("WordVectors", "load_vectors"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME_OF)]

@@ -40,10 +40,9 @@ def rows_of(path: Path) -> torch.Tensor:
         return entry.stored.read()
 
 
-@pytest.mark.parametrize("name", ["it's.npy", "a.npz"])
-def test_arrays_of_numpy(tmp_path: Path, name: str) -> None:
-    (np.save if name.endswith(".npy") else np.savez)(tmp_path / name, ROWS.numpy())
-    message = refused(tmp_path / name)
+def test_arrays_of_numpy(tmp_path: Path) -> None:
+    np.savez(tmp_path / "it's.npz", ROWS.numpy())
+    message = refused(tmp_path / "it's.npz")
     assert "numpy" in message
     run_advice(message, tmp_path)
     assert torch.equal(rows_of(next(tmp_path.glob("*.safetensors"))), ROWS)

@@ -17,7 +17,7 @@ import cqr_compress
 ROOT = Path(cqr_compress.__file__).parent
 RANKS = {
     "_version": 0, "errors": 0, "progress": 0, "distributed": 0, "option_fields": 0,
-    "table": 1,
+    "table": 1, "vectors": 1,
     "kernel": 2,
     "quantize": 3, "checkpoint": 3, "nn": 3,
     "planning": 4, "clustering": 4,
@@ -28,7 +28,12 @@ RANKS = {
     "__main__": 9,
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
-HOMES = {"faiss": {"quantize"}, "safetensors": {"checkpoint"}, "typer": {"cli"}, "rich": {"cli", "progress"}}
+HOMES = {
+    "faiss": {"quantize"},
+    "safetensors": {"checkpoint", "vectors"},
+    "typer": {"cli"},
+    "rich": {"cli", "progress"},
+}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

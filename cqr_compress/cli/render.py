@@ -14,6 +14,7 @@ from cqr_compress.cli.printable import printable
 from cqr_compress.cli.tables import Column, print_table, stdout
 from cqr_compress.commands.convert_folder import FolderReport
 from cqr_compress.commands.evaluate import EvaluationReport
+from cqr_compress.commands.export_vectors import is_word_vectors
 from cqr_compress.commands.inspect import DenseReport
 from cqr_compress.finetuning.report import TuningReport
 
@@ -126,7 +127,13 @@ def print_load_hint(report: SizeReport) -> None:
     """Print the two lines of Python that load the file."""
     console = stdout()
     console.print()
-    code = f"import cqr_compress as cqr\ncqr.load_compressed(model, {report.file!r})"
+    has_words = [table.name for table in report.tables] == ["vectors"] and is_word_vectors(report.file)
+    load = (
+        f"vectors = cqr.load_vectors({report.file!r})"
+        if has_words
+        else f"cqr.load_compressed(model, {report.file!r})"
+    )
+    code = f"import cqr_compress as cqr\n{load}"
     console.print(Text(printable(code)), soft_wrap=True)
 
 

@@ -43,7 +43,7 @@ def default_output(source: Path) -> Path:
     if source.is_dir():
         return source / "model.cqr.safetensors"
     name = source.name
-    for suffix in (".index.json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
+    for suffix in (".index.json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".txt", ".vec", ".npy"):
         name = name.removesuffix(suffix)
     return source.with_name(f"{name}.cqr.safetensors")
 

@@ -17,6 +17,7 @@ from cqr_compress.checkpoint.header import METADATA_KEY
 from cqr_compress.checkpoint.output_files import check_outputs
 from cqr_compress.checkpoint.parts import Part, Put, copied_part
 from cqr_compress.checkpoint.torch_writer import save_torch
+from cqr_compress.commands.export_vectors import VECTOR_SUFFIXES, export_vectors, is_word_vectors
 from cqr_compress.errors import FormatError, OutputError
 from cqr_compress.progress import NoProgress, Progress, shown
 from cqr_compress.table.base_spec import TensorShape
@@ -66,7 +67,8 @@ def export(
 
     Args:
         source: a compressed file.
-        output: path that ends in .pt, .pth, .ckpt, .bin or .safetensors.
+        output: path that ends in .pt, .pth, .ckpt, .bin or .safetensors; of word vectors also .txt and .vec (text
+            of word2vec) or .npy, and .bin is the binary form of word2vec.
         shard_bytes: split a safetensors output into files of about this size.
         force: replace an existing file.
         verify: whether to compare the tensors with the checksums in the file first.
@@ -80,6 +82,8 @@ def export(
         OutputError: an unknown suffix, or the file cannot be written.
     """
     output = Path(output)
+    if output.suffix in VECTOR_SUFFIXES and is_word_vectors(source):
+        return export_vectors(source, output, force=force, verify=verify, progress=progress)
     if output.suffix not in (*TORCH_SUFFIXES, ".safetensors"):
         raise OutputError(
             f"{str(output)!r} has an unknown suffix: give {', '.join(TORCH_SUFFIXES)} (torch.save) or .safetensors"

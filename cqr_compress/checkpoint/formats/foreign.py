@@ -126,11 +126,6 @@ _FOREIGN = (
     Foreign("an ONNX model", _is_onnx, _python("onnx", "import onnx, onnx.numpy_helper", _ONNX)),
     Foreign("a msgpack file (Flax)", _is_msgpack, _python("flax", _FLAX_IMPORTS, _FLAX)),
     Foreign(
-        "an array of numpy",
-        _starts(b"\x93NUMPY"),
-        _python("numpy", "import numpy as np", "{'embedding.weight': torch.from_numpy(np.load({path}))}"),
-    ),
-    Foreign(
         "the index of a TensorFlow checkpoint",
         _is_tensorflow_index,
         _tensorflow(lambda path: path.with_suffix("")),

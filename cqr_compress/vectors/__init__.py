@@ -1,0 +1,1 @@
+"""Word vectors from compressed files, with numpy and safetensors alone."""

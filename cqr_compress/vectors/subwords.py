@@ -1,0 +1,53 @@
+"""Rows of the n-grams of letters of a word (fastText: Bojanowski et al. 2017, arXiv:1607.04606, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_END_OF_LINE = "</s>"
+
+
+@dataclass(frozen=True)
+class Subwords:
+    """Which rows n-grams have: those after the words, by a hash.
+
+    Attributes:
+        num_words: number of words, which have the first rows.
+        num_buckets: number of rows of n-grams.
+        shortest: letters of the shortest n-grams.
+        longest: letters of the longest ones.
+    """
+
+    num_words: int
+    num_buckets: int
+    shortest: int
+    longest: int
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any]) -> Subwords | None:
+        """Restore it from what a file says of its word vectors; None without n-grams."""
+        if not about.get("buckets"):
+            return None
+        return cls(about["words"], about["buckets"], about["minn"], about["maxn"])
+
+    def rows_of(self, word: str) -> list[int]:
+        """Return the rows of the n-grams of a word, which is put in angle brackets first."""
+        letters, rows = f"<{word}>", []
+        if word == _END_OF_LINE:
+            return []
+        for start in range(len(letters)):
+            for length in range(self.shortest, self.longest + 1):
+                part = letters[start : start + length]
+                if len(part) == length and not (length == 1 and start in (0, len(letters) - 1)):
+                    rows.append(self.num_words + _hash(part.encode()) % self.num_buckets)
+        return rows
+
+
+def _hash(text: bytes) -> int:
+    """FNV-1a of 32 bits, of signed bytes as fastText computes it."""
+    value = 2166136261
+    for byte in text:
+        value = (value ^ (byte if byte < 128 else byte | 0xFFFFFF00)) * 16777619 & 0xFFFFFFFF
+    return value

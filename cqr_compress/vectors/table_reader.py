@@ -1,0 +1,193 @@
+"""Rows of compressed tables, decoded with numpy: what `table` does in torch, for programs without torch.
+
+`table.spec` describes the layouts and their tensors in a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cqr_compress.errors import FormatError
+
+_PRIME = 2**31 - 1
+_BLOCK = 128
+"""Rows for each entry of `tier_starts`."""
+Array = NDArray[Any]
+
+
+class TableReader:
+    """Decodes rows of a table.
+
+    Attributes:
+        shape: (N, D).
+    """
+
+    def __init__(self, spec: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
+        """Prepare the tensors of a table.
+
+        Args:
+            spec: the table's spec as in the header of the file.
+            tensors: its tensors by short name, as in the file.
+
+        Raises:
+            FormatError: a layout that is decoded by torch only: codes that are computed from ids.
+        """
+        self._spec, self._tensors = spec, dict(tensors)
+        self.shape: tuple[int, int] = (spec["num_embeddings"], spec["embedding_dim"])
+        if spec["kind"] == "codebook" and set(spec["code_sources"]) != {"stored"}:
+            raise FormatError(f"tables of method {spec['method']!r} are decoded by torch: use cqr.load_compressed")
+        if spec["kind"] == "codebook":
+            self._prepare_codebook()
+        elif spec["kind"] == "trellis":
+            self._prepare_trellis()
+        kept = self._tensors.get("kept_ids", np.empty(0, np.int64)).astype(np.int64)
+        self._exact, self._zero = kept[: spec["num_kept_rows"]], kept[spec["num_kept_rows"] :]
+
+    def rows(self, ids: Array) -> NDArray[np.float32]:
+        """Decode rows: ids (B,) integers in [0, N) to (B, D) float32."""
+        kind = self._spec["kind"]
+        decode = {"codebook": self._codebook_rows, "trellis": self._trellis_rows, "rowwise": self._rowwise_rows}
+        rows: Array = decode[kind](ids).astype(np.float32, copy=False)
+        for stored, values in ((self._exact, self._tensors.get("kept_rows")), (self._zero, None)):
+            if not len(stored):
+                continue
+            at = np.minimum(np.searchsorted(stored, ids), len(stored) - 1)
+            hit = stored[at] == ids
+            rows[hit] = 0.0 if values is None else values[at[hit]]
+        return rows
+
+    def _prepare_codebook(self) -> None:
+        tensors = self._tensors
+        if self._spec["codebook_dtype"] == "int8":
+            scale = tensors["codebook_scale"].astype(np.float32)[:, :, None]
+            tensors["codebooks"] = tensors["codebooks"].astype(np.float32) * scale
+            self._normalize_rotation()
+        tensors["codebooks"] = tensors["codebooks"].astype(np.float32)
+
+    def _codebook_rows(self, ids: Array) -> Array:
+        codebooks = self._tensors["codebooks"]
+        C, L, K, S = codebooks.shape
+        n_bits = max(1, (K - 1).bit_length())
+        codes = _unpack(self._tensors["codes"][ids], C * L, n_bits).reshape(len(ids), C, L)
+        rows = np.zeros((len(ids), C, S), np.float32)
+        for level in range(L):
+            rows += codebooks[np.arange(C), level, codes[:, :, level]]
+        return self._rotated(rows.reshape(len(ids), C * S))
+
+    def _rowwise_rows(self, ids: Array) -> Array:
+        tensors, spec = self._tensors, self._spec
+        codes = _unpack(tensors["codes"][ids], spec["embedding_dim"], spec["n_bits"]).astype(np.float32)
+        scale, offset = (tensors[name][ids].astype(np.float32)[:, None] for name in ("row_scale", "row_offset"))
+        return offset + scale * codes
+
+    def _prepare_trellis(self) -> None:
+        spec, tensors = self._spec, self._tensors
+        if spec["rotation"]:
+            self._normalize_rotation()
+        for name in ("dim_scale", "row_mean", "gain_range", "state_values"):
+            if name in tensors:
+                tensors[name] = tensors[name].astype(np.float32)
+        if "state_values" not in tensors:
+            tensors["state_values"] = seeded_values(spec["window"], spec["seed"])
+        rates = tensors["dim_rates"].astype(np.int64)
+        self._first_bits = rates.cumsum(1) - rates
+        if spec["gain_bits"]:
+            low, log_ratio = tensors["gain_range"]
+            self._gains = low * np.exp(np.arange(256, dtype=np.float32) / 255 * log_ratio)
+
+    def _trellis_rows(self, ids: Array) -> Array:
+        spec, tensors, sizes = self._spec, self._tensors, np.array(self._spec["tier_nbytes"])
+        if len(sizes) == 1:
+            tiers, first = np.zeros(len(ids), np.int64), np.asarray(ids, np.int64) * sizes[0]
+        else:
+            tiers, first = self._places(np.asarray(ids, np.int64))
+        flat = tensors["codes"].reshape(-1)
+        rows = np.empty((len(ids), self._first_bits.shape[1]), np.float32)
+        for tier, size in enumerate(sizes.tolist()):
+            here = np.flatnonzero(tiers == tier)
+            if not len(here):
+                continue
+            ring = flat[first[here, None] + np.arange(size)]
+            states = _windows(ring, self._first_bits[tier], spec["window"])
+            rows[here] = tensors["state_values"][states] * tensors["dim_scale"][tier]
+        if spec["gain_bits"]:
+            rows *= self._gains[tensors["row_gain"][ids]][:, None]
+        return self._rotated(rows) + tensors["row_mean"]
+
+    def _places(self, ids: Array) -> tuple[Array, Array]:
+        """Return the tiers of rows, and the first bytes of their codes."""
+        packed, sizes = self._tensors["row_tiers"], np.array(self._spec["tier_nbytes"])
+        sizes = np.pad(sizes, (0, 4 - len(sizes)))
+        before = ids // _BLOCK * _BLOCK + np.arange(_BLOCK)[:, None]  # of the same block
+        inside = before < ids
+        before = np.where(inside, before, 0)
+        bytes_ = np.where(inside, sizes[packed[before // 4] >> 2 * (before % 4).astype(np.uint8) & 3], 0).sum(0)
+        tiers = (packed[ids // 4] >> 2 * (ids % 4).astype(np.uint8) & 3).astype(np.int64)
+        return tiers, self._tensors["tier_starts"][ids // _BLOCK].astype(np.int64) + bytes_
+
+    def _normalize_rotation(self) -> None:
+        if "rotation" in self._tensors:
+            rotation = self._tensors["rotation"].astype(np.float64)
+            norm = np.maximum(np.linalg.norm(rotation, axis=1, keepdims=True), 1)
+            self._tensors["rotation"] = (rotation / norm).astype(np.float32)
+
+    def _rotated(self, rows: Array) -> Array:
+        rotation = self._tensors.get("rotation")
+        return rows if rotation is None else rows @ rotation.astype(np.float32)
+
+
+def _unpack(packed: Array, num_codes: int, n_bits: int) -> Array:
+    """Read codes of `n_bits`, least significant bit first: (B, width) uint8 to (B, num_codes) integers."""
+    if n_bits == 8:
+        return packed[:, :num_codes]
+    bits = np.arange(num_codes) * n_bits
+    codes: Array = _words(np.pad(packed, ((0, 0), (0, 2))), bits // 8) >> bits % 8 & 2**n_bits - 1
+    return codes
+
+
+def _windows(ring: Array, first_bits: Array, window: int) -> Array:
+    """Read the windows of rings of bits that begin at `first_bits` (P,): (B, width) uint8 to (B, P) integers."""
+    ring = np.pad(ring, ((0, 0), (0, 2)), mode="wrap")
+    width = ring.shape[1] - 2
+    states: Array = _words(ring, first_bits // 8 % width) >> first_bits % 8 & 2**window - 1
+    return states
+
+
+def _words(rows: Array, first: Array) -> Array:
+    """Read three bytes from each position `first` (P,) of rows on: (B, P) int32."""
+    wide = rows.astype(np.int32)
+    words: Array = wide[:, first] | wide[:, first + 1] << 8 | wide[:, first + 2] << 16
+    return words
+
+
+def seeded_values(window: int, seed: int) -> Array:
+    """Compute the values of the states of a trellis, as `table.trellis.seeded_values` does."""
+    states = np.arange(2**window)
+    order = np.zeros_like(states)
+    for bit in range(window):
+        ids = states >> (bit + 1)
+        a, b, c = (_coefficient(seed, bit, index) for index in range(3))
+        flip = (b * (ids & 2**30 - 1) % _PRIME + a * (ids >> 30) % _PRIME + c) % _PRIME % 2
+        order |= ((states >> bit & 1) ^ flip) << (window - 1 - bit)
+    normal = NormalDist()
+    quantiles = np.array([normal.inv_cdf((rank + 0.5) / 2**window) for rank in range(2**window)])
+    values = quantiles[order]
+    halves: Array = (values / np.sqrt(np.mean(np.square(values)))).astype(np.float16)
+    return halves.astype(np.float32)
+
+
+def _coefficient(seed: int, stream: int, index: int) -> int:
+    """Draw a coefficient of a hash function; see `table.hashing`."""
+    mask = 2**64 - 1
+    state = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + index + 1) & mask
+    for _ in range(2):
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        state = z ^ (z >> 31)
+    return state % (_PRIME - 1) + 1

@@ -1,0 +1,168 @@
+"""Word vectors: rows of a compressed table by the words that the file names."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from cqr_compress.errors import FormatError
+from cqr_compress.vectors.subwords import Subwords
+from cqr_compress.vectors.table_reader import TableReader
+
+HEADER, TABLE, VOCABULARY, ABOUT = "cqr_compress", "vectors", "vocabulary", "word_vectors"
+"""Keys of the metadata, and names of the tensors, of files of word vectors."""
+_BLOCK_ROWS = 8192
+Vector = NDArray[np.float32]
+
+
+def load_vectors(path: str | Path) -> WordVectors:
+    """Open the word vectors of a compressed file.
+
+        vectors = cqr.load_vectors("small.safetensors")
+        vectors["king"], vectors.most_similar("king", topn=10)
+
+    Args:
+        path: a file that `convert` made of word vectors.
+
+    Raises:
+        FormatError: not such a file, or a damaged one.
+    """
+    try:
+        with safe_open(str(path), "np") as file:
+            metadata = file.metadata() or {}
+            names = set(file.keys())
+            if HEADER not in metadata or VOCABULARY not in names or ABOUT not in metadata:
+                raise FormatError(
+                    f"{str(path)!r} has no word vectors: give what `convert` made of a .txt, .bin or .npy file"
+                )
+            spec = json.loads(metadata[HEADER])["tables"][TABLE]["spec"]
+            tensors = {
+                name.removeprefix(f"{TABLE}."): file.get_tensor(name)
+                for name in names
+                if name.startswith(f"{TABLE}.")
+            }
+            words = zlib.decompress(file.get_tensor(VOCABULARY).tobytes()).decode().split("\n")
+            about = json.loads(metadata[ABOUT])
+    except (SafetensorError, KeyError, ValueError, zlib.error) as e:
+        raise FormatError(f"{str(path)!r} has no readable word vectors: {e}") from e
+    return WordVectors(words[:-1], TableReader(spec, tensors), Subwords.of(about))
+
+
+class WordVectors:
+    """Words with vectors, which are decoded when they are asked for.
+
+    Attributes:
+        words: the words, in the order of the source.
+        subwords: the rows of n-grams of letters that words consist of (fastText), or None.
+    """
+
+    def __init__(self, words: list[str], table: TableReader, subwords: Subwords | None = None) -> None:
+        """Hold words and the table of their rows."""
+        self.words, self.subwords, self._table = words, subwords, table
+
+    @property
+    def vector_size(self) -> int:
+        """D, dimensions of a vector."""
+        return self._table.shape[1]
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for i, word in enumerate(self.words):
+            found.setdefault(word, i)
+        return found
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __contains__(self, word: object) -> bool:
+        """Return whether a word has a vector: it is in the vocabulary, or consists of known n-grams."""
+        return word in self._ids or (
+            isinstance(word, str) and self.subwords is not None and bool(self.subwords.rows_of(word))
+        )
+
+    def __getitem__(self, words: str | Sequence[str]) -> Vector:
+        """Return the vector (D,) of a word, or (n, D) of several.
+
+        Raises:
+            KeyError: a word that has none.
+        """
+        found = self._vectors([words] if isinstance(words, str) else list(words))
+        one: Vector = found[0]
+        return one if isinstance(words, str) else found
+
+    def _vectors(self, words: list[str]) -> Vector:
+        rows, owner = [], []
+        for i, word in enumerate(words):
+            mine = [self._ids[word]] if word in self._ids else []
+            mine += self.subwords.rows_of(word) if self.subwords is not None else []
+            if not mine:
+                raise KeyError(f"{word!r} is not in the vocabulary")
+            rows += mine
+            owner += [i] * len(mine)
+        decoded = self._table.rows(np.array(rows, np.int64))
+        if len(rows) == len(words):
+            return decoded
+        starts = np.searchsorted(owner, np.arange(len(words)))
+        counts = np.bincount(np.array(owner), minlength=len(words)).astype(np.float32)
+        sums: Vector = np.add.reduceat(decoded, starts, axis=0)
+        return sums / counts[:, None]
+
+    def all_vectors(self) -> Iterator[tuple[int, Vector]]:
+        """Iterate over blocks of the vectors of all words: the first word's index, and (n, D)."""
+        for start in range(0, len(self.words), _BLOCK_ROWS):
+            stop = min(start + _BLOCK_ROWS, len(self.words))
+            if self.subwords is None:
+                yield start, self._table.rows(np.arange(start, stop))
+            else:
+                yield start, self._vectors(self.words[start:stop])
+
+    def most_similar(
+        self, positive: str | Sequence[str], negative: Sequence[str] = (), topn: int = 10
+    ) -> list[tuple[str, float]]:
+        """Find the words of the largest cosine with the mean of unit vectors; those that are given are left out.
+
+        Args:
+            positive: a word, or several.
+            negative: words whose vectors are subtracted.
+            topn: number of words.
+
+        Returns:
+            Words with their cosines, best first.
+
+        Raises:
+            KeyError: a word that has no vector.
+        """
+        positive = [positive] if isinstance(positive, str) else list(positive)
+        total: Vector = _unit(self[positive]).sum(0, keepdims=True, dtype=np.float32)
+        if negative:
+            total -= _unit(self[list(negative)]).sum(0, keepdims=True, dtype=np.float32)
+        query = _unit(total)[0]
+        cosines = np.concatenate([_unit(rows) @ query for _, rows in self.all_vectors()])
+        given = [self._ids[word] for word in (*positive, *negative) if word in self._ids]
+        cosines[given] = -np.inf
+        topn = min(topn, len(cosines) - len(set(given)))
+        best = np.argpartition(-cosines, topn - 1)[:topn] if topn > 0 else np.empty(0, np.int64)
+        return [(self.words[i], float(cosines[i])) for i in best[np.argsort(-cosines[best], kind="stable")]]
+
+    def similarity(self, a: str, b: str) -> float:
+        """Return the cosine of two words."""
+        return float(np.dot(*_unit(self[[a, b]])))
+
+    def n_similarity(self, a: Sequence[str], b: Sequence[str]) -> float:
+        """Return the cosine of the means of two lists of words."""
+        means = np.stack([self[list(a)].mean(0), self[list(b)].mean(0)])
+        return float(np.dot(*_unit(means)))
+
+
+def _unit(rows: Vector) -> Vector:
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit: Vector = rows / np.maximum(length, np.finfo(np.float32).tiny)
+    return unit

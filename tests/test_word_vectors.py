@@ -1,0 +1,239 @@
+"""Word vectors: six kinds of files, read by numpy alone, and written again."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cqr_compress as cqr
+from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.errors import CheckpointError, FormatError
+from cqr_compress.table.trellis import seeded_values as torch_values
+from cqr_compress.vectors.subwords import Subwords
+from cqr_compress.vectors.table_reader import TableReader, seeded_values
+
+N, D = 1500, 12
+WORDS = [f"w{i}" for i in range(N - 3)] + ["naïve", "日本", "New York"]
+
+
+def rows_with_neighbours() -> np.ndarray:
+    generator = np.random.default_rng(0)
+    centers = generator.normal(size=(60, D))
+    return (centers[generator.integers(60, size=N)] + 0.2 * generator.normal(size=(N, D))).astype(np.float32)
+
+
+ROWS = rows_with_neighbours()
+
+
+def text(rows: np.ndarray = ROWS, end: str = "\n") -> bytes:
+    lines = [
+        f"{word} {' '.join(str(x) for x in row)}{end}" for word, row in zip(WORDS, rows.tolist(), strict=True)
+    ]
+    return "".join(lines).encode()
+
+
+def binary() -> bytes:
+    lines = [w.replace(" ", "_").encode() + b" " + r.tobytes() + b"\n" for w, r in zip(WORDS, ROWS, strict=True)]
+    return f"{N} {D}\n".encode() + b"".join(lines)
+
+
+BUCKETS = 700
+GRAMS = np.random.default_rng(1).normal(size=(BUCKETS, D)).astype(np.float32)
+
+
+def fasttext(minn: int = 3, maxn: int = 4) -> bytes:
+    head = struct.pack("<2i12id", 793712314, 12, D, 5, 5, 1, 5, 1, 2, 2, BUCKETS, minn, maxn, 100, 1e-4)
+    dictionary = struct.pack("<3i2q", N, N, 0, 10 * N, -1)
+    entries = b"".join(w.encode() + b"\0" + struct.pack("<qb", 5, 0) for w in WORDS)
+    grams = GRAMS if maxn else GRAMS[:0]
+    matrix = struct.pack("<?2q", False, N + len(grams), D) + ROWS.tobytes() + grams.tobytes()
+    return head + dictionary + entries + matrix + struct.pack("<?2q", False, 0, D)
+
+
+FILES = {
+    "word2vec.txt": f"{N} {D}\n".encode() + text(),
+    "fasttext.vec": f"{N} {D}\n".encode() + text(end=" \r\n"),
+    "glove.txt": text(),
+    "word2vec.bin": binary(),
+    "fasttext.bin": fasttext(0, 0),
+    "array.npy": b"",
+}
+
+
+def write(folder: Path, name: str) -> Path:
+    path = folder / name
+    path.write_bytes(FILES[name])
+    if name == "array.npy":
+        np.save(path, ROWS)
+        (folder / "array.words.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_words_and_vectors_of_all_files(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, name)
+    with open_checkpoint(path) as checkpoint:
+        assert np.allclose(checkpoint.entries["vectors"].stored.read().numpy(), ROWS, rtol=1e-6)
+        assert torch.equal(
+            checkpoint.entries["vectors"].stored.read_rows(3, 9), checkpoint.entries["vectors"].stored.read()[3:9]
+        )
+    small = tmp_path / "small.safetensors"
+    cqr.convert(path, small, method="pq", num_columns=6, n_bits=8)
+    vectors = cqr.load_vectors(small)
+    words = [w.replace(" ", "_") for w in WORDS] if name == "word2vec.bin" else WORDS
+    assert vectors.words == words and len(vectors) == N and vectors.vector_size == D
+    dense = cqr.load_dense_state_dict(small)["vectors"].numpy()
+    assert np.allclose(vectors[words[5]], dense[5], atol=1e-6)
+    assert np.allclose(vectors[words], dense, atol=1e-6)
+    unit = dense / np.linalg.norm(dense, axis=1, keepdims=True)
+    order = [i for i in np.argsort(-(unit @ unit[7]), kind="stable") if i != 7]
+    found = vectors.most_similar("w7", topn=5)
+    assert [w for w, _ in found] == [words[i] for i in order[:5]]
+    assert abs(found[0][1] - float(unit[order[0]] @ unit[7])) < 1e-5
+    assert abs(vectors.similarity("w1", "w2") - float(unit[1] @ unit[2])) < 1e-5
+    assert abs(vectors.n_similarity(["w1", "w3"], ["w1", "w3"]) - 1) < 1e-5
+    assert [w for w, _ in vectors.most_similar(["w1", "w2"], ["w3"], topn=2 * N)][:1] != ["w1"]
+    assert "w1" in vectors and "nothing" not in vectors and 3 not in vectors
+    with pytest.raises(KeyError, match="'nothing' is not in the vocabulary"):
+        vectors["nothing"]
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"method": "trellis", "ratio": 8, "max_tiers": 1},
+    {"method": "trellis", "ratio": 8, "rotation": "pca", "exact_rows": (0, 5, 1400)},
+    {"method": "trellis", "ratio": 5, "max_tiers": 4},
+    {"method": "pq", "ratio": 6, "codebook_dtype": "int8", "rotation": "opq"},
+    {"method": "rq", "ratio": 6},
+    {"method": "prq", "ratio": 6, "codebook_dtype": "int8"},
+    {"method": "int8"},
+    {"method": "int4"},
+    {"ratio": 6, "effort": "fast"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_numpy_decodes_all_layouts_as_torch_does(tmp_path: Path, options: dict[str, Any]) -> None:
+    rows = ROWS.copy()
+    rows[17] = 0
+    path, small = tmp_path / "v.txt", tmp_path / "small.safetensors"
+    path.write_bytes(text(rows))
+    cqr.convert(path, small, **options)
+    dense = cqr.load_dense_state_dict(small)["vectors"].numpy()
+    vectors = cqr.load_vectors(small)
+    assert np.allclose(np.concatenate([block for _, block in vectors.all_vectors()]), dense, atol=1e-5)
+    assert np.allclose(vectors[["w17", "w3", "w1400"]], dense[[17, 3, 1400]], atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [4, 8, 10, 12])
+def test_values_of_states_are_those_of_torch(window: int) -> None:
+    assert np.array_equal(seeded_values(window, 3), torch_values(window, 3).numpy())
+
+
+def test_words_of_fasttext_have_ngrams(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(fasttext())
+    cqr.convert(tmp_path / "model.bin", tmp_path / "small.safetensors", method="int8")
+    vectors = cqr.load_vectors(tmp_path / "small.safetensors")
+    assert len(vectors) == N
+    table = cqr.load_dense_state_dict(tmp_path / "small.safetensors")["vectors"].numpy()
+    subwords = Subwords(N, BUCKETS, 3, 4)
+    grams = subwords.rows_of("w12")  # <w1 w12 12> <w12 w12>
+    assert len(grams) == 5 and grams[0] == N + fnv(b"<w1") % BUCKETS
+    assert np.allclose(vectors["w12"], table[[12, *grams]].mean(0), atol=1e-5)
+    assert np.allclose(vectors["日本"], table[[N - 2, *subwords.rows_of("日本")]].mean(0), atol=1e-5)
+    assert np.allclose(vectors["unseen"], table[subwords.rows_of("unseen")].mean(0), atol=1e-5)
+    assert "unseen" in vectors and "unseen" not in vectors.words and subwords.rows_of("</s>") == []
+    assert vectors.most_similar("unseen", topn=1)[0][0] in WORDS
+
+
+def fnv(content: bytes) -> int:
+    value = 2166136261
+    for byte in content:
+        value = ((value ^ byte) * 16777619) % 2**32
+    return value
+
+
+def test_only_numpy_and_safetensors_are_imported(tmp_path: Path) -> None:
+    (tmp_path / "v.txt").write_bytes(text())
+    cqr.convert(tmp_path / "v.txt", tmp_path / "small.safetensors", ratio=6, method="trellis")
+    code = (
+        "import sys, cqr_compress as cqr; v = cqr.load_vectors('small.safetensors'); v.most_similar('w1')\n"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'faiss', 'rich', 'typer', 'transformers'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".vec", ".bin", ".npy"])
+def test_vectors_are_exported_and_read_again(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "v.txt").write_bytes(text())
+    small, out = tmp_path / "small.safetensors", tmp_path / f"out{suffix}"
+    cqr.convert(tmp_path / "v.txt", small, method="int8")
+    assert cqr.export(small, out) == out.stat().st_size
+    dense = cqr.load_dense_state_dict(small)["vectors"]
+    with open_checkpoint(out) as checkpoint:
+        assert torch.allclose(checkpoint.entries["vectors"].stored.read(), dense, rtol=1e-5, atol=1e-6)
+        assert json.loads(checkpoint.metadata["word_vectors"])["words"] == N
+    cqr.convert(out, tmp_path / "again.safetensors", method="int8")
+    again = cqr.load_vectors(tmp_path / "again.safetensors")
+    assert again.words[:-1] == WORDS[:-1] and again.words[-1].replace("_", " ") == "New York"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("a.txt", f"{N} {D}\n".encode() + text()[: len(text()) // 2], "truncated|no word with"),
+        ("a.txt", f"{N + 5} {D}\n".encode() + text(), "it is truncated"),
+        ("a.txt", f"{N - 5} {D}\n".encode() + text(), "no word with 12 numbers"),
+        ("a.txt", f"{10**9} 300\n".encode() + text(), "truncated"),
+        ("a.txt", text() + b"word 1 2 3\n", f"line {N + 1}.*no word with 12 numbers"),
+        ("a.txt", text() + b"word " + b"1 " * 11 + b"x\n", "no word with 12 numbers"),
+        ("a.bin", binary()[:-30], "truncated"),
+        ("a.bin", f"{10**9} {D}\n".encode() + binary(), "truncated"),
+        ("a.bin", f"3 {D}\n".encode() + b"x" * 100_000, "ends within a word, or is damaged"),
+        ("a.bin", fasttext()[:-10_000], "truncated|damaged"),
+        ("a.bin", fasttext()[:60], "truncated"),
+        ("a.bin", fasttext()[:4] + b"\x0b" + fasttext()[5:], "version 11"),
+        ("a.npy", b"\x93NUMPY\x01\0\x10\0garbage", "no array of numpy"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path: Path, name: str, content: bytes, wanted: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=wanted):
+        open_checkpoint(tmp_path / name)
+
+
+def test_arrays_with_objects_and_other_shapes_are_refused(tmp_path: Path) -> None:
+    for array in (np.zeros(3), np.zeros((3, 4), np.int64), np.array([[{}]], dtype=object)):
+        np.save(tmp_path / "a.npy", array, allow_pickle=True)
+        with pytest.raises(CheckpointError, match="no array of numpy|not rows of floating-point numbers"):
+            open_checkpoint(tmp_path / "a.npy")
+
+
+def test_other_files_have_no_word_vectors(tmp_path: Path) -> None:
+    torch.save({"emb.weight": torch.randn(2000, 8)}, tmp_path / "a.pt")
+    cqr.convert(tmp_path / "a.pt", tmp_path / "a.safetensors", method="int8")
+    for path in ("a.safetensors", "a.pt"):
+        with pytest.raises(FormatError, match="no (readable )?word vectors"):
+            cqr.load_vectors(tmp_path / path)
+
+
+def test_codes_that_torch_computes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="decoded by torch"):
+        TableReader(
+            {
+                "kind": "codebook",
+                "method": "hash",
+                "num_embeddings": 3,
+                "embedding_dim": 2,
+                "code_sources": ["hashed"],
+            },
+            {},
+        )
