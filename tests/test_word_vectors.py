@@ -127,6 +127,12 @@ def test_numpy_decodes_all_layouts_as_torch_does(tmp_path: Path, options: dict[s
     path.write_bytes(text(rows))
     cqr.convert(path, small, **options)
     dense = cqr.load_dense_state_dict(small)["vectors"].numpy()
+    example = Path(cqr.__file__).parents[1] / "examples" / "read_with_numpy.py"
+    if example.exists():
+        run = [sys.executable, str(example), str(small), "-o", str(tmp_path / "dense.npz")]
+        assert "vectors 1500 x 12" in subprocess.run(run, capture_output=True, text=True, check=True).stdout
+        assert np.allclose(np.load(tmp_path / "dense.npz")["vectors"], dense, atol=1e-5)
+        assert len(example.read_text().splitlines()) <= 150
     vectors = cqr.load_vectors(small)
     assert np.allclose(np.concatenate([block for _, block in vectors.all_vectors()]), dense, atol=1e-5)
     assert np.allclose(vectors[["w17", "w3", "w1400"]], dense[[17, 3, 1400]], atol=1e-5)

@@ -69,7 +69,8 @@ def print_size_report(report: SizeReport) -> None:
     console.print()
     _line(console, f"tables  {_change(report.tables_bytes_before, report.tables_bytes_after)}")
     _line(console, f"model   {_change(report.model_bytes_before, report.file_bytes_after)}")
-    if report.largest_ratio < _LIMIT_TO_SHOW:
+    is_reached = report.model_bytes_before > report.largest_ratio * report.file_bytes_after  # the source is a text
+    if report.largest_ratio < _LIMIT_TO_SHOW and not is_reached:
         share = report.tables_bytes_before / max(report.model_bytes_before, 1)
         _line(
             console,

@@ -18,7 +18,7 @@ from cqr_compress.vectors.table_reader import TableReader
 
 HEADER, TABLE, VOCABULARY, ABOUT = "cqr_compress", "vectors", "vocabulary", "word_vectors"
 """Keys of the metadata, and names of the tensors, of files of word vectors."""
-_BLOCK_ROWS = 8192
+_BLOCK_VALUES = 2**18
 Vector = NDArray[np.float32]
 
 
@@ -117,8 +117,9 @@ class WordVectors:
 
     def all_vectors(self) -> Iterator[tuple[int, Vector]]:
         """Iterate over blocks of the vectors of all words: the first word's index, and (n, D)."""
-        for start in range(0, len(self.words), _BLOCK_ROWS):
-            stop = min(start + _BLOCK_ROWS, len(self.words))
+        step = max(1, _BLOCK_VALUES // self.vector_size)
+        for start in range(0, len(self.words), step):
+            stop = min(start + step, len(self.words))
             if self.subwords is None:
                 yield start, self._table.rows(np.arange(start, stop))
             else:
