@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cqr_compress.commands.evaluate import evaluate as evaluate
     from cqr_compress.commands.export import export as export
     from cqr_compress.commands.export import load_dense_state_dict as load_dense_state_dict
+    from cqr_compress.commands.export_onnx import export_onnx as export_onnx
     from cqr_compress.commands.finetune import finetune as finetune
     from cqr_compress.commands.inspect import DenseReport as DenseReport
     from cqr_compress.commands.inspect import DenseTable as DenseTable
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from cqr_compress.progress import NoProgress as NoProgress
     from cqr_compress.progress import Progress as Progress
     from cqr_compress.progress import ProgressBars as ProgressBars
+    from cqr_compress.quantize.faiss_index import to_faiss as to_faiss
     from cqr_compress.quantize.options import ConvertOptions as ConvertOptions
     from cqr_compress.table.quality import Quality as Quality
     from cqr_compress.table.random_tables import sketch_table as sketch_table
@@ -74,6 +76,7 @@ _HOMES = {
     "commands.convert_folder": ("FolderReport", "convert_folder"),
     "commands.evaluate": ("EvaluationReport", "evaluate"),
     "commands.export": ("export", "load_dense_state_dict"),
+    "commands.export_onnx": ("export_onnx",),
     "commands.finetune": ("finetune",),
     "commands.inspect": ("DenseReport", "DenseTable", "inspect"),
     "commands.refit": ("refit",),
@@ -89,6 +92,7 @@ _HOMES = {
     "nn.embedding": ("CompressedEmbedding", "CompressedEmbeddingBag"),
     "nn.search": ("TopK",),
     "progress": ("NoProgress", "Progress", "ProgressBars"),
+    "quantize.faiss_index": ("to_faiss",),
     "quantize.options": ("ConvertOptions",),
     "table.quality": ("Quality",),
     "table.random_tables": ("sketch_table",),

@@ -3,8 +3,8 @@
     python examples/read_with_numpy.py small.safetensors                  # tables and their first rows
     python examples/read_with_numpy.py small.safetensors -o dense.npz     # all tables, decoded
 
-The metadata key "cqr_compress" is JSON; tables[NAME].spec has the layout of a table. Its tensors are NAME.codes and
-so on, where a final ".weight" of NAME is left out. Three kinds of specs:
+The metadata key "cqr_compress" is JSON; tables[NAME].spec has the layout of a table. Its tensors are NAME.codes
+and so on, where a final ".weight" of NAME is left out. Three kinds of specs:
 
     codebook   row = concatenation over columns of the sums over levels of codebooks[column, level, code], rotated
     rowwise    row = row_offset + row_scale * codes
