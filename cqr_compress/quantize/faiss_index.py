@@ -55,7 +55,7 @@ def to_faiss(layer: Any, metric: str = "inner_product") -> faiss.Index:
         index = faiss.IndexResidualQuantizer(spec.width, L, spec.n_bits, kind)
         _set_codebooks(index.rq, codebooks)
     else:
-        index = faiss.IndexProductResidualQuantizer(spec.width, C, L, spec.n_bits, kind)
+        index = library.IndexProductResidualQuantizer(spec.width, C, L, spec.n_bits, kind)
         for column in range(C):
             _set_codebooks(library.downcast_AdditiveQuantizer(index.prq.subquantizer(column)), codebooks[column])
         _set_codebooks(index.prq, codebooks)
