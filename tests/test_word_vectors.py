@@ -166,6 +166,45 @@ def fnv(content: bytes) -> int:
     return value
 
 
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("kind", ["vectors", "model"])
+def test_files_of_gensim(tmp_path: Path, separate: bool, kind: str) -> None:
+    models = pytest.importorskip("gensim.models")
+    vectors = models.KeyedVectors(D)
+    vectors.add_vectors(WORDS, ROWS)
+    saved: Any = vectors
+    if kind == "model":
+        saved = models.Word2Vec(vector_size=D, min_count=1)
+        saved.wv = vectors
+    path = tmp_path / "v.kv"
+    saved.save(str(path), sep_limit=100 if separate else 10**9)
+    assert separate == bool(list(tmp_path.glob("*.npy")))
+    with open_checkpoint(path) as checkpoint:
+        assert np.allclose(checkpoint.entries["vectors"].stored.read().numpy(), ROWS)
+    cqr.convert(path, tmp_path / "small.safetensors", method="int8")
+    ours = cqr.load_vectors(tmp_path / "small.safetensors")
+    assert ours.words == WORDS
+    found, wanted = ours.most_similar("w1", topn=3), vectors.most_similar("w1", topn=3)
+    assert [w for w, _ in found] == [w for w, _ in wanted]
+    cqr.export(tmp_path / "small.safetensors", tmp_path / "out.bin")
+    again = models.KeyedVectors.load_word2vec_format(str(tmp_path / "out.bin"), binary=True)
+    assert np.allclose(again["w7"], ours["w7"], atol=1e-6)
+    for file in tmp_path.glob("*.npy"):
+        file.unlink()
+        with pytest.raises(CheckpointError, match="has no vectors, and there is no"):
+            open_checkpoint(path)
+
+
+def test_a_pickle_that_names_gensim_runs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "v.kv").write_bytes(
+        b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c" + bytes([len(str(tmp_path)) + 8]) + f"touch {tmp_path}/x".encode()
+        + b"\x85R\x8c\x0dgensim.models."[:5] + b"gensim.models\x94."
+    )  # fmt: skip
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path / "v.kv")
+    assert not (tmp_path / "x").exists()
+
+
 def test_only_numpy_and_safetensors_are_imported(tmp_path: Path) -> None:
     (tmp_path / "v.txt").write_bytes(text())
     cqr.convert(tmp_path / "v.txt", tmp_path / "small.safetensors", ratio=6, method="trellis")

@@ -12,7 +12,7 @@ from cqr_compress.checkpoint.formats.foreign import explain
 from cqr_compress.checkpoint.formats.mapped_storage import changed_error
 from cqr_compress.checkpoint.formats.safetensors_files import SAFETENSORS
 from cqr_compress.checkpoint.formats.torch_files import BARE_PICKLE, TORCH_LEGACY, TORCH_TAR, TORCH_ZIP
-from cqr_compress.checkpoint.formats.word_vectors import WORD_VECTOR_FORMATS
+from cqr_compress.checkpoint.formats.word_vectors import GENSIM, WORD_VECTOR_FORMATS
 from cqr_compress.checkpoint.json_file import read_json, require_file
 from cqr_compress.errors import CheckpointError, brief
 
@@ -255,6 +255,6 @@ INDEX = Format(
     matches=lambda path, head: path.name.endswith(".index.json"),
     open=_open_sharded,
 )
-FORMATS_OF_FILES = (SAFETENSORS, TORCH_ZIP, TORCH_LEGACY, TORCH_TAR, BARE_PICKLE, *WORD_VECTOR_FORMATS)
+FORMATS_OF_FILES = (SAFETENSORS, TORCH_ZIP, GENSIM, TORCH_LEGACY, TORCH_TAR, BARE_PICKLE, *WORD_VECTOR_FORMATS)
 FORMATS = (INDEX, *FORMATS_OF_FILES)
 """All formats, in the order in which they are tried, for files and for the files of a folder."""

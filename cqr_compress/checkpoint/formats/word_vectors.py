@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import Checkpoint, Format, TensorEntry
-from cqr_compress.checkpoint.formats.mapped_storage import SourceFile
+from cqr_compress.checkpoint.formats.budget import Budget, Meter
+from cqr_compress.checkpoint.formats.mapped_storage import LazyStorage, SourceFile
+from cqr_compress.checkpoint.formats.safe_pickle import Placeholder, load_structure
 from cqr_compress.checkpoint.formats.safetensors_files import SafetensorsSlice
 from cqr_compress.errors import CheckpointError, brief
 
@@ -211,6 +213,63 @@ def _open_fasttext(path: Path) -> Checkpoint:
     return _checkpoint(path, "fasttext", rows.entry(), words[:num_words], buckets=buckets, minn=minn, maxn=maxn)
 
 
+def _open_gensim(path: Path) -> Checkpoint:
+    """Open KeyedVectors, or a model with them, that gensim has saved: a pickle, which is not executed.
+
+    Large arrays are in files next to it, as `.vectors.npy`.
+    """
+    where = repr(str(path))
+    with path.open("rb") as file:
+        meter = Meter(Budget.for_file(path.stat().st_size), str(path))
+        root = load_structure(file, _refuse_storage, meter)
+    held = _contents(root)
+    prefix = ""
+    if "wv" in held:
+        held, prefix = _contents(held["wv"]), "wv."
+    words = held.get("index_to_key") or held.get("index2word")
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise CheckpointError(f"{where} has no list of words: it is no KeyedVectors of gensim")
+    values, beside = _array(held.get("vectors")), path.with_name(f"{path.name}.{prefix}vectors.npy")
+    encoded = [word.encode() for word in words]
+    if values is None and beside.is_file():
+        opened = _open_numpy(beside)
+        rows = opened.entries[TABLE]
+        checkpoint = _checkpoint(path, "gensim", rows, encoded)
+        checkpoint = replace(checkpoint, files=(path, beside), close_files=opened.close_files)
+    elif values is not None:
+        rows = TensorEntry(TABLE, _Held(torch.from_numpy(values)))
+        checkpoint = _checkpoint(path, "gensim", rows, encoded)
+    else:
+        raise CheckpointError(f"{where} has no vectors, and there is no {beside.name!r} next to it")
+    if rows.shape[0] != len(words):
+        checkpoint.close_files()
+        raise CheckpointError(f"{where} has {rows.shape[0]} vectors for {len(words)} words: it is damaged")
+    return checkpoint
+
+
+def _contents(value: object) -> dict[object, object]:
+    return value.contents if isinstance(value, Placeholder) else {}
+
+
+def _array(value: object) -> NDArray[np.float32] | None:
+    """Make an array of the state that numpy pickles (version, shape, dtype, order, bytes); None of another."""
+    state = value.__dict__.get("_state") if isinstance(value, Placeholder) else None
+    if not isinstance(state, tuple) or len(state) != 5:
+        return None
+    _, shape, dtype, in_columns, content = state
+    named = dtype.__dict__.get("_args", ()) if isinstance(dtype, Placeholder) else ()
+    kind = {"f2": "<f2", "f4": "<f4", "f8": "<f8"}.get(named[0] if named and isinstance(named[0], str) else "")
+    sizes = isinstance(shape, tuple) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
+    if not kind or not sizes or in_columns or not isinstance(content, bytes):
+        return None
+    flat = np.frombuffer(content, kind)
+    return flat.reshape(shape).astype(np.float32) if len(flat) == shape[0] * shape[1] else None
+
+
+def _refuse_storage(pid: tuple[object, ...]) -> LazyStorage:
+    raise CheckpointError("a file of gensim refers to a torch storage")
+
+
 def _open_numpy(path: Path) -> Checkpoint:
     """Open a 2-D array of numpy; its words are the lines of a .words.txt or .txt file of the same name, if any."""
     where = repr(str(path))
@@ -256,4 +315,9 @@ WORD_VECTOR_FORMATS = (
         open=_open_fasttext,
     ),
     Format(suffixes=(), matches=lambda path, head: head.startswith(b"\x93NUMPY"), open=_open_numpy),
+)
+GENSIM = Format(
+    suffixes=(),
+    matches=lambda path, head: head.startswith(b"\x80") and b"gensim.models" in head,
+    open=_open_gensim,
 )
