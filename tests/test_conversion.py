@@ -84,7 +84,7 @@ def test_export_restores_everything_but_the_tables_bit_for_bit(
 
 
 def test_the_files_metadata_tells_the_whole_report(tmp_path: Path, ckpt: Path) -> None:
-    report = cqr.convert(ckpt, tmp_path / "small.safetensors")
+    report = cqr.convert(ckpt, tmp_path / "small.safetensors", effort="fast")
     assert cqr.inspect(tmp_path / "small.safetensors").to_json() == report.to_json()
     saved = json.loads((tmp_path / "small.report.json").read_text())
     assert saved["schema_version"] == 2 and saved["tables"][0]["name"] == "item_embedding.weight"
@@ -113,7 +113,7 @@ def test_nesting_plain_values_and_shared_tensors_come_back(tmp_path: Path, table
     }  # fmt: skip
     torch.save(content, tmp_path / "m.pt")
     with pytest.warns(CqrCompressWarning, match="'lm_head.weight' shares its values with 'wte.weight'"):
-        report = cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors")
+        report = cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", effort="fast")
     assert report.optimizer_bytes == table.nbytes
     assert report.tables[0].name == "wte.weight" and report.tables[0].aliases == ("lm_head.weight",)
     cqr.export(tmp_path / "s.safetensors", tmp_path / "d.pt")
@@ -129,7 +129,7 @@ def test_nesting_plain_values_and_shared_tensors_come_back(tmp_path: Path, table
 
 def test_untie_keeps_the_other_name_dense(tmp_path: Path, table: torch.Tensor) -> None:
     torch.save({"wte.weight": table, "lm_head.weight": table}, tmp_path / "m.pt")
-    cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", untie=True)
+    cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", untie=True, effort="fast")
     dense = cqr.load_dense_state_dict(tmp_path / "s.safetensors")
     assert torch.equal(dense["lm_head.weight"], table) and not torch.equal(dense["wte.weight"], table)
 
@@ -137,7 +137,9 @@ def test_untie_keeps_the_other_name_dense(tmp_path: Path, table: torch.Tensor) -
 def test_a_bare_tensor_and_a_lone_weight_get_names(tmp_path: Path, table: torch.Tensor) -> None:
     for source, stored in (("embeddings", "embeddings.codes"), ("weight", "codes")):
         save_file({source: table}, tmp_path / "m.safetensors")
-        cqr.convert(tmp_path / "m.safetensors", tmp_path / "s.safetensors", tables=[source], force=True)
+        cqr.convert(
+            tmp_path / "m.safetensors", tmp_path / "s.safetensors", tables=[source], force=True, effort="fast"
+        )
         assert stored in load_file(tmp_path / "s.safetensors")
         assert list(cqr.load_dense_state_dict(tmp_path / "s.safetensors")) == [source]
 
@@ -152,7 +154,7 @@ def test_kept_and_zero_rows_stay_bit_exact(tmp_path: Path, table: torch.Tensor, 
     with pytest.raises(
         NonFiniteError, match=r"'emb.weight' \(3000 x 16\) has NaN or infinity in 2 rows, first 5, 6"
     ):
-        cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors")
+        cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", effort="fast")
     request = cqr.ConvertOptions(method=method, exact_rows=(9, -1), nonfinite="keep")
     report = cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", request)
     decoded = cqr.load_dense_state_dict(tmp_path / "s.safetensors")["emb.weight"]
@@ -187,8 +189,8 @@ def test_magnitudes_that_float16_cannot_hold_get_float32_codebooks(
 
 
 def test_shards_hold_the_same_model(tmp_path: Path, ckpt: Path) -> None:
-    whole = cqr.convert(ckpt, tmp_path / "one.safetensors")
-    report = cqr.convert(ckpt, tmp_path / "many.safetensors", shard_bytes=9000)
+    whole = cqr.convert(ckpt, tmp_path / "one.safetensors", effort="fast")
+    report = cqr.convert(ckpt, tmp_path / "many.safetensors", shard_bytes=9000, effort="fast")
     index = tmp_path / "many.safetensors.index.json"
     shards = sorted(tmp_path.glob("many-*.safetensors"))
     assert report.file == str(index) and len(shards) > 1
@@ -263,22 +265,22 @@ def test_nothing_is_overwritten_without_force_and_never_the_source(tmp_path: Pat
     for existing in (out, tmp_path / "s.report.json"):
         existing.write_bytes(b"precious")
         with pytest.raises(OutputExistsError, match="already exists. Pass --force"):
-            cqr.convert(ckpt, out)
+            cqr.convert(ckpt, out, effort="fast")
         assert existing.read_bytes() == b"precious"
         existing.unlink()
     with pytest.raises(OutputError, match="is the checkpoint itself"):
-        cqr.convert(ckpt, ckpt, force=True)
+        cqr.convert(ckpt, ckpt, force=True, effort="fast")
     with pytest.raises(OutputError, match="no such folder"):
-        cqr.convert(ckpt, tmp_path / "nowhere" / "s.safetensors")
+        cqr.convert(ckpt, tmp_path / "nowhere" / "s.safetensors", effort="fast")
 
 
 def test_what_is_compressed_already_or_has_no_table_is_refused(tmp_path: Path, ckpt: Path) -> None:
-    cqr.convert(ckpt, tmp_path / "s.safetensors")
+    cqr.convert(ckpt, tmp_path / "s.safetensors", effort="fast")
     with pytest.raises(CheckpointError, match="already compressed"):
-        cqr.convert(tmp_path / "s.safetensors", tmp_path / "t.safetensors")
+        cqr.convert(tmp_path / "s.safetensors", tmp_path / "t.safetensors", effort="fast")
     torch.save({"fc.weight": torch.zeros(5, 5), "fc.bias": torch.zeros(5)}, tmp_path / "n.pt")
     with pytest.raises(TableNotFoundError, match="found no embedding table in .* fc.weight 5 x 5"):
-        cqr.convert(tmp_path / "n.pt", tmp_path / "t.safetensors")
+        cqr.convert(tmp_path / "n.pt", tmp_path / "t.safetensors", effort="fast")
     with pytest.raises(FormatError, match="not a compressed checkpoint"):
         cqr.load_dense_state_dict(ckpt)
 
@@ -288,7 +290,7 @@ def test_a_name_that_is_taken_is_refused(tmp_path: Path, table: torch.Tensor) ->
     with pytest.raises(
         ShapeError, match="has a tensor 'emb.codes', a name that is reserved for a compressed table 'emb.weight'"
     ):
-        cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors")
+        cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", effort="fast")
 
 
 def corrupt(path: Path, change: Callable[[dict[str, Any], State], None]) -> None:
@@ -342,7 +344,7 @@ def test_a_change_between_writing_and_verifying_fails_and_leaves_nothing(
 
     monkeypatch.setattr(writer.SafetensorsWriter, "finish", finish_and_flip)
     with pytest.raises(VerificationError, match="differs when read back"):
-        cqr.convert(ckpt, tmp_path / "s.safetensors")
+        cqr.convert(ckpt, tmp_path / "s.safetensors", effort="fast")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt"]
 
 
@@ -351,7 +353,7 @@ def test_a_file_that_may_not_grow_fails_and_leaves_nothing(tmp_path: Path, ckpt:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(OutputError, match=r"cannot write .* the file size limit is exceeded"):
-            cqr.convert(ckpt, tmp_path / "s.safetensors")
+            cqr.convert(ckpt, tmp_path / "s.safetensors", effort="fast")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt"]

@@ -367,7 +367,9 @@ def older(tmp_path: Path) -> Path:
         "inner.x.token_mask": torch.zeros(2),
     }
     torch.save(Encoder().state_dict() | computed, tmp_path / "older.pt")
-    cqr.convert(tmp_path / "older.pt", tmp_path / "older.safetensors", tables=["inner.item.weight"], ratio=4)
+    cqr.convert(
+        tmp_path / "older.pt", tmp_path / "older.safetensors", tables=["inner.item.weight"], ratio=4, effort="fast"
+    )
     return tmp_path / "older.safetensors"
 
 
@@ -395,7 +397,9 @@ def test_only_tensors_of_the_same_shape_and_path_are_skipped(older: Path, tmp_pa
     message = refusal(lambda: cqr.load_compressed(model, older), model := Encoder(length=256))
     assert "the model does not have these tensors of the file: 'inner.position_ids'" in message
     torch.save(Encoder().state_dict() | {"pooler.weight": torch.randn(3, 3)}, tmp_path / "other.pt")
-    cqr.convert(tmp_path / "other.pt", tmp_path / "other.safetensors", tables=["inner.item.weight"], ratio=4)
+    cqr.convert(
+        tmp_path / "other.pt", tmp_path / "other.safetensors", tables=["inner.item.weight"], ratio=4, effort="fast"
+    )
     message = refusal(lambda: cqr.load_compressed(model, tmp_path / "other.safetensors"), model := Encoder())
     assert "the model does not have these tensors of the file: 'pooler.weight'" in message
 
