@@ -117,11 +117,15 @@ for _module in ("sentence_transformer.modules.static_embedding", "models.StaticE
     )
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name on first access, which keeps the import of the package fast."""
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+if not TYPE_CHECKING:  # for type checkers, other names are errors
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name on first access, which keeps the import of the package fast."""
+        if name not in _HOME_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+        globals()[name] = found
+        return found
 
 
 def __dir__() -> list[str]:
