@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import cqr_compress as cqr
 from cqr_compress.cli.app import app
 from cqr_compress.quantize.registry import METHODS
 from cqr_compress.tasks.data.files import DataOptions
@@ -273,6 +274,14 @@ def test_the_word_vectors_example_keeps_neighbours(tmp_path: Path) -> None:
     kept = re.search(r"of the 10 nearest of 200 words, ([\d.]+) stay", printed)
     assert kept is not None and float(kept[1]) > 1
     assert len((tmp_path / "word_vectors" / "words.txt").read_text().splitlines()) == 1500
+
+
+def test_the_export_example_writes_a_program_with_the_codes(tmp_path: Path) -> None:
+    torch.save({"a.emb.weight": torch.randn(3000, 16)}, tmp_path / "a.pt")
+    cqr.convert(tmp_path / "a.pt", tmp_path / "small.safetensors", method="pq", ratio=6)
+    printed = run_example("export_torch.py", tmp_path, "small.safetensors", "--no-compile")
+    found = re.search(r"rows.pt2: ([\d,]+) bytes \(dense 192,000\), largest difference (\S+)", printed)
+    assert found is not None and int(found[1].replace(",", "")) < 100_000 and float(found[2]) < 1e-5
 
 
 def test_the_serving_example_answers_from_the_codes(tmp_path: Path) -> None:
