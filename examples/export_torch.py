@@ -3,7 +3,7 @@
     python examples/export_torch.py small.safetensors [--table emb.weight] [--folder exported] [--no-compile]
 
 Writes rows.pt2 (torch.export.save; load it with torch.export.load) and rows_compiled.pt2 (load it in C++ with
-AOTIModelPackageLoader, in Python with torch._inductor.aoti_load_package), both with the codes inside: ids (n,) int64
+AOTIModelPackageLoader, in Python with torch._inductor.aoti_load_package), both with the codes: ids (n,) int64
 in, rows (n, D) out. AOTInductor needs a C++ compiler. Both are compared with the layer.
 """
 
