@@ -29,6 +29,8 @@ _PROBES, _HOPELESS = 5, 1.25
 """Number of codebooks that are tried before the others are dropped, if all have 25% more error than a trellis."""
 _PROMISING = 1.5
 """Layouts with more error in a brief trial, relative to the best, have no longer one."""
+_TIER_MARGIN = 1.03
+"""Tiers of equally weighted rows have to have 3% less error than others: at equal error they keep less neighbours."""
 _BEST_SIZES, _ALL_RANKS_DIM = 4, 128
 """Of tables with more dimensions, reduced ranks are tried with the best codebook sizes only."""
 
@@ -171,7 +173,7 @@ def search(table: ScannedTable, specs: Sequence[AnySpec], options: ConvertOption
         progress.advance(deciders - len(close))
     else:  # of one layout, or of trellises, of which longer trials are close to the final fit
         progress.advance(deciders)
-    error, best = min(second, key=_error)
+    error, best = min(second, key=lambda pair: pair[0] * _margin(pair[1], table))
     return Found(best, error, len(specs))
 
 
@@ -227,6 +229,12 @@ class _Trials:
             self._progress.status(f"best {error:.4g} ({spec.layout})")
         self._progress.advance()
         return error
+
+
+def _margin(spec: AnySpec, table: ScannedTable) -> float:
+    """Return the factor on a layout's error in the last comparison."""
+    has_tiers = isinstance(spec, TrellisSpec) and spec.has_tiers
+    return _TIER_MARGIN if has_tiers and table.weights is None else 1.0
 
 
 def _error(pair: tuple[float, AnySpec]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -32,6 +33,9 @@ _STORED_SHARE = 0.0025
 """Largest share of the budget for stored values: they lower the error by about 0.03 dB or 0.005 bits per value."""
 _TIERED_ROWS = 2**24
 """Largest table, in rows, that gets tiers unless asked for: to rank its rows takes about 32 bytes for each."""
+_LEAST_SHARE = 0.85
+"""Smallest rows of tiers of equally weighted rows, relative to those of one tier: rows of far fewer bits than the
+others lose their neighbours, and become neighbours of many."""
 _MIN_TIER_GAIN = 0.99
 """Largest predicted error of tiers, relative to one tier, for which they are tried."""
 
@@ -59,6 +63,8 @@ class TrellisMethod:
         window = options.window or (_SHORT_WINDOW if D > 1 else _SHORTEST_WINDOW)
         if window > MAX_RATE * D:
             return
+        weights = facts.importance(0.0)
+        is_weighted = bool(weights.max() > weights[weights > 0].min()) if bool((weights > 0).any()) else False
         rotations = (options.rotation,) if options.rotation else (None, "pca") if D <= MAX_ROTATED_DIM else (None,)
         for rotation, gain_bits in product(rotations, (0, 8)):
             variances = facts.variances(rotation is not None)
@@ -82,7 +88,8 @@ class TrellisMethod:
             if max_tiers > 1:
                 ranked = RankedRows.of(facts.importance(ENERGY_POWER))
                 windows = [w for w in WINDOWS if w == spec.window or (w < spec.window and options.window is None)]
-                tiered = _with_tiers(spec, variances, ranked, budget, max_tiers, windows)
+                least = 1 if is_weighted else math.ceil(_LEAST_SHARE * spec.row_nbytes)
+                tiered = _with_tiers(spec, variances, ranked, budget, max_tiers, windows, least)
                 if tiered is not None:
                     yield tiered
 
@@ -144,6 +151,7 @@ def _with_tiers(
     budget: float,
     max_tiers: int,
     windows: Iterable[int],
+    least_nbytes: int,
 ) -> TrellisSpec | None:
     """Return the layout of up to `max_tiers` tiers with the least predicted error, if that is below one tier's.
 
@@ -154,6 +162,7 @@ def _with_tiers(
         budget: bytes of the table.
         max_tiers: 2 to 4.
         windows: bits of a state to try.
+        least_nbytes: bytes of the smallest rows.
     """
     best, D = None, spec.embedding_dim
     least_error = _MIN_TIER_GAIN * float(errors_by_bytes(variances, D, spec.window)[spec.row_nbytes])
@@ -164,9 +173,8 @@ def _with_tiers(
             for _ in range(4):  # the rotation takes bytes, of which the number depends on the rates
                 one = replace(spec, window=window, rank=rank, tier_nbytes=(rank or D,))
                 num_bytes = int(budget - _side_bytes(one) - _tier_bytes(one, num_tiers))
-                tiers = allocate_tiers(
-                    ranked, errors[: one.width + 1], num_bytes, _LEAST_ROW_BYTES[window], num_tiers
-                )
+                least = max(_LEAST_ROW_BYTES[window], least_nbytes)
+                tiers = allocate_tiers(ranked, errors[: one.width + 1], num_bytes, least, num_tiers)
                 useful = rank if tiers is None else _useful_rank(spec, variances, tiers.nbytes[-1])
                 if useful == rank:
                     break
