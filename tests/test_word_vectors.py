@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 import subprocess
 import sys
+import types
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +285,100 @@ def test_codes_that_torch_computes_are_refused(tmp_path: Path) -> None:
             },
             {},
         )
+
+
+def npy(header: bytes, body: bytes = bytes(48)) -> bytes:
+    return b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header + body
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr':'<f4','fortran_order':False,'shape':(-3,-4)}\n",
+        b"{'descr':'<f4','fortran_order':False,'shape':(True,12)}\n",
+        b"{'descr':'<f4','fortran_order':False,'shape':(((3,4)\n",
+        b"{1:2,'a':3}\n",
+        b"{[]:1}\n",
+        b"-" * 9000 + b"1\n",
+    ],
+)
+def test_hostile_headers_of_arrays_are_refused(tmp_path: Path, header: bytes) -> None:
+    (tmp_path / "a.npy").write_bytes(npy(header))
+    with pytest.raises(CheckpointError, match="no array of numpy|not rows of floating-point numbers"):
+        open_checkpoint(tmp_path / "a.npy")
+
+
+def read(path: Path) -> tuple[list[str], list[list[float]]]:
+    with open_checkpoint(path) as checkpoint:
+        text = zlib.decompress(checkpoint.entries["vocabulary"].stored.read().numpy().tobytes()).decode()
+        return text.split("\n")[:-1], checkpoint.entries["vectors"].stored.read().tolist()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"a 1 2 3\nb 4 5 6\n\n \n", b"\xef\xbb\xbfa 1 2 3\nb 4 5 6", b"a 1 2 3\nb 4 5 " + b"6." + b"0" * 60 + b"e0"],
+    ids=["blank lines", "byte order mark", "long numbers"],
+)
+def test_odd_lines_of_text(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    assert read(tmp_path / "a.txt") == (["a", "b"], [[1, 2, 3], [4, 5, 6]])
+    (tmp_path / "a.txt").write_bytes(b"a 1 2 1." + b"0" * 60 + b"e-5\n")
+    assert read(tmp_path / "a.txt")[1] == [[1, 2, np.float32(1e-5)]]
+
+
+def test_words_of_an_array_are_a_list_of_words(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((2, 3), np.float32))
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\n")
+    assert read(tmp_path / "a.npy")[0] == ["one", "two"]
+    (tmp_path / "a.txt").write_bytes(b"one 1 1 1\ntwo 1 1 1\n")  # text of the same vectors
+    assert read(tmp_path / "a.npy")[0] == ["0", "1"]
+    (tmp_path / "a.txt").unlink()
+    (tmp_path.parent / f"{tmp_path.name}.secret").write_text("key\nof others\n")
+    (tmp_path / "a.txt").symlink_to(tmp_path.parent / f"{tmp_path.name}.secret")
+    assert read(tmp_path / "a.npy")[0] == ["0", "1"]
+
+
+class KeyedVectors:
+    """A class that is pickled as one of gensim."""
+
+    __module__, __qualname__ = "gensim.models.keyedvectors", "KeyedVectors"
+
+    def __init__(self, words: list[str], vectors: Any) -> None:
+        self.index_to_key, self.vectors = words, vectors
+
+
+@pytest.fixture
+def gensim_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    module: Any = types.ModuleType("gensim.models.keyedvectors")
+    module.KeyedVectors = KeyedVectors
+    for name in ("gensim", "gensim.models", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def save(words: list[str], vectors: Any) -> Path:
+        (tmp_path / "v.kv").write_bytes(pickle.dumps(KeyedVectors(words, vectors), 4))
+        return tmp_path / "v.kv"
+
+    return save
+
+
+def test_arrays_in_pickles_of_gensim(tmp_path: Path, gensim_pickle: Any) -> None:
+    rows = np.array([[1, 2, 3], [4, 5, 6]])
+    for dtype in ("<f2", ">f2", "<f4", ">f4", ">f8"):
+        assert read(gensim_pickle(["a", "b\ud800"], rows.astype(dtype))) == (["a", "b?"], rows.tolist())
+    damaged = gensim_pickle(["a", "b"], rows.astype("<f4"))
+    content = rows.astype("<f4").tobytes()
+    assert damaged.read_bytes().count(content) == 1
+    damaged.write_bytes(damaged.read_bytes().replace(b"C\x18" + content, b"C\x17" + content[:-1]))
+    with pytest.raises(CheckpointError):
+        open_checkpoint(damaged)
+    path = gensim_pickle(["a", "b"], None)
+    outside = tmp_path.parent / f"{tmp_path.name}.npy"
+    np.save(outside, rows.astype("<f4"))
+    (tmp_path / "v.kv.vectors.npy").symlink_to(outside)
+    with pytest.raises(CheckpointError, match="link out of its folder"):
+        open_checkpoint(path)
+
+
+def test_ngrams_of_any_length_end(tmp_path: Path) -> None:
+    assert Subwords(10, 7, 0, 2).rows_of("a") == Subwords(10, 7, 1, 2).rows_of("a")
+    assert len(Subwords(10, 7, -5, 2**60).rows_of("abc")) == 13

@@ -18,7 +18,8 @@ from typing import Any
 
 from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.compressed_writer import write_report
-from cqr_compress.checkpoint.formats.open import files_of, lies_in, open_checkpoint
+from cqr_compress.checkpoint.formats.mapped_storage import lies_in
+from cqr_compress.checkpoint.formats.open import files_of, open_checkpoint
 from cqr_compress.checkpoint.header import METADATA_KEY, tables_for_config
 from cqr_compress.checkpoint.json_file import read_json
 from cqr_compress.checkpoint.output_files import output_errors

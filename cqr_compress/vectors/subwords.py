@@ -38,9 +38,9 @@ class Subwords:
         if word == _END_OF_LINE:
             return []
         for start in range(len(letters)):
-            for length in range(self.shortest, self.longest + 1):
+            for length in range(max(1, self.shortest), min(self.longest, len(letters) - start) + 1):
                 part = letters[start : start + length]
-                if len(part) == length and not (length == 1 and start in (0, len(letters) - 1)):
+                if not (length == 1 and start in (0, len(letters) - 1)):
                     rows.append(self.num_words + _hash(part.encode()) % self.num_buckets)
         return rows
 

@@ -15,6 +15,13 @@ from cqr_compress.checkpoint.formats.budget import MAX_SIZE
 from cqr_compress.errors import CheckpointError, brief
 
 
+def lies_in(path: Path, folder: Path) -> bool:
+    """Return whether a file lies in a folder or, by links, in the store of a Hugging Face cache of the folder."""
+    folder, target = folder.resolve(), path.resolve()
+    stores = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
+    return any(target.is_relative_to(allowed) for allowed in (folder, *stores))
+
+
 class SourceFile:
     """A file that is read in ranges, and refused once its size or time of modification has changed.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from cqr_compress.checkpoint.base import Checkpoint, Format, TensorEntry
 from cqr_compress.checkpoint.checksums import WRITE_KEY
 from cqr_compress.checkpoint.formats.foreign import explain
-from cqr_compress.checkpoint.formats.mapped_storage import changed_error
+from cqr_compress.checkpoint.formats.mapped_storage import changed_error, lies_in
 from cqr_compress.checkpoint.formats.safetensors_files import SAFETENSORS
 from cqr_compress.checkpoint.formats.torch_files import BARE_PICKLE, TORCH_LEGACY, TORCH_TAR, TORCH_ZIP
 from cqr_compress.checkpoint.formats.word_vectors import GENSIM, WORD_VECTOR_FORMATS
@@ -167,13 +167,6 @@ def _shard_path(index: Path, shard: str) -> Path:
             "folder: copy the file into the folder if you trust it"
         )
     return path
-
-
-def lies_in(path: Path, folder: Path) -> bool:
-    """Return whether a file lies in a folder or, by links, in the store of a Hugging Face cache of the folder."""
-    folder, target = folder.resolve(), path.resolve()
-    stores = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
-    return any(target.is_relative_to(allowed) for allowed in (folder, *stores))
 
 
 def _merge(index: Path, weight_map: dict[str, str], shards: dict[str, Checkpoint], metadata: object) -> Checkpoint:

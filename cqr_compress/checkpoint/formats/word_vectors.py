@@ -5,9 +5,11 @@ Each is a checkpoint of a table `vectors` and the words, compressed, in `vocabul
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import tempfile
+import tokenize
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from cqr_compress.checkpoint.base import Checkpoint, Format, TensorEntry
 from cqr_compress.checkpoint.formats.budget import Budget, Meter
-from cqr_compress.checkpoint.formats.mapped_storage import LazyStorage, SourceFile
+from cqr_compress.checkpoint.formats.mapped_storage import LazyStorage, SourceFile, lies_in
 from cqr_compress.checkpoint.formats.safe_pickle import Placeholder, load_structure
 from cqr_compress.checkpoint.formats.safetensors_files import SafetensorsSlice
 from cqr_compress.errors import CheckpointError, brief
@@ -30,7 +32,7 @@ TABLE, VOCABULARY, ABOUT = "vectors", "vocabulary", "word_vectors"
 _IN_MEMORY = 2**30
 """Values of more bytes are kept in a temporary file."""
 _FASTTEXT_MAGIC, _FASTTEXT_VERSION = 793712314, 12
-_MAX_WORD_BYTES = 2**16
+_MAX_WORD_BYTES, _MAX_NUMBER_BYTES = 2**16, 2**10
 _FLOATS = {"<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}
 _COUNTS = re.compile(rb"(\d{1,12})[ \t](\d{1,6})[ \t]*\r?\n")
 _NUMBER = rb"[ \t]-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
@@ -97,22 +99,23 @@ def _open_text(path: Path) -> Checkpoint:
             first = b""
         else:
             dim = len(first.split()) - 1
-            num_rows = sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b"")) + 1
-            file.seek(-1, 2)
-            num_rows += file.read(1) != b"\n"
+            num_rows = 1 + sum(1 for _ in _lines(file))
         if num_rows * dim * 2 > path.stat().st_size:
             raise CheckpointError(
                 f"{where} is too short for {num_rows} vectors of {dim} dimensions: it is truncated"
             )
-        rows, words = _Rows(num_rows, dim, where), []
+        rows = _Rows(num_rows, dim, where)
+        words: list[bytes] = []
         file.seek(0 if first else len(counts[0]) if counts else 0)
         for number, line in enumerate(_lines(file)):
             word, row = _parsed(line, dim)
             if row is None or number == num_rows:
                 place = f"line {number + 1 + bool(counts)} of {where}"
-                raise CheckpointError(f"{place} is no word with {dim} numbers: {brief(line[:60])}")
+                raise CheckpointError(
+                    f"{place} is no word with {dim} numbers: {brief(line[:60].decode(errors='replace'))}"
+                )
             rows.values[number] = row
-            words.append(word)
+            words.append(word if words else word.removeprefix(codecs.BOM_UTF8))
     if len(words) != num_rows:
         raise CheckpointError(f"{where} has {len(words)} vectors, not {num_rows} as it says: it is truncated")
     return _checkpoint(path, "word2vec text" if counts else "glove", rows.entry(), words)
@@ -128,10 +131,10 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
 def _parsed(line: bytes, dim: int) -> tuple[bytes, NDArray[np.float32] | None]:
     """Split a line into a word, which may contain spaces, and its numbers; None if they are others."""
     parts = line.replace(b"\t", b" ").rsplit(b" ", dim)
-    if len(parts) != dim + 1:
+    if len(parts) != dim + 1 or max(map(len, parts[1:])) > _MAX_NUMBER_BYTES:
         return line, None
     try:
-        return parts[0], np.array(parts[1:], dtype="S32").astype(np.float32)
+        return parts[0], np.array(parts[1:]).astype(np.float32)
     except ValueError:
         return line, None
 
@@ -230,8 +233,10 @@ def _open_gensim(path: Path) -> Checkpoint:
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise CheckpointError(f"{where} has no list of words: it is no KeyedVectors of gensim")
     values, beside = _array(held.get("vectors")), path.with_name(f"{path.name}.{prefix}vectors.npy")
-    encoded = [word.encode() for word in words]
+    encoded = [word.encode(errors="replace") for word in words]
     if values is None and beside.is_file():
+        if not lies_in(beside, path.parent):
+            raise CheckpointError(f"{str(beside)!r} is a link out of its folder: copy the file if you trust it")
         opened = _open_numpy(beside)
         rows = opened.entries[TABLE]
         checkpoint = _checkpoint(path, "gensim", rows, encoded)
@@ -257,13 +262,20 @@ def _array(value: object) -> NDArray[np.float32] | None:
     if not isinstance(state, tuple) or len(state) != 5:
         return None
     _, shape, dtype, in_columns, content = state
-    named = dtype.__dict__.get("_args", ()) if isinstance(dtype, Placeholder) else ()
-    kind = {"f2": "<f2", "f4": "<f4", "f8": "<f8"}.get(named[0] if named and isinstance(named[0], str) else "")
-    sizes = isinstance(shape, tuple) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
-    if not kind or not sizes or in_columns or not isinstance(content, bytes):
+    held = dtype.__dict__ if isinstance(dtype, Placeholder) else {}
+    kind, order = (_string(held.get(key), at) for key, at in (("_args", 0), ("_state", 1)))
+    sizes = isinstance(shape, tuple) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+    if kind not in ("f2", "f4", "f8") or order not in ("<", ">") or not sizes or in_columns:
         return None
-    flat = np.frombuffer(content, kind)
-    return flat.reshape(shape).astype(np.float32) if len(flat) == shape[0] * shape[1] else None
+    if not isinstance(content, bytes) or len(content) != shape[0] * shape[1] * int(kind[1]):
+        return None
+    values: NDArray[np.float32] = np.frombuffer(content, order + kind).reshape(shape).astype(np.float32)
+    return values
+
+
+def _string(values: object, at: int) -> str:
+    """Return the string at a place of a tuple; "" if there is none."""
+    return values[at] if isinstance(values, tuple) and len(values) > at and isinstance(values[at], str) else ""
 
 
 def _refuse_storage(pid: tuple[object, ...]) -> LazyStorage:
@@ -279,19 +291,22 @@ def _open_numpy(path: Path) -> Checkpoint:
             read = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
             shape, in_columns, dtype = read(file)
             offset = file.tell()
-    except (ValueError, OSError, EOFError, IndexError) as e:
+    except (ValueError, OSError, LookupError, TypeError, MemoryError, RecursionError, tokenize.TokenError) as e:
         raise CheckpointError(f"{where} is no array of numpy that can be read: {e}") from e
-    if len(shape) != 2 or in_columns or dtype.str not in _FLOATS or 0 in shape:
+    sizes = len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+    if not sizes or in_columns or dtype.str not in _FLOATS:
         raise CheckpointError(f"{where} is an array {shape} {dtype}, not rows of floating-point numbers")
     if offset + shape[0] * shape[1] * dtype.itemsize != path.stat().st_size:
         raise CheckpointError(f"{where} has not the bytes of an array {shape} {dtype}: it is truncated or damaged")
     source = SourceFile(path)
     rows = TensorEntry(TABLE, SafetensorsSlice(source, offset, shape, _FLOATS[dtype.str]))
     words = [str(i).encode() for i in range(shape[0])]
-    names = next((p for p in (path.with_suffix(".words.txt"), path.with_suffix(".txt")) if p.is_file()), None)
-    if names is not None:
-        found = names.read_bytes().removesuffix(b"\n").split(b"\n")
-        words = found if len(found) == shape[0] else words
+    for names in (path.with_suffix(".words.txt"), path.with_suffix(".txt")):
+        if names.is_file() and lies_in(names, path.parent):
+            found = names.read_bytes().replace(b"\r\n", b"\n").removesuffix(b"\n").split(b"\n")
+            is_list = len(found) == shape[0] and not _ROW.match(found[0])  # else text of the same vectors
+            words = found if is_list else words
+            break
     return replace(_checkpoint(path, "numpy", rows, words), close_files=source.close)
 
 
