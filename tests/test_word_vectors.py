@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import pickle
 import struct
@@ -15,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import cqr_compress as cqr
 from cqr_compress.checkpoint.formats.open import open_checkpoint
@@ -382,3 +386,50 @@ def test_arrays_in_pickles_of_gensim(tmp_path: Path, gensim_pickle: Any) -> None
 def test_ngrams_of_any_length_end(tmp_path: Path) -> None:
     assert Subwords(10, 7, 0, 2).rows_of("a") == Subwords(10, 7, 1, 2).rows_of("a")
     assert len(Subwords(10, 7, -5, 2**60).rows_of("abc")) == 13
+
+
+ODD = [None, 0, -1, 1, 2**31, 2**62, 10**30, "x", [], {}, [1], ["stored"], True, 1.5, "trellis"]
+
+
+@pytest.mark.parametrize("options", [OPTIONS[i] for i in (1, 2, 3, 7)], ids=lambda o: o["method"])
+def test_damaged_tables_are_refused_by_numpy(tmp_path: Path, options: dict[str, Any]) -> None:
+    (tmp_path / "v.txt").write_bytes(text())
+    small, damaged = tmp_path / "small.safetensors", tmp_path / "damaged.safetensors"
+    cqr.convert(tmp_path / "v.txt", small, **options)
+    with safe_open(str(small), "np") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def attempt(metadata: dict[str, str], tensors: dict[str, Any]) -> None:
+        save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, damaged, metadata)
+        with contextlib.suppress(FormatError):
+            vectors = cqr.load_vectors(damaged)
+            assert vectors[["w0", "w5", "w1400"]].shape == (3, D) and vectors.most_similar("w1")
+            assert "unseen" not in vectors
+
+    header = json.loads(metadata["cqr_compress"])
+    spec = header["tables"]["vectors"]["spec"]
+    for name, value in itertools.product(spec, ODD):
+        header["tables"]["vectors"]["spec"] = {**spec, name: value}
+        attempt({**metadata, "cqr_compress": json.dumps(header)}, tensors)
+        header["tables"]["vectors"]["spec"] = {k: v for k, v in spec.items() if k != name}
+    attempt({**metadata, "cqr_compress": json.dumps(header)}, tensors)
+    for value in (*ODD, {"words": N, "buckets": 5, "minn": 1, "maxn": 3}, {"words": N, "buckets": "x"}):
+        attempt({**metadata, "word_vectors": json.dumps(value)}, tensors)
+        attempt({**metadata, "cqr_compress": json.dumps(value)}, tensors)
+    with pytest.raises(FormatError):
+        attempt({**metadata, "cqr_compress": "[" * 100_000}, tensors)
+        cqr.load_vectors(damaged)
+    for name in [name for name in tensors if name.startswith("vectors.")]:
+        values = tensors[name]
+        attempt(metadata, {k: v for k, v in tensors.items() if k != name})
+        for other in (values[:1], values[None], values.astype(np.int64), np.full_like(values, 120), values[::-1]):
+            attempt(metadata, {**tensors, name: other})
+    for words in (b"a\n", b"a\n" * (N + 1), b"", b"\xff\n" * N, bytes(2**25)):
+        packed = np.frombuffer(zlib.compress(words, 9), np.uint8)
+        save_file({**tensors, "vocabulary": packed}, damaged, metadata)
+        with pytest.raises(FormatError):
+            cqr.load_vectors(damaged)
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(FormatError, match="no readable word vectors"):
+            cqr.load_vectors(path)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cqr_compress.errors import FormatError
+
 _END_OF_LINE = "</s>"
 
 
@@ -27,10 +29,17 @@ class Subwords:
 
     @classmethod
     def of(cls, about: Mapping[str, Any]) -> Subwords | None:
-        """Restore it from what a file says of its word vectors; None without n-grams."""
+        """Restore it from what a file says of its word vectors; None without n-grams.
+
+        Raises:
+            FormatError: fields that are no integers.
+        """
         if not about.get("buckets"):
             return None
-        return cls(about["words"], about["buckets"], about["minn"], about["maxn"])
+        fields = [about[name] for name in ("words", "buckets", "minn", "maxn")]
+        if not all(type(field) is int for field in fields) or min(fields[:2]) < 0:
+            raise FormatError("its n-grams are not described by integers")
+        return cls(*fields)
 
     def rows_of(self, word: str) -> list[int]:
         """Return the rows of the n-grams of a word, which is put in angle brackets first."""

@@ -17,6 +17,7 @@ from cqr_compress.errors import FormatError
 _PRIME = 2**31 - 1
 _BLOCK = 128
 """Rows for each entry of `tier_starts`."""
+_BYTES = frozenset(["codes", "row_tiers", "row_gain", "dim_rates"])
 Array = NDArray[Any]
 
 
@@ -35,12 +36,14 @@ class TableReader:
             tensors: its tensors by short name, as in the file.
 
         Raises:
-            FormatError: a layout that is decoded by torch only: codes that are computed from ids.
+            FormatError: a layout that is decoded by torch only: codes that are computed from ids; or tensors that
+                do not belong to the spec.
         """
         self._spec, self._tensors = spec, dict(tensors)
         self.shape: tuple[int, int] = (spec["num_embeddings"], spec["embedding_dim"])
         if spec["kind"] == "codebook" and set(spec["code_sources"]) != {"stored"}:
             raise FormatError(f"tables of method {spec['method']!r} are decoded by torch: use cqr.load_compressed")
+        _check(spec, self._tensors)
         if spec["kind"] == "codebook":
             self._prepare_codebook()
         elif spec["kind"] == "trellis":
@@ -139,6 +142,81 @@ class TableReader:
     def _rotated(self, rows: Array) -> Array:
         rotation = self._tensors.get("rotation")
         return rows if rotation is None else rows @ rotation.astype(np.float32)
+
+
+def _check(spec: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
+    """Refuse tensors that do not belong to a spec: decoding would fail, or read other bytes.
+
+    Raises:
+        FormatError: a tensor that is missing, of another shape or type, or has values that are out of range.
+    """
+    try:
+        shapes = _shapes(spec)
+        found = {short: tensors[short].shape for short in shapes}
+        are_bytes = all(tensors[short].dtype == np.uint8 for short in shapes.keys() & _BYTES)
+        kept = tensors["kept_ids"].astype(np.int64) if "kept_ids" in shapes else np.empty(0, np.int64)
+        parts = np.split(kept, [spec["num_kept_rows"]])
+        ids = all(
+            not len(p) or ((np.diff(p) > 0).all() and p[0] >= 0 and p[-1] < spec["num_embeddings"]) for p in parts
+        )
+        if found != shapes or not are_bytes or not ids:
+            raise ValueError("its tensors have other shapes, types or ids than it says")
+        if spec["kind"] == "trellis":
+            rates = tensors["dim_rates"].astype(np.int64)
+            if rates.sum(1).tolist() != [8 * size for size in spec["tier_nbytes"]] or rates.max() > 8:
+                raise ValueError("its rates are not those of its rows")
+            if len(spec["tier_nbytes"]) > 1:
+                _check_tiers(spec, tensors)
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError, OverflowError) as e:
+        raise FormatError(f"the compressed table is damaged: {type(e).__name__}: {e}") from e
+
+
+def _shapes(spec: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that the tensors of a table have in a file, as `table.spec` describes them."""
+    N, D = _whole(spec["num_embeddings"], 1), _whole(spec["embedding_dim"], 1)
+    kept, zero = _whole(spec["num_kept_rows"]), _whole(spec["num_zero_rows"])
+    shapes: dict[str, tuple[int, ...]] = {"kept_ids": (kept + zero,)} if kept + zero else {}
+    if kept:
+        shapes["kept_rows"] = (kept, D)
+    if spec["kind"] == "rowwise":
+        n_bits = _whole(spec["n_bits"], 1, 8)
+        return shapes | {"codes": (N, -(-D * n_bits // 8)), "row_scale": (N,), "row_offset": (N,)}
+    P = D if spec["rank"] is None else _whole(spec["rank"], 1, D)
+    if spec["rotation"]:
+        shapes["rotation"] = (P, D)
+    if spec["kind"] == "codebook":
+        C, L, K = (_whole(spec[name], 1) for name in ("num_columns", "num_levels", "codebook_size"))
+        if P % C or K & (K - 1) or not 2 <= K <= 2**16:
+            raise ValueError(f"{C} columns of {K} codewords do not divide {P} dimensions")
+        shapes |= {"codes": (N, -(-C * L * (K - 1).bit_length() // 8)), "codebooks": (C, L, K, P // C)}
+        return shapes | ({"codebook_scale": (C, L, P // C)} if spec["codebook_dtype"] == "int8" else {})
+    if spec["kind"] != "trellis":
+        raise ValueError("its kind is unknown")
+    sizes = [_whole(size, 1, D) for size in spec["tier_nbytes"]]
+    tiers, window = _whole(len(sizes), 1, 4), _whole(spec["window"], 8, 16)
+    _whole(spec["seed"], -(2**63), 2**63)
+    shapes |= {"codes": (N, sizes[0]), "dim_rates": (tiers, P), "dim_scale": (tiers, P), "row_mean": (D,)}
+    if tiers > 1:
+        shapes["codes"] = (sum(n * size for n, size in zip(spec["tier_rows"], sizes, strict=True)),)
+        shapes |= {"row_tiers": (-(-N // 4),), "tier_starts": (-(-N // _BLOCK),)}
+    if spec["value_source"] == "stored":
+        shapes["state_values"] = (2**window,)
+    return shapes | ({"row_gain": (N,), "gain_range": (2,)} if spec["gain_bits"] else {})
+
+
+def _whole(value: Any, least: int = 0, most: int = 2**48) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"it has {str(value)[:80]} in place of an integer from {least} to {most}")
+    return value
+
+
+def _check_tiers(spec: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
+    """Check that the codes of all rows follow each other."""
+    tiers = (tensors["row_tiers"][:, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3).reshape(-1)
+    sizes = np.array(spec["tier_nbytes"])[tiers[: spec["num_embeddings"]]]
+    starts = sizes.cumsum() - sizes
+    if sizes.sum() != tensors["codes"].size or not np.array_equal(starts[::_BLOCK], tensors["tier_starts"]):
+        raise ValueError("its codes do not follow each other as its tiers say")
 
 
 def _unpack(packed: Array, num_codes: int, n_bits: int) -> Array:

@@ -19,6 +19,8 @@ from cqr_compress.vectors.table_reader import TableReader
 HEADER, TABLE, VOCABULARY, ABOUT = "cqr_compress", "vectors", "vocabulary", "word_vectors"
 """Keys of the metadata, and names of the tensors, of files of word vectors."""
 _BLOCK_VALUES = 2**18
+_MAX_WORD_BYTES = 256
+"""Mean bytes of the words of a vocabulary, which zlib could make of few."""
 Vector = NDArray[np.float32]
 
 
@@ -48,11 +50,18 @@ def load_vectors(path: str | Path) -> WordVectors:
                 for name in names
                 if name.startswith(f"{TABLE}.")
             }
-            words = zlib.decompress(file.get_tensor(VOCABULARY).tobytes()).decode().split("\n")
-            about = json.loads(metadata[ABOUT])
-    except (SafetensorError, KeyError, ValueError, zlib.error) as e:
+            table = TableReader(spec, tensors)
+            limit = 2**24 + _MAX_WORD_BYTES * table.shape[0]
+            text = zlib.decompressobj().decompress(file.get_tensor(VOCABULARY).tobytes(), limit).decode()
+            words, about = text.split("\n")[:-1], json.loads(metadata[ABOUT])
+            subwords = Subwords.of(about)
+            if len(words) != about["words"] or len(words) + about.get("buckets", 0) > table.shape[0]:
+                raise FormatError(f"it has {len(words)} words for {table.shape[0]} rows")
+    except (
+        SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError, zlib.error,
+    ) as e:  # fmt: skip
         raise FormatError(f"{str(path)!r} has no readable word vectors: {e}") from e
-    return WordVectors(words[:-1], TableReader(spec, tensors), Subwords.of(about))
+    return WordVectors(words, table, subwords)
 
 
 class WordVectors:
