@@ -55,7 +55,7 @@ class FolderReport:
         reports: a report for each file of weights with tables.
         copied: files that were copied as they are.
         left_out: files of the source that are not in the output: weights in other formats, and links to files
-            outside the folder.
+            outside the folder, to other folders or to nothing.
     """
 
     folder: str
@@ -130,9 +130,16 @@ def convert_folder(
     weights = _find_weights(source)
     if not weights:
         raise CheckpointError(f"folder {str(source)!r} has no {', '.join(_WEIGHTS[:4])} in it or below it")
+    for file in weights:
+        try:
+            _read_config(file, source)
+        except CheckpointError:  # before the work, if there will be any
+            with contextlib.suppress(TableNotFoundError):
+                convert(file, output, options, tables=tables, exclude=exclude, dry_run=True, progress=progress)
+                raise
     reports: dict[Path, SizeReport] = {}
     missing: list[TableNotFoundError] = []
-    with shown(progress) as progress, _staged(output, dry_run) as staging:
+    with shown(progress) as progress, _staged(output.resolve(), dry_run) as staging:
         for file in weights:
             written = (staging / file.relative_to(source)).with_name(_output_name(file))
             if not dry_run:
@@ -156,7 +163,7 @@ def convert_folder(
             for file in reports:
                 _describe(file, source, staging)
             _write_card(staging / "README.md", list(reports.values()))
-            _commit(staging, output)
+            _commit(staging, output.resolve())
     return FolderReport(
         folder=str(output), source=str(source), measured=not dry_run, reports=tuple(reports.values()),
         copied=tuple(copied), left_out=tuple(left_out),
@@ -171,6 +178,8 @@ def _check(source: Path, output: Path, force: bool) -> None:
         raise OutputError(f"{str(output)!r} is the folder itself, in it, or around it: give another folder")
     if not output.parent.is_dir():
         raise OutputError(f"no such folder: {str(output.parent)!r}, to write {output.name!r} to. Create it first.")
+    if output.is_symlink() and not output.exists():
+        raise OutputError(f"{str(output)!r} is a link to a folder that does not exist: remove it first")
     if output.exists() and not output.is_dir():
         raise OutputError(f"{str(output)!r} is a file: give a folder")
     if output.is_dir() and any(output.iterdir()):
@@ -181,9 +190,14 @@ def _check(source: Path, output: Path, force: bool) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Return whether a folder has weights with a report of a conversion."""
-    return any(
-        SizeReport.is_one(read_json(path)) for name in _STEMS for path in folder.rglob(f"{name}.report.json")
+    """Return whether a folder is one that `convert_folder` wrote, and not one around it."""
+    card = folder / "README.md"
+    return (
+        card.is_file()
+        and _CARD.encode() in card.read_bytes()
+        and any(
+            SizeReport.is_one(read_json(path)) for name in _STEMS for path in folder.rglob(f"{name}.report.json")
+        )
     )
 
 
@@ -232,12 +246,17 @@ def _copy_others(
     folders_read = {file.parent for file in converted}
     for folder, folders, names in os.walk(source):
         folders[:] = sorted(name for name in folders if name not in _NOT_COPIED)
+        linked = [name for name in folders if (Path(folder) / name).is_symlink()]  # which os.walk does not enter
+        left_out += [str((Path(folder) / name).relative_to(source)) for name in linked]
         has_own = Path(folder) in folders_read or not any(name in _WEIGHTS for name in names)
         for name in sorted(names):
             path = Path(folder) / name
+            relative = path.relative_to(source)
+            if not path.is_file():  # a link to nothing or to itself, a pipe
+                left_out.append(str(relative))
+                continue
             if path.resolve() in read:
                 continue
-            relative = path.relative_to(source)
             is_weights = has_own and name.endswith(_OTHER_WEIGHTS) and not name.startswith("training_args")
             if is_weights or not lies_in(path, source):
                 left_out.append(str(relative))
@@ -251,19 +270,31 @@ def _copy_others(
     return copied, left_out
 
 
+def _read_config(weights: Path, source: Path) -> dict[str, Any] | None:
+    """Read the config.json of weights; None if there is none, or a link that is not copied.
+
+    Raises:
+        CheckpointError: no JSON object, or one of a model that is quantized already.
+    """
+    config = weights.with_name("config.json")
+    if not config.is_file() or not lies_in(config, source):
+        return None
+    values = read_json(config)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{str(config)!r} is not a JSON object")
+    if values.get("quantization_config"):
+        raise CheckpointError(
+            f"{str(config)!r} has a quantization_config already: convert the model that it was quantized from"
+        )
+    return values
+
+
 def _describe(weights: Path, source: Path, staging: Path) -> None:
     """Add `quantization_config` to the config.json of compressed weights."""
     config = staging / weights.parent.relative_to(source) / "config.json"
-    if not config.exists():
+    values = _read_config(weights, source)
+    if values is None:
         return
-    values = read_json(config)
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{str(weights.with_name('config.json'))!r} is not a JSON object")
-    if values.get("quantization_config"):
-        raise CheckpointError(
-            f"{str(weights.with_name('config.json'))!r} has a quantization_config already: convert the model "
-            "that it was quantized from"
-        )
     written = (staging / weights.relative_to(source)).with_name(_output_name(weights))
     with open_checkpoint(written if written.exists() else written.parent) as checkpoint:
         header = CompressedFile.from_checkpoint(checkpoint).header
@@ -277,7 +308,7 @@ def _describe(weights: Path, source: Path, staging: Path) -> None:
 
 def _write_card(path: Path, reports: Sequence[SizeReport]) -> None:
     """Append a section with the measured figures to the model card."""
-    card = path.read_text(encoding="utf-8") if path.exists() else ""
+    card = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
     lines = [
         _CARD,
         "",
@@ -305,7 +336,7 @@ def _figure(value: float | None) -> str:
 
 def _write_text(path: Path, text: str) -> None:
     with output_errors(path):
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def _commit(staging: Path, output: Path) -> None:
@@ -313,12 +344,13 @@ def _commit(staging: Path, output: Path) -> None:
     with output_errors(output):
         if output.is_dir() and any(output.iterdir()):
             earlier = staging.with_name(f"{staging.name}-earlier")
-            output.rename(earlier)
             try:
+                output.rename(earlier)
                 staging.rename(output)
-            except OSError:
-                earlier.rename(output)
-                raise
-            shutil.rmtree(earlier, ignore_errors=True)
+            finally:  # also of KeyboardInterrupt
+                if output.exists():
+                    shutil.rmtree(earlier, ignore_errors=True)
+                else:
+                    earlier.rename(output)
         else:
             staging.replace(output)

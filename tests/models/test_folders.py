@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 import cqr_compress as cqr
 from cqr_compress.cli.app import app
+from cqr_compress.commands import convert_folder as folders
 from cqr_compress.errors import (
     CheckpointError,
     CqrCompressError,
@@ -169,6 +171,89 @@ def test_links_that_leave_the_folder_are_not_copied(bert: Path, tmp_path: Path) 
     (bert / "notes.txt").symlink_to(tmp_path / "secret")
     report = cqr.convert_folder(bert, tmp_path / "small", method="pq", ratio=8)
     assert "notes.txt" in report.left_out and not (tmp_path / "small" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[]", '{"quantization_config": {"quant_method": "x"}}'])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_config_is_refused_before_the_work(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, dry_run: bool
+) -> None:
+    (bert / "config.json").write_text(content)
+    work = folders.convert
+    monkeypatch.setattr(folders, "convert", lambda *a, **options: work(*a, **{**options, "dry_run": True}))
+    with pytest.raises(CheckpointError, match="config.json"):
+        cqr.convert_folder(bert, tmp_path / "small", method="pq", ratio=8, dry_run=dry_run)
+    assert not list(tmp_path.glob("*small*"))
+    (bert / "more").mkdir()  # a module without tables may have any config
+    for file in (bert / "model.safetensors", bert / "config.json"):
+        file.rename(bert / "more" / file.name)
+    with pytest.raises(TableNotFoundError):
+        cqr.convert_folder(bert / "more", tmp_path / "small", method="pq", ratio=8, exclude=["*"])
+
+
+def test_an_interrupt_leaves_the_earlier_folder(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = tmp_path / "small"
+    cqr.convert_folder(bert, small, method="pq", ratio=8)
+    before = sorted(path.name for path in tmp_path.iterdir()), (small / "model.safetensors").read_bytes()
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    rename = Path.rename
+
+    def interrupted_rename(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial") and target.name == "small":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    for owner, name, action in ((folders, "convert", interrupt), (Path, "rename", interrupted_rename)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, action)
+            with pytest.raises(KeyboardInterrupt):
+                cqr.convert_folder(bert, small, method="pq", ratio=8, force=True, seed=1)
+        assert (sorted(p.name for p in tmp_path.iterdir()), (small / "model.safetensors").read_bytes()) == before
+
+
+def test_a_folder_around_an_output_is_not_replaced(bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    cqr.convert_folder(bert, tmp_path / "models" / "small", method="pq", ratio=8)
+    (tmp_path / "models" / "precious").write_text("mine")
+    with pytest.raises(OutputError, match="no folder that `convert` wrote"):
+        cqr.convert_folder(bert, tmp_path / "models", method="pq", ratio=8, force=True)
+    assert (tmp_path / "models" / "precious").exists()
+
+
+def test_an_output_is_a_link_or_the_working_folder(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.symlink_to(real)
+    for force in (False, True):
+        cqr.convert_folder(bert, link, method="pq", ratio=8, force=force)
+        assert link.is_symlink() and (real / "model.safetensors").exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["bert", "link", "real"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    cqr.convert_folder(bert, ".", method="pq", ratio=8)
+    assert (tmp_path / "here" / "model.safetensors").exists()
+    (tmp_path / "nothing").symlink_to(tmp_path / "none")
+    with pytest.raises(OutputError, match="link to a folder that does not exist"):
+        cqr.convert_folder(bert, tmp_path / "nothing", method="pq", ratio=8)
+
+
+def test_odd_files_of_a_folder(bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (bert / "2_Linked").symlink_to(tmp_path / "other")
+    (bert / "dangling.txt").symlink_to(bert / "none")
+    (bert / "loop.txt").symlink_to("loop.txt")
+    os.mkfifo(bert / "pipe")
+    (bert / "README.md").write_bytes(b"caf\xe9\n")
+    report = cqr.convert_folder(bert, tmp_path / "small", method="pq", ratio=8)
+    assert {"2_Linked", "dangling.txt", "loop.txt", "pipe"} <= set(report.left_out)
+    assert (tmp_path / "small" / "README.md").read_bytes().startswith(b"caf\xe9\n\n## Compressed")
 
 
 def test_a_model_of_another_size_is_refused(bert: Path, tmp_path: Path) -> None:
