@@ -86,7 +86,8 @@ class CompressedTablesQuantizer(HfQuantizer):
             found = _name_in_model(model, name, table)
             self._tables[found], self._specs[found] = table, table.spec
             module, attribute = _owner(model, found)
-            module.register_parameter(attribute, _empty("meta"))
+            dense = cast(Tensor, module._parameters[attribute])  # version 4 draws random values for tied heads
+            module.register_parameter(attribute, _empty("meta", dense.dtype))
         stored = [stored_name(name, short) for name, table in tables.items() for short in table.spec.file_shapes()]
         ignored = [rf"(^|\.){re.escape('.'.join(each.split('.')[-2:]))}$" for each in stored]
         known = model._keys_to_ignore_on_load_unexpected or ()
@@ -204,6 +205,6 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), attribute
 
 
-def _empty(device: str) -> nn.Parameter:
+def _empty(device: str, dtype: torch.dtype = MARKER.dtype) -> nn.Parameter:
     """Return what takes the place of a compressed weight in a file, and in a model while transformers fills it."""
-    return nn.Parameter(torch.empty(MARKER.shape, dtype=MARKER.dtype, device=device), requires_grad=False)
+    return nn.Parameter(torch.empty(MARKER.shape, dtype=dtype, device=device), requires_grad=False)

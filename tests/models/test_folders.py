@@ -101,6 +101,26 @@ def test_a_folder_is_converted_loaded_and_saved(
     assert torch.allclose(logits(model.dequantize()), wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("shard_bytes", [None, 30_000])
+def test_a_table_that_an_encoder_and_a_decoder_share(tmp_path: Path, shard_bytes: int | None) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=3000, **sizes)).save_pretrained(
+        tmp_path / "t5"
+    )
+    cqr.convert_folder(tmp_path / "t5", tmp_path / "small", method="pq", ratio=8, shard_bytes=shard_bytes)
+    model = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "small").eval()
+    cqr.export(
+        next(p for p in sorted((tmp_path / "small").glob("model.safetensors*"), reverse=True)),
+        tmp_path / "t5" / "model.safetensors",
+        force=True,
+    )
+    dense = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "t5").eval()
+    with torch.no_grad():
+        wanted = dense(input_ids=IDS, decoder_input_ids=IDS).logits
+        assert torch.allclose(model(input_ids=IDS, decoder_input_ids=IDS).logits, wanted, atol=1e-4)
+
+
 def test_a_loaded_model_trains(bert: Path, tmp_path: Path) -> None:
     cqr.convert_folder(bert, tmp_path / "small", method="pq", ratio=8)
     model = transformers.BertForMaskedLM.from_pretrained(tmp_path / "small")
