@@ -433,3 +433,17 @@ def test_damaged_tables_are_refused_by_numpy(tmp_path: Path, options: dict[str, 
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(FormatError, match="no readable word vectors"):
             cqr.load_vectors(path)
+
+
+def test_lists_of_no_words_and_single_words(tmp_path: Path) -> None:
+    (tmp_path / "v.txt").write_bytes(text())
+    cqr.convert(tmp_path / "v.txt", tmp_path / "small.safetensors", method="int8")
+    vectors = cqr.load_vectors(tmp_path / "small.safetensors")
+    assert vectors.most_similar("w1", "w2", topn=3) == vectors.most_similar(["w1"], ["w2"], topn=3)
+    for action in (
+        lambda: vectors[[]],
+        lambda: vectors.most_similar([]),
+        lambda: vectors.n_similarity([], ["w1"]),
+    ):
+        with pytest.raises(KeyError, match="at least one word"):
+            action()

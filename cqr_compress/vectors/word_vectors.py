@@ -101,7 +101,7 @@ class WordVectors:
         """Return the vector (D,) of a word, or (n, D) of several.
 
         Raises:
-            KeyError: a word that has none.
+            KeyError: a word that has none, or no word.
         """
         found = self._vectors([words] if isinstance(words, str) else list(words))
         one: Vector = found[0]
@@ -109,6 +109,8 @@ class WordVectors:
 
     def _vectors(self, words: list[str]) -> Vector:
         rows, owner = [], []
+        if not words:
+            raise KeyError("give at least one word")
         for i, word in enumerate(words):
             mine = [self._ids[word]] if word in self._ids else []
             mine += self.subwords.rows_of(word) if self.subwords is not None else []
@@ -135,25 +137,26 @@ class WordVectors:
                 yield start, self._vectors(self.words[start:stop])
 
     def most_similar(
-        self, positive: str | Sequence[str], negative: Sequence[str] = (), topn: int = 10
+        self, positive: str | Sequence[str], negative: str | Sequence[str] = (), topn: int = 10
     ) -> list[tuple[str, float]]:
         """Find the words of the largest cosine with the mean of unit vectors; those that are given are left out.
 
         Args:
             positive: a word, or several.
-            negative: words whose vectors are subtracted.
+            negative: a word, or several, whose vectors are subtracted.
             topn: number of words.
 
         Returns:
             Words with their cosines, best first.
 
         Raises:
-            KeyError: a word that has no vector.
+            KeyError: a word that has no vector, or no word.
         """
         positive = [positive] if isinstance(positive, str) else list(positive)
+        negative = [negative] if isinstance(negative, str) else list(negative)
         total: Vector = _unit(self[positive]).sum(0, keepdims=True, dtype=np.float32)
         if negative:
-            total -= _unit(self[list(negative)]).sum(0, keepdims=True, dtype=np.float32)
+            total -= _unit(self[negative]).sum(0, keepdims=True, dtype=np.float32)
         query = _unit(total)[0]
         cosines = np.concatenate([_unit(rows) @ query for _, rows in self.all_vectors()])
         given = [self._ids[word] for word in (*positive, *negative) if word in self._ids]
