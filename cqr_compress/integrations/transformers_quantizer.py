@@ -86,8 +86,10 @@ class CompressedTablesQuantizer(HfQuantizer):
             found = _name_in_model(model, name, table)
             self._tables[found], self._specs[found] = table, table.spec
             module, attribute = _owner(model, found)
-            dense = cast(Tensor, module._parameters[attribute])  # version 4 draws random values for tied heads
-            module.register_parameter(attribute, _empty("meta", dense.dtype))
+            dense = module._parameters[attribute]
+            assert dense is not None
+            # version 4 draws random values for tied heads, and warns of those that are not tied
+            _replace(model, dense, _empty("meta", dense.dtype))
         stored = [stored_name(name, short) for name, table in tables.items() for short in table.spec.file_shapes()]
         ignored = [rf"(^|\.){re.escape('.'.join(each.split('.')[-2:]))}$" for each in stored]
         known = model._keys_to_ignore_on_load_unexpected or ()
@@ -105,10 +107,7 @@ class CompressedTablesQuantizer(HfQuantizer):
             # a weight of the right shape, device and dtype that takes no memory
             device = "cpu" if filled.is_meta else filled.device
             weight = nn.Parameter(torch.empty(1, dtype=dtype, device=device).expand(shape))
-            for other in model.modules():
-                for key, parameter in other._parameters.items():
-                    if parameter is filled:
-                        other._parameters[key] = weight
+            _replace(model, filled, weight)
         self._restore_biases(model)
         swap_embeddings_(model, self._tables)
         for name in self._tables:
@@ -203,6 +202,14 @@ def _name_in_model(model: Any, table: str, content: CompressedTable) -> str:
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
+
+
+def _replace(model: nn.Module, parameter: Tensor, other: nn.Parameter) -> None:
+    """Put another parameter wherever a model has a parameter."""
+    for module in model.modules():
+        for name, found in module._parameters.items():
+            if found is parameter:
+                module._parameters[name] = other
 
 
 def _empty(device: str, dtype: torch.dtype = MARKER.dtype) -> nn.Parameter:

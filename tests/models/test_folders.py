@@ -109,7 +109,11 @@ def test_a_table_that_an_encoder_and_a_decoder_share(tmp_path: Path, shard_bytes
         tmp_path / "t5"
     )
     cqr.convert_folder(tmp_path / "t5", tmp_path / "small", method="pq", ratio=8, shard_bytes=shard_bytes)
-    model = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "small").eval()
+    model, about = transformers.T5ForConditionalGeneration.from_pretrained(
+        tmp_path / "small", output_loading_info=True
+    )
+    assert not about["missing_keys"]
+    model.eval()
     cqr.export(
         next(p for p in sorted((tmp_path / "small").glob("model.safetensors*"), reverse=True)),
         tmp_path / "t5" / "model.safetensors",
