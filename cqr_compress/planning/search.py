@@ -30,7 +30,7 @@ _PROBES, _HOPELESS = 5, 1.25
 _PROMISING = 1.5
 """Layouts with more error in a brief trial, relative to the best, have no longer one."""
 _TIER_MARGIN = 1.03
-"""Tiers of equally weighted rows have to have 3% less error than others: at equal error they keep less neighbours."""
+"""Tiers of equally weighted rows have to have 3% less error: at equal error they keep fewer neighbours."""
 _BEST_SIZES, _ALL_RANKS_DIM = 4, 128
 """Of tables with more dimensions, reduced ranks are tried with the best codebook sizes only."""
 
