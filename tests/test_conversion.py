@@ -398,7 +398,7 @@ def test_a_published_recommender_survives_the_round_trip(
     tmp_path: Path, shared: Callable[[str], Path], name: str
 ) -> None:
     source = torch.load(shared(name), weights_only=True)
-    report = cqr.convert(shared(name), tmp_path / "s.safetensors", cqr.ConvertOptions(ratio=16))
+    report = cqr.convert(shared(name), tmp_path / "s.safetensors", ratio=16, effort="fast")
     cqr.export(tmp_path / "s.safetensors", tmp_path / "d.pt")
     dense = torch.load(tmp_path / "d.pt", weights_only=True)
     assert list(dense) == list(source)

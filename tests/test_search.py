@@ -109,14 +109,15 @@ def test_a_rank_that_is_given_is_tried_for_many_dimensions(method: str) -> None:
 
 
 def test_a_dry_run_prints_the_estimated_error(cli: Cli, ckpt: Path, tmp_path: Path) -> None:
-    planned = cqr.convert(ckpt, tmp_path / "s.safetensors", ratio=16, dry_run=True)
-    measured = cqr.convert(ckpt, tmp_path / "s.safetensors", ratio=16)
+    planned = cqr.convert(ckpt, tmp_path / "s.safetensors", ratio=16, effort="fast", dry_run=True)
+    measured = cqr.convert(ckpt, tmp_path / "s.safetensors", ratio=16, effort="fast")
     for before, after in zip(planned.tables, measured.tables, strict=True):
         assert before.relative_mse is not None and after.relative_mse is not None
         assert before.relative_mse == pytest.approx(after.relative_mse, rel=0.15)
     only = cqr.convert(ckpt, tmp_path / "s.safetensors", method="pq", num_columns=4, n_bits=4, dry_run=True)
     assert all(table.relative_mse is not None and 0 < table.relative_mse < 1 for table in only.tables)
-    shown = cli("convert", "ckpt.pt", "-o", "t.safetensors", "--ratio", "16", "--dry-run").stdout
+    arguments = ("-o", "t.safetensors", "--ratio", "16", "--effort", "fast", "--dry-run")
+    shown = cli("convert", "ckpt.pt", *arguments).stdout
     assert f"{planned.tables[0].relative_mse:.4f}" in shown and "predicted, nothing written" in shown
 
 
