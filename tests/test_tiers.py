@@ -213,3 +213,30 @@ def test_tiers_of_one_option_are_one_tier(rows: Tensor) -> None:
     assert isinstance(two, TrellisSpec) and two.num_tiers == 2
     with pytest.raises(SpecError):
         cqr.ConvertOptions(method="pq", max_tiers=2)
+
+
+def test_rows_are_ranked_only_for_tiers(tmp_path: Path, ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ranked(*_: object) -> Tensor:
+        raise AssertionError("the rows of a large table are not ranked")
+
+    monkeypatch.setattr("cqr_compress.planning.scan.ScannedTable.importance", ranked)
+    cqr.convert(ckpt, tmp_path / "s.safetensors", method="trellis", ratio=8, max_tiers=1, effort="fast")
+    with pytest.raises(AssertionError, match="not ranked"):
+        cqr.convert(ckpt, tmp_path / "s.safetensors", method="trellis", ratio=8, effort="fast", force=True)
+
+
+def test_equally_weighted_rows_have_about_as_many_bytes(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3000, 64, generator=generator) * torch.logspace(-1.5, 1, 3000)[:, None]
+    torch.save({"emb.weight": rows}, tmp_path / "a.pt")
+
+    def smallest_share(**more: object) -> float:
+        (found,) = cqr.convert(
+            tmp_path / "a.pt", tmp_path / "s.safetensors", method="trellis", ratio=12, window=8, rotation="pca",
+            effort="fast", force=True, **more,
+        ).tables  # fmt: skip
+        sizes = [int(size) for size in found.layout.split("B")[0].split("/")]
+        return sizes[0] / sizes[-1]
+
+    assert smallest_share() > 0.6
+    assert smallest_share(frequencies={"emb.weight": torch.linspace(1, 100, 3000).square()}) < 0.6

@@ -63,8 +63,6 @@ class TrellisMethod:
         window = options.window or (_SHORT_WINDOW if D > 1 else _SHORTEST_WINDOW)
         if window > MAX_RATE * D:
             return
-        weights = facts.importance(0.0)
-        is_weighted = bool(weights.max() > weights[weights > 0].min()) if bool((weights > 0).any()) else False
         rotations = (options.rotation,) if options.rotation else (None, "pca") if D <= MAX_ROTATED_DIM else (None,)
         for rotation, gain_bits in product(rotations, (0, 8)):
             variances = facts.variances(rotation is not None)
@@ -88,6 +86,9 @@ class TrellisMethod:
             if max_tiers > 1:
                 ranked = RankedRows.of(facts.importance(ENERGY_POWER))
                 windows = [w for w in WINDOWS if w == spec.window or (w < spec.window and options.window is None)]
+                weights = facts.importance(0.0)  # without the energies of the rows
+                counted = weights[weights > 0]
+                is_weighted = len(counted) > 0 and bool(counted.max() > counted.min())
                 least = 1 if is_weighted else math.ceil(_LEAST_SHARE * spec.row_nbytes)
                 tiered = _with_tiers(spec, variances, ranked, budget, max_tiers, windows, least)
                 if tiered is not None:
