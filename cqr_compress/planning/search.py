@@ -29,8 +29,8 @@ _PROBES, _HOPELESS = 5, 1.25
 """Number of codebooks that are tried before the others are dropped, if all have 25% more error than a trellis."""
 _PROMISING = 1.5
 """Layouts with more error in a brief trial, relative to the best, have no longer one."""
-_TIER_MARGIN = 1.03
-"""Tiers of equally weighted rows have to have 3% less error: at equal error they keep fewer neighbours."""
+_TIER_MARGIN = 1.06
+"""Tiers of equally weighted rows have to have 6% less error: at equal error they keep fewer neighbours."""
 _BEST_SIZES, _ALL_RANKS_DIM = 4, 128
 """Of tables with more dimensions, reduced ranks are tried with the best codebook sizes only."""
 
