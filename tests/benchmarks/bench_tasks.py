@@ -243,28 +243,33 @@ def padded(items: list[int], length: int) -> list[int]:
     return [0] * (length - len(items[-length:])) + items[-length:]
 
 
-@torch.no_grad()
-def rank_last(model: nn.Module, lines: list[list[int]], length: int) -> tuple[float, float]:
-    """Rank the last item of each line among all that are not before it: NDCG@10 and HR@10, equal scores counted half."""
-    model.eval()
-    history, last = (
-        torch.tensor(x) for x in zip(*((padded(line[:-1], length), line[-1]) for line in lines), strict=True)
-    )
-    ranks = []
-    rows = model.item.weight
-    table = rows.detach() if type(rows) is nn.Parameter else model.item.decode()
-    for a in range(0, len(lines), 512):
-        scores = model(history[a : a + 512])[:, -1] @ table.T
-        scores[:, 0] = -torch.inf
-        mine = scores.gather(1, last[a : a + 512, None])
-        broken = scores.isnan().any(1)
-        for i, line in enumerate(lines[a : a + 512]):
-            scores[i, line] = -torch.inf
-        rank = (scores > mine).sum(1) + (scores == mine).sum(1) / 2
-        ranks.append(rank.where(~broken, torch.nan))
-    model.train()
-    found = ranking_metrics(torch.cat(ranks))
-    return found["ndcg@10"], found["hr@10"]
+class LastItems:
+    """Ranks the last item of each line among all that are not before it: NDCG@10 and HR@10, equal scores counted half."""
+
+    def __init__(self, lines: list[list[int]], length: int) -> None:
+        self.history = torch.tensor([padded(line[:-1], length) for line in lines])
+        self.last = torch.tensor([line[-1:] for line in lines])
+        self.seen = [
+            torch.tensor([(i, item) for i, line in enumerate(lines[a : a + 512]) for item in line]).T
+            for a in range(0, len(lines), 512)
+        ]
+
+    @torch.no_grad()
+    def rank(self, model: nn.Module) -> Figures:
+        model.eval()
+        ranks = []
+        rows = model.item.weight
+        table = rows.detach() if type(rows) is nn.Parameter else model.item.decode()
+        for history, last, seen in zip(self.history.split(512), self.last.split(512), self.seen, strict=True):
+            scores = model(history)[:, -1] @ table.T
+            scores[:, 0] = -torch.inf
+            mine = scores.gather(1, last)
+            broken = scores.isnan().any(1)
+            scores[seen[0], seen[1]] = -torch.inf
+            rank = (scores > mine).sum(1) + (scores == mine).sum(1) / 2
+            ranks.append(rank.where(~broken, torch.nan))
+        model.train()
+        return ranking_metrics(torch.cat(ranks))
 
 
 def sasrec(path: Path, length: int = 20) -> Task:
@@ -273,11 +278,11 @@ def sasrec(path: Path, length: int = 20) -> Task:
     num_items = max(max(line) for line in lines) + 1
     inputs = torch.tensor([padded(line[:-3], length) for line in lines])
     wanted = torch.tensor([padded(line[1:-2], length) for line in lines])
+    valid, test = LastItems([line[:-1] for line in lines], length), LastItems(lines, length)
 
     def metrics(model: nn.Module) -> Figures:
-        found: Figures = {}
-        for name, part in (("", [line[:-1] for line in lines]), ("test_", lines)):
-            found[f"{name}ndcg@10"], found[f"{name}hr@10"] = rank_last(model, part, length)
+        found = valid.rank(model)
+        found |= {f"test_{name}": value for name, value in test.rank(model).items()}
         return found
 
     def logits(model: nn.Module, batch: Batch) -> Tensor:

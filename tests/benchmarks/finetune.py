@@ -197,9 +197,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--decays", type=Decay.parse, nargs="+", default=GRID, help="0.1 (Adam) or AdamW:0.1")
     parser.add_argument("--scratch", action="store_true")
+    parser.add_argument(
+        "--device", default="cpu", help="cuda trains sasrec there; the other tasks are for the CPU"
+    )
     parser.add_argument("--folder", type=Path, help="keeps the dense models, which are then not trained again")
     parser.add_argument("--ways", nargs="+", default=["tuned"], choices=WAYS)
     args = parser.parse_args()
+    torch.set_default_device(args.device)
     with tempfile.TemporaryDirectory() as name:
         folder = args.folder or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
