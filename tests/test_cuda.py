@@ -1,6 +1,7 @@
 """Layers, searches, clustering and fine-tuning on a CUDA device give what they give on the CPU."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,13 +81,6 @@ def test_half_precision_and_autocast_give_the_dtypes_of_the_dense_layer(
     assert float((half.float() - wanted).abs().max()) < 0.05 * size
 
 
-@pytest.mark.parametrize("bad", [N, -1])
-def test_an_id_outside_the_table_is_named(bad: int) -> None:
-    layer = CompressedEmbedding(random_table(SPECS["trellis"])).cuda()
-    with pytest.raises(IndexError, match=f"id {bad} is outside the table of 300 rows"):
-        layer(torch.tensor([1, bad], device="cuda"))
-
-
 @pytest.mark.filterwarnings("default")  # of the compiler
 @pytest.mark.parametrize("name", ["pq5", "prq", "kept", "cqr", "int8", "rank", "trellis_pca", "trellis_tiers"])
 def test_compiled_layers_equal_those_that_are_not(name: str) -> None:
@@ -116,16 +110,17 @@ def test_graphs_that_are_captured_give_the_same_rows(name: str) -> None:
             assert torch.allclose(compiled(ids), layer(ids), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["pq8", "trellis_tiers"])
+@pytest.mark.parametrize("name", ["pq8", "cqr", "int8", "trellis_gain"])
 def test_a_lookup_does_not_decode_the_table(name: str) -> None:
-    layer = CompressedEmbedding(random_table(SPECS[name])).cuda()
+    size = 50_000
+    layer = CompressedEmbedding(random_table(replace(SPECS[name], num_embeddings=size))).cuda()
     ids = torch.zeros(16, dtype=torch.int64, device="cuda")
     with torch.no_grad():
         layer(ids)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         layer(ids)
-    assert torch.cuda.max_memory_allocated() - before < N * D * 4
+    assert torch.cuda.max_memory_allocated() - before < size * D * 4 / 10
 
 
 @pytest.mark.parametrize("rates", [[2] * 16, [1, 2, 3, 8, 4, 1, 2, 3], [1] * 64])

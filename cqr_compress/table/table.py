@@ -44,18 +44,19 @@ class CompressedTable:
         return self.tensors.get("kept_ids", none)[: self.spec.num_kept_rows]
 
     def decode(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Decode rows start..stop in blocks; the whole table by default."""
+        """Decode rows start..stop in blocks, on the device of the tensors; the whole table by default."""
         stop = self.spec.num_embeddings if stop is None else stop
-        out = torch.empty(stop - start, self.spec.embedding_dim, dtype=self.spec.torch_dtype, device="cpu")
+        device = next(iter(self.tensors.values())).device
+        out = torch.empty(stop - start, self.spec.embedding_dim, dtype=self.spec.torch_dtype, device=device)
         for a, b in row_blocks(stop - start, self.spec.work_width):
-            out[a:b] = self.lookup(torch.arange(start + a, start + b, device="cpu"))
+            out[a:b] = self.lookup(torch.arange(start + a, start + b, device=device))
         return out
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Decode the rows of `ids`, computed in float32 and in one block.
 
         Args:
-            ids: (B,) integers in [0, N).
+            ids: (B,) integers in [0, N), on the device of the tensors.
 
         Returns:
             (B, D) in the source's dtype.

@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layouts", nargs="+", help="layouts to time; all by default")
+    parser.add_argument("--forward", action="store_true", help="time no backward passes")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of the compressed layer")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -151,7 +152,7 @@ def main() -> None:
             for batch in args.batch:
                 pool = [ids.to(args.device) for ids in draw_ids(distribution, num_rows, batch, 40)]
                 gradient = torch.randn(batch, args.dim, device=args.device)
-                for direction in ("forward", "forward+backward"):
+                for direction in ("forward", "forward+backward")[: 1 if args.forward else 2]:
                     cells, base = [], 0.0
                     for layer in layers.values():
                         if direction == "forward":
