@@ -12,6 +12,7 @@ The JSON object under the metadata key `cqr_compress`:
     skeleton        structure of the source file, or null (see `formats.nesting`)
     source          `file`, `format`, `bytes`, `optimizer_bytes`, `placeholders` (objects not instantiated)
     left_dense      tables that were not compressed, each with `name`, `shape`, `bytes`, `reason`
+    rest            other tensors in a narrower dtype (optional; see `rest_record`)
     tuning          result of fine-tuning (optional)
 """
 
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 from cqr_compress._version import __version__
 from cqr_compress.checkpoint.base import UnbuiltObject
 from cqr_compress.checkpoint.formats.nesting import is_text
+from cqr_compress.checkpoint.rest_record import RestRecord
 from cqr_compress.errors import FormatError, SpecError, brief
 from cqr_compress.table.quality import Quality
 from cqr_compress.table.spec import AnySpec, spec_from_json
@@ -45,6 +47,7 @@ _KEYS = frozenset(
         "skeleton",
         "source",
         "left_dense",
+        "rest",
         "tuning",
     ]
 )
@@ -119,6 +122,7 @@ class Header:
         outside_model: names of tensors outside the dict that contained the model's state_dict.
         structure: nesting and plain values of a pickled source, as JSON, or None if flat.
         left_dense: tables that were not compressed.
+        rest: other tensors that are stored in a narrower dtype, or None.
         tuning: result of fine-tuning, or None.
         version: version of the package that wrote the file.
         others: keys that this version does not know; they are written back as they are.
@@ -132,6 +136,7 @@ class Header:
     outside_model: tuple[str, ...] = ()
     structure: Any = None
     left_dense: tuple[LeftDense, ...] = ()
+    rest: RestRecord | None = None
     tuning: Mapping[str, Any] | None = None
     version: str = __version__
     others: Mapping[str, Any] = field(default_factory=dict)
@@ -165,6 +170,7 @@ class Header:
             "skeleton": self.structure,
             "source": source,
             "left_dense": left,
+            **({} if self.rest is None else {"rest": self.rest.to_json()}),
             **({} if self.tuning is None else {"tuning": _tuning_to_json(self.tuning)}),
             **self.others,
         }
@@ -207,6 +213,7 @@ class Header:
                 outside_model=tuple(_name(name) for name in _typed(values["extras"], list)),
                 structure=values["skeleton"],
                 left_dense=tuple(_left_from_json(item) for item in _typed(values["left_dense"], list)),
+                rest=None if values.get("rest") is None else RestRecord.from_json(_typed(values["rest"], dict)),
                 tuning=None if tuning is None else _tuning_from_json(_typed(tuning, dict)),
                 version=_typed(values["version"], str),
                 others=others,

@@ -37,15 +37,15 @@ class Part:
     shows_progress: bool = False
 
 
-def copied_part(entry: TensorEntry, name: str | None = None) -> Part:
-    """Make a part that copies a tensor of another file block by block, under its own or another name."""
-    name = name or entry.name
+def copied_part(entry: TensorEntry, name: str | None = None, dtype: torch.dtype | None = None) -> Part:
+    """Make a part that copies a tensor of another file block by block; under another name or dtype if given."""
+    name, dtype = name or entry.name, dtype or entry.dtype
 
     def write(put: Put) -> None:
         for _, block in read_blocks(entry, BLOCK_BYTES):
-            put(name, block)
+            put(name, block if dtype == entry.dtype else _narrowed(name, block, dtype))
 
-    return Part({name: TensorShape(entry.shape, entry.dtype)}, write)
+    return Part({name: TensorShape(entry.shape, dtype)}, write)
 
 
 def tensor_part(name: str, tensor: Tensor, shape: TensorShape) -> Part:

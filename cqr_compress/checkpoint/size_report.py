@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from cqr_compress.checkpoint.base import UnbuiltObject
 from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.header import Header, LeftDense, check_metrics, check_tuning
+from cqr_compress.checkpoint.rest_record import RestRecord
 from cqr_compress.errors import FormatError, brief
 
 SCHEMA_VERSION = 2
@@ -77,6 +78,7 @@ class SizeReport:
         optimizer_bytes: bytes of optimizer state in the source, which is dropped.
         unbuilt_objects: objects of the source that were not instantiated.
         left_dense: tables that were not compressed.
+        rest: other tensors in a narrower dtype, see `RestRecord`; None if they are as in the source.
         tables: reports of the compressed tables.
         version: version of the package that wrote the file.
         seed: random seed.
@@ -97,6 +99,7 @@ class SizeReport:
     tables: list[TableReport]
     version: str
     seed: int
+    rest: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
 
@@ -107,8 +110,9 @@ class SizeReport:
 
     @property
     def largest_ratio(self) -> float:
-        """Bytes of the model / bytes outside its compressed tables: no ratio of the tables exceeds it."""
-        return self.model_bytes_before / max(self.model_bytes_before - self.tables_bytes_before, 1)
+        """Bytes of the model before / bytes outside its compressed tables: no ratio of the tables exceeds it."""
+        saved = 0 if self.rest is None else self.rest["bytes_before"] - self.rest["bytes_after"]
+        return self.model_bytes_before / max(self.model_bytes_before - self.tables_bytes_before - saved, 1)
 
     def to_json(self) -> dict[str, Any]:
         """Convert to a JSON object with the schema's name and version."""
@@ -143,6 +147,8 @@ class SizeReport:
                 ),
                 **_checked_fields(cls, fields),
             )
+            if report.rest is not None:
+                RestRecord.from_json(report.rest)
             if report.tuning is not None:
                 check_tuning(report.tuning)
             if report.evaluation is not None:
@@ -247,6 +253,7 @@ def size_report(header: Header, file: str, file_bytes: int, measured: bool) -> S
         tables=tables,
         version=header.version,
         seed=header.seed,
+        rest=None if header.rest is None else header.rest.to_json(),
         tuning=None if header.tuning is None else dict(header.tuning),
     )
 

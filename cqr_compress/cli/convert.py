@@ -26,7 +26,18 @@ from cqr_compress.cli.options import (
 )
 from cqr_compress.quantize.options import ConvertOptions
 
-_FIRST = ("ratio", "bits_per_dim", "method", "rotation", "rank", "helper", "num_columns", "num_levels", "n_bits")
+_FIRST = (
+    "ratio",
+    "bits_per_dim",
+    "rest_dtype",
+    "method",
+    "rotation",
+    "rank",
+    "helper",
+    "num_columns",
+    "num_levels",
+    "n_bits",
+)
 _THEN = ("window", "max_tiers", "codebook_dtype", "effort", "refine_rounds", "max_sample", "seed")
 _ROWS = ("min_rows", "exact_rows", "prior", "nonfinite")
 

@@ -68,6 +68,9 @@ def print_size_report(report: SizeReport) -> None:
     print_table(console, columns, rows)
     console.print()
     _line(console, f"tables  {_change(report.tables_bytes_before, report.tables_bytes_after)}")
+    if report.rest is not None:
+        change = _change(report.rest["bytes_before"], report.rest["bytes_after"])
+        _line(console, f"others  {change} in {report.rest['dtype']}")
     _line(console, f"model   {_change(report.model_bytes_before, report.file_bytes_after)}")
     is_reached = report.model_bytes_before > report.largest_ratio * report.file_bytes_after  # the source is a text
     if report.largest_ratio < _LIMIT_TO_SHOW and not is_reached:
@@ -85,6 +88,9 @@ def print_size_report(report: SizeReport) -> None:
         )
     for item in report.left_dense:
         _line(console, f"left dense: {item.name} {item.shape[0]} x {item.shape[1]}: {item.reason}")
+    if report.rest is not None:
+        for name, reason in report.rest["kept"].items():
+            _line(console, f"not in {report.rest['dtype']}: {name}: {reason}")
     _print_unbuilt(console, report.unbuilt_objects)
     if report.tuning is not None:
         _print_tuning(console, report.tuning)

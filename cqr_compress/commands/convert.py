@@ -30,6 +30,7 @@ from cqr_compress.planning.encode import exact_rows_of
 from cqr_compress.planning.find import Candidate, find_tables, refuse_foreign, with_table_names
 from cqr_compress.planning.frequencies import Frequencies, read_frequencies
 from cqr_compress.planning.plan_tables import Planned, PlannedTable, left_dense, plan_tables
+from cqr_compress.planning.rest import plan_rest
 from cqr_compress.planning.token_frequencies import token_frequencies
 from cqr_compress.progress import Progress, shown
 from cqr_compress.quantize.base import row_weights
@@ -117,13 +118,15 @@ def convert(
         planned = replace(planned, left_dense=[*planned.left_dense, *left_dense(candidates)])
         if by_tokenizer:
             planned = planned.noting(counts, "rows weighted by the order of the tokenizer's tokens")
-        header = _header(checkpoint, planned, options)
+        rest = plan_rest(checkpoint, planned.tables.keys(), options.rest_dtype, progress)
+        header = replace(_header(checkpoint, planned, options), rest=rest)
+        dtypes = {} if rest is None else rest.stored_dtypes()
         meters: dict[str, QualityMeter] = {}
         _check_names(checkpoint, planned)
         parts = [
             _encoded_part(name, planned.tables[name], meters, progress)
             if name in planned.tables
-            else copied_part(entry)
+            else copied_part(entry, dtype=dtypes.get(name))
             for name, entry in checkpoint.entries.items()
         ]
         out = CompressedOutput(destination, header, parts, checkpoint.metadata)

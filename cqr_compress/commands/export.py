@@ -122,8 +122,9 @@ def _state_dict(opened: CompressedFile, progress: Progress) -> dict[str, Tensor]
             table[start : start + len(rows)] = rows
             progress.advance(len(rows))
         state[name] = table
+    dtypes = {} if opened.header.rest is None else opened.header.rest.source_dtypes()
     for name, entry in opened.dense_entries.items():
-        state[name] = entry.stored.read()
+        state[name] = entry.stored.read().to(dtypes.get(name, entry.dtype))
     for alias, target in opened.aliases.items():
         state[alias] = state[target]
     return state
@@ -138,10 +139,11 @@ def _decoded_blocks(opened: CompressedFile, name: str) -> Iterator[tuple[int, Te
 def _dense_parts(opened: CompressedFile) -> list[Part]:
     """List decoded tables and copied tensors; safetensors cannot share memory, so tied names are copies."""
     names = {name: name for name in (*opened.specs, *opened.dense_entries)} | dict(opened.aliases)
+    dtypes = {} if opened.header.rest is None else opened.header.rest.source_dtypes()
     return [
         _decoded_part(opened, name, source)
         if source in opened.specs
-        else copied_part(opened.dense_entries[source], name)
+        else copied_part(opened.dense_entries[source], name, dtypes.get(source))
         for name, source in names.items()
     ]
 

@@ -29,8 +29,9 @@ _PROBES, _HOPELESS = 5, 1.25
 """Number of codebooks that are tried before the others are dropped, if all have 25% more error than a trellis."""
 _PROMISING = 1.5
 """Layouts with more error in a brief trial, relative to the best, have no longer one."""
-_TIER_MARGIN = 1.06
-"""Tiers of equally weighted rows have to have 6% less error: at equal error they keep fewer neighbours."""
+_TIER_MARGIN = 0.2
+"""Tiers of equally weighted rows have to lower an error of 0.3 by 6%, one of 0.05 by 1%: the larger the error, the
+more rows of the smallest tier lose their neighbours."""
 _BEST_SIZES, _ALL_RANKS_DIM = 4, 128
 """Of tables with more dimensions, reduced ranks are tried with the best codebook sizes only."""
 
@@ -173,7 +174,7 @@ def search(table: ScannedTable, specs: Sequence[AnySpec], options: ConvertOption
         progress.advance(deciders - len(close))
     else:  # of one layout, or of trellises, of which longer trials are close to the final fit
         progress.advance(deciders)
-    error, best = min(second, key=lambda pair: pair[0] * _margin(pair[1], table))
+    error, best = min(second, key=lambda pair: pair[0] * _margin(pair[0], pair[1], table))
     return Found(best, error, len(specs))
 
 
@@ -231,10 +232,10 @@ class _Trials:
         return error
 
 
-def _margin(spec: AnySpec, table: ScannedTable) -> float:
+def _margin(error: float, spec: AnySpec, table: ScannedTable) -> float:
     """Return the factor on a layout's error in the last comparison."""
     has_tiers = isinstance(spec, TrellisSpec) and spec.has_tiers
-    return _TIER_MARGIN if has_tiers and table.weights is None else 1.0
+    return 1 + _TIER_MARGIN * error if has_tiers and table.weights is None else 1.0
 
 
 def _error(pair: tuple[float, AnySpec]) -> float:

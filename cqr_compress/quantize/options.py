@@ -13,6 +13,7 @@ MAX_SAMPLE_ROWS = 131_072
 REFIT_ROUNDS = 5
 EFFORTS = ("fast", "normal", "max")
 HELPERS = ("hashed", "stored", "none")
+REST_DTYPES = ("float16", "bfloat16")
 CODEBOOK_DTYPES = ("int8", "float16", "bfloat16", "float32", "float64")
 
 
@@ -107,6 +108,14 @@ class ConvertOptions:
         "tokens in tokenizer.json or vocab.txt beside the weights, or none.",
         panel="Selection",
         choices=("tokenizer", "none"),
+    )
+    rest_dtype: str | None = option(
+        None,
+        "Dtype in the file of all other floating-point tensors. Running statistics, and tensors with values that "
+        "it cannot hold, keep theirs.",
+        panel="Budget",
+        choices=REST_DTYPES,
+        shown_default="that of the source",
     )
     nonfinite: str = option(
         "error",
