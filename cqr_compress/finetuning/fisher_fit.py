@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +43,7 @@ class FisherFit:
         method: method of the conversion.
         budgets: budget in bytes, by table; at least the current size of the table is allowed.
         progress: receives the progress of the work.
+        layouts: layouts that were chosen, which later fits of the same kind keep; None where none fits the budget.
     """
 
     tuned: TunedModel
@@ -52,6 +53,7 @@ class FisherFit:
     method: str
     budgets: Mapping[str, int]
     progress: Progress
+    layouts: dict[tuple[object, ...], AnySpec | None] = field(default_factory=dict)
 
     @staticmethod
     def tables(tuned: TunedModel) -> dict[str, TableLayer]:
@@ -87,7 +89,7 @@ class FisherFit:
                     scan = source_rows(checkpoint, name, layer.table(), counts, self.progress)
                     made: tuple[AnySpec, dict[str, Tensor]] | None = None
                     if distributed.rank() == 0 and isinstance(spec, TrellisSpec):
-                        made = self._fit_trellis(name, scan, fisher.metric_sqrt(power=power), spec)
+                        made = self._fit_trellis(name, scan, fisher, spec, power)
                     elif distributed.rank() == 0 and isinstance(spec, CodebookSpec):
                         made = self._fit(name, scan, fisher, spec, rotated)
                     found, tensors = distributed.broadcast_object(made) or (spec, {})
@@ -104,7 +106,7 @@ class FisherFit:
         return [(False, 1.0), *([(True, 1.0)] if may_rotate else []), *([(False, 0.5)] if trellis else [])]
 
     def _fit_trellis(
-        self, name: str, scan: ScannedTable, metric_sqrt: Tensor, spec: TrellisSpec
+        self, name: str, scan: ScannedTable, fisher: FisherMatrix, spec: TrellisSpec, power: float
     ) -> tuple[TrellisSpec, dict[str, Tensor]]:
         """Choose a layout and fit it."""
         budget = max(spec.nbytes, self.budgets.get(name, 0))
@@ -117,12 +119,9 @@ class FisherFit:
             min_rows=0,
             seed=spec.seed,
         )
+        metric_sqrt = fisher.metric_sqrt(power=power)
         moved = transformed(scan, metric_sqrt)
-        self.progress.start(f"choosing a layout for {name}", 0, "trials")
-        try:
-            found = plan_table(moved, options, self.progress).spec
-        except BudgetError:
-            found = None
+        found = self._layout((name, power, scan.weights is not None), moved, options)  # tiers follow weights
         if not isinstance(found, TrellisSpec) or found.nbytes > budget:  # a rotation does not fit the budget
             held = self.tuned.tables[name].table_tensors()
             return spec, {short: held[short] for short in spec.body_shapes()}
@@ -143,8 +142,8 @@ class FisherFit:
         metric_sqrt = fisher.metric_sqrt(1 if whole else spec.num_columns)
         moved, found = transformed(scan, metric_sqrt), spec
         if whole and (spec.method in _ADDITIVE or rotated):
-            self.progress.start(f"choosing a layout for {name}", 0, "trials")
-            found = _replanned(moved, spec, self.method, rotated, budget, self.progress)
+            options = _options(spec, self.method, rotated, budget)
+            found = _like(spec, self._layout((name, rotated), moved, options), budget)
         if found.rotation is None and found.num_columns != spec.num_columns:
             found = spec  # the metric has the blocks of the previous columns
         if found is spec and rotated and spec.rotation is None:  # no layout with a rotation fits the budget
@@ -153,17 +152,25 @@ class FisherFit:
         self.progress.start(f"fitting {name}", 0, "steps")
         return found, fit_transformed(moved, found, metric_sqrt, self.progress.advance)
 
+    def _layout(self, key: tuple[object, ...], rows: ScannedTable, options: ConvertOptions) -> AnySpec | None:
+        """Choose the layout of least error, once for each key, which begins with the table's name."""
+        if key not in self.layouts:
+            self.progress.start(f"choosing a layout for {key[0]}", 0, "trials")
+            try:
+                self.layouts[key] = plan_table(rows, options, self.progress).spec
+            except BudgetError:
+                self.layouts[key] = None
+        return self.layouts[key]
+
 
 def _may_rotate(spec: CodebookSpec) -> bool:
     return spec.rotation is None and (spec.method in _ADDITIVE or spec.code_sources == (STORED,))
 
 
-def _replanned(
-    rows: ScannedTable, spec: CodebookSpec, method: str, rotated: bool, budget: int, progress: Progress
-) -> CodebookSpec:
-    """Choose the layout of least error within a budget; the given one if none fits."""
+def _options(spec: CodebookSpec, method: str, rotated: bool, budget: int) -> ConvertOptions:
+    """Return options by which the layout of codebooks is chosen again, of a conversion with `method`."""
     additive = spec.method if spec.method in _ADDITIVE else "pq"
-    options = ConvertOptions(
+    return ConvertOptions(
         method="auto" if method == "auto" and rotated else additive,
         ratio=max(1.0001, spec.dense_nbytes / (budget + 0.5)),
         rotation="opq" if rotated else None,
@@ -172,10 +179,10 @@ def _replanned(
         min_rows=0,
         seed=spec.seed,
     )
-    try:
-        found = plan_table(rows, options, progress).spec
-    except BudgetError:
-        return spec
+
+
+def _like(spec: CodebookSpec, found: AnySpec | None, budget: int) -> CodebookSpec:
+    """Return a layout of codebooks that was found, as one of the table of `spec`; `spec` if it does not fit."""
     if not isinstance(found, CodebookSpec) or found.nbytes > budget:
         return spec
     same = ["dtype", "num_kept_rows", "num_zero_rows", *(() if spec.method in _ADDITIVE else ["method"])]

@@ -30,6 +30,7 @@ from cqr_compress.finetuning.task import Task
 from cqr_compress.finetuning.task_model import evaluate_task
 from cqr_compress.finetuning.tuned_model import TunedModel
 from cqr_compress.progress import Progress
+from cqr_compress.table.spec import AnySpec
 
 _SAVE_EVERY_S = 300.0
 _STATUS_EVERY = 10
@@ -254,12 +255,20 @@ class Trainer:
         tables = FisherFit.tables(self.tuned)
         if not tables:
             return
+        layouts: dict[tuple[object, ...], AnySpec | None] = {}
         for round_ in range(1, _REFITS + 1):
             self.tuned.model.eval()
             fisher = measure_fisher(self.tuned.model, tables, self._losses(0), self.progress)
             better = False
             refit = FisherFit(
-                self.tuned, original, fisher, self.changes.counts, self.method, self.budgets, self.progress
+                self.tuned,
+                original,
+                fisher,
+                self.changes.counts,
+                self.method,
+                self.budgets,
+                self.progress,
+                layouts,
             )
             for done in refit.candidates():
                 self._log(f"{done}, round {round_}")
