@@ -33,20 +33,20 @@ from cqr_compress.errors import (
 
 State = dict[str, torch.Tensor]
 REQUESTS = {
-    "auto": cqr.ConvertOptions(ratio=8),
+    "auto": cqr.ConvertOptions(ratio=8, effort="fast"),
     "pq": cqr.ConvertOptions(method="pq", ratio=8),
     "pq opq": cqr.ConvertOptions(method="pq", num_columns=4, n_bits=6, rotation="opq"),
     "pq rank": cqr.ConvertOptions(method="pq", num_columns=4, n_bits=6, rotation="pca", rank=8),
-    "rq rank": cqr.ConvertOptions(method="rq", ratio=8, rotation="opq", rank="auto"),
+    "rq rank": cqr.ConvertOptions(method="rq", ratio=8, rotation="opq", rank="auto", effort="fast"),
     "rq": cqr.ConvertOptions(method="rq", num_levels=3, n_bits=5),
-    "prq": cqr.ConvertOptions(method="prq", ratio=8, num_columns=2),
+    "prq": cqr.ConvertOptions(method="prq", ratio=8, num_columns=2, effort="fast"),
     "int8": cqr.ConvertOptions(method="int8"),
     "int4": cqr.ConvertOptions(method="int4", codebook_dtype="float32"),
     "hash": cqr.ConvertOptions(method="hash", ratio=8),
     "qr": cqr.ConvertOptions(method="qr", ratio=8),
-    "cqr": cqr.ConvertOptions(method="cqr", ratio=8),
+    "cqr": cqr.ConvertOptions(method="cqr", ratio=8, effort="fast"),
     "cqr random": cqr.ConvertOptions(method="cqr", num_columns=4, n_bits=5),
-    "cqr fitted": cqr.ConvertOptions(method="cqr", ratio=8, helper="stored"),
+    "cqr fitted": cqr.ConvertOptions(method="cqr", ratio=8, helper="stored", effort="fast"),
 }
 
 

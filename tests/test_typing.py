@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import torch
 
@@ -36,15 +37,7 @@ def test_a_program_is_checked_against_the_types(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     (tmp_path / "right.py").write_text(PROGRAM)
     (tmp_path / "wrong.py").write_text(WRONG)
-    command = [
-        sys.executable,
-        "-m",
-        "mypy",
-        "--strict",
-        "--cache-dir",
-        str(tmp_path / "cache"),
-        "right.py",
-        "wrong.py",
-    ]
+    own = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]  # of strict
+    command = [sys.executable, "-m", "mypy", *own, "right.py", "wrong.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "right.py" not in done.stdout and "Found 3 errors in 1 file" in done.stdout, done.stdout
