@@ -22,6 +22,7 @@ from cqr_compress.planning.scan import ScannedTable, source_rows
 from cqr_compress.progress import Progress
 from cqr_compress.quantize.base import TableRows
 from cqr_compress.quantize.options import ConvertOptions
+from cqr_compress.quantize.rates import WINDOWS
 from cqr_compress.quantize.registry import method_of
 from cqr_compress.quantize.trellis_fit import multiplied
 from cqr_compress.table.decode import stored_rows
@@ -115,6 +116,7 @@ class FisherFit:
             ratio=max(1.0001, spec.dense_nbytes / (budget + 0.5)),
             rotation="pca",
             codebook_dtype=spec.codebook_dtype,
+            window=spec.window if spec.window == max(WINDOWS) else None,  # which a fast search does not choose
             effort="fast",
             min_rows=0,
             seed=spec.seed,

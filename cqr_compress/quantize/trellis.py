@@ -78,7 +78,7 @@ class TrellisMethod:
             )
             spec = _largest(spec, variances, budget)
             if options.window is None:
-                spec = _largest(replace(spec, window=_best_window(spec)), variances, budget)
+                spec = _largest(replace(spec, window=_best_window(spec, options.effort)), variances, budget)
             if spec.num_values * FLOAT_DTYPES[spec.codebook_dtype].itemsize <= _STORED_SHARE * budget:
                 spec = _largest(replace(spec, value_source=STORED_VALUES), variances, budget)
             yield spec
@@ -108,13 +108,14 @@ class TrellisMethod:
         return fit_trellis(rows, spec, effort, step)
 
 
-def _best_window(spec: TrellisSpec) -> int:
-    """Return the window for rows of a size: 12 bits not at low rates, nor in large tables, where it takes long."""
+def _best_window(spec: TrellisSpec, effort: str) -> int:
+    """Return the window for rows of a size: 12 bits not at low rates, nor where it takes long."""
     N, D = spec.num_embeddings, spec.embedding_dim
     if spec.row_nbytes < _SHORT_WINDOW_BYTES:
         return _SHORTEST_WINDOW
-    long = spec.row_nbytes >= max(_LONG_WINDOW_BYTES, _LONG_WINDOW_BITS * D / 8) and N * D <= _LONG_WINDOW_VALUES
-    return _LONG_WINDOW if long else _SHORT_WINDOW
+    has_time = effort != "fast" and N * D <= _LONG_WINDOW_VALUES
+    gains = spec.row_nbytes >= max(_LONG_WINDOW_BYTES, _LONG_WINDOW_BITS * D / 8)
+    return _LONG_WINDOW if gains and has_time else _SHORT_WINDOW
 
 
 def _largest(spec: TrellisSpec, variances: Tensor, budget: float) -> TrellisSpec:
