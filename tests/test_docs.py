@@ -109,6 +109,17 @@ def evaluate(model):
 """
 
 
+def test_public_docstrings_render_without_warnings(tmp_path: Path) -> None:
+    pytest.importorskip("pdoc")
+    options = ["--docformat", "google", "--no-show-source", "--output-directory", "html"]
+    command = [sys.executable, "-m", "pdoc", *options, "cqr_compress"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    page = (tmp_path / "html" / "cqr_compress.html").read_text()
+    assert [name for name in cqr.__all__ if f'id="{name}"' not in page] == []
+    assert "Args:" not in page, "a section of a docstring is not indented as such"
+
+
 def test_every_command_is_in_the_readme_and_the_methods_are_those_of_the_registry() -> None:
     for command in app.registered_commands:
         assert command.callback is not None

@@ -7,8 +7,6 @@ Petrov & Macdonald 2024, arXiv:2312.06165 and arXiv:2408.09992). The products of
 are contiguous, so that the sum over a row's codes is one embedding_bag.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
