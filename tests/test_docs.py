@@ -173,7 +173,9 @@ def run_example(name: str, folder: Path, *arguments: object) -> str:
 
 
 def test_the_quickstart_gives_accuracy_back(tmp_path: Path) -> None:
-    small = "--num-users 1100 --num-items 1100 --num-events 150000 --epochs 6 --weight-decay 0 --ratios 48 --folder q"
+    small = (
+        "--num-users 1100 --num-items 1100 --num-events 150000 --epochs 6 --weight-decay 0 --ratios 48 --folder q"
+    )
     printed = run_example("quickstart.py", tmp_path, *small.split())
     table = printed.split("7,500 test clicks")[1]
     found = re.findall(r"^(dense|converted +\S+|fine-tuned +\S+) +[\d,]+ +(0\.\d+)$", table, re.M)

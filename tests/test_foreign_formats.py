@@ -9,7 +9,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -38,14 +37,6 @@ def rows_of(path: Path) -> torch.Tensor:
     with open_checkpoint(path) as checkpoint:
         (entry,) = [e for e in checkpoint.entries.values() if e.shape == (1500, 8)]
         return entry.stored.read()
-
-
-def test_arrays_of_numpy(tmp_path: Path) -> None:
-    np.savez(tmp_path / "it's.npz", ROWS.numpy())
-    message = refused(tmp_path / "it's.npz")
-    assert "numpy" in message
-    run_advice(message, tmp_path)
-    assert torch.equal(rows_of(next(tmp_path.glob("*.safetensors"))), ROWS)
 
 
 def test_an_onnx_model(tmp_path: Path) -> None:

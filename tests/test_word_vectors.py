@@ -72,6 +72,8 @@ FILES = {
     "word2vec.bin": binary(),
     "fasttext.bin": fasttext(0, 0),
     "array.npy": b"",
+    "array.npz": b"",
+    "packed.npz": b"",
 }
 
 
@@ -81,6 +83,9 @@ def write(folder: Path, name: str) -> Path:
     if name == "array.npy":
         np.save(path, ROWS)
         (folder / "array.words.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    elif path.suffix == ".npz":
+        save = np.savez if name == "array.npz" else np.savez_compressed
+        save(path, vectors=ROWS, words=np.array(WORDS))
     return path
 
 

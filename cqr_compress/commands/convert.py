@@ -44,7 +44,19 @@ def default_output(source: Path) -> Path:
     if source.is_dir():
         return source / "model.cqr.safetensors"
     name = source.name
-    for suffix in (".index.json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".txt", ".vec", ".npy"):
+    for suffix in (
+        ".index.json",
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".txt",
+        ".vec",
+        ".kv",
+        ".npy",
+        ".npz",
+    ):
         name = name.removesuffix(suffix)
     return source.with_name(f"{name}.cqr.safetensors")
 

@@ -174,7 +174,4 @@ def explain_zip(path: Path, members: set[str]) -> str:
     """Explain what a zip file without a pickle of torch is, by the names of its members."""
     if "model.weights.h5" in members:
         return f"it is a model of Keras. {_run('unzip {path} model.weights.h5')(path)}, and give that file"
-    if members and all(name.endswith(".npy") for name in members):
-        arrays = "{n: torch.from_numpy(a) for n, a in np.load({path}).items() if a.dtype.kind == 'f'}"
-        return f"it has arrays of numpy. {_python('numpy', 'import numpy as np', arrays)(path)}"
     return f"it may be an archive of files. {_run('unzip {path}')(path)}"

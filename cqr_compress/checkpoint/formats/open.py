@@ -10,6 +10,7 @@ from cqr_compress.checkpoint.base import Checkpoint, Format, TensorEntry
 from cqr_compress.checkpoint.checksums import WRITE_KEY
 from cqr_compress.checkpoint.formats.foreign import explain
 from cqr_compress.checkpoint.formats.mapped_storage import changed_error, lies_in
+from cqr_compress.checkpoint.formats.numpy_archive import NUMPY_ARCHIVE
 from cqr_compress.checkpoint.formats.safetensors_files import SAFETENSORS
 from cqr_compress.checkpoint.formats.torch_files import BARE_PICKLE, TORCH_LEGACY, TORCH_TAR, TORCH_ZIP
 from cqr_compress.checkpoint.formats.word_vectors import GENSIM, WORD_VECTOR_FORMATS
@@ -248,6 +249,8 @@ INDEX = Format(
     matches=lambda path, head: path.name.endswith(".index.json"),
     open=_open_sharded,
 )
-FORMATS_OF_FILES = (SAFETENSORS, TORCH_ZIP, GENSIM, TORCH_LEGACY, TORCH_TAR, BARE_PICKLE, *WORD_VECTOR_FORMATS)
+FORMATS_OF_FILES = (
+    SAFETENSORS, NUMPY_ARCHIVE, TORCH_ZIP, GENSIM, TORCH_LEGACY, TORCH_TAR, BARE_PICKLE, *WORD_VECTOR_FORMATS,
+)  # fmt: skip
 FORMATS = (INDEX, *FORMATS_OF_FILES)
 """All formats, in the order in which they are tried, for files and for the files of a folder."""

@@ -11,7 +11,7 @@ import re
 import tempfile
 import tokenize
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -40,7 +40,7 @@ _ROW = re.compile(rb"\S+(" + _NUMBER + rb"){2,}")
 
 
 @dataclass(frozen=True)
-class _Held:
+class HeldTensor:
     """A `StoredTensor` over values that were read."""
 
     values: Tensor
@@ -76,16 +76,34 @@ class _Rows:
                 self.values = np.memmap(file, np.float32, "w+", shape=shape)
 
     def entry(self) -> TensorEntry:
-        return TensorEntry(TABLE, _Held(torch.from_numpy(self.values)))
+        return TensorEntry(TABLE, HeldTensor(torch.from_numpy(self.values)))
 
 
-def _checkpoint(path: Path, form: str, rows: TensorEntry, words: list[bytes], **about: object) -> Checkpoint:
+def vectors_checkpoint(
+    path: Path,
+    form: str,
+    rows: TensorEntry,
+    words: list[bytes],
+    close: Callable[[], None] = lambda: None,
+    **about: object,
+) -> Checkpoint:
+    """Make a checkpoint of word vectors.
+
+    Args:
+        path: the file.
+        form: name of its format.
+        rows: the vectors, (N, D).
+        words: the words of the first rows, in UTF-8.
+        close: closes the file.
+        **about: more of the format.
+    """
+    rows = TensorEntry(TABLE, rows.stored)
     text = b"".join(word.replace(b"\n", b" ") + b"\n" for word in words)
     text = text.decode(errors="replace").encode()
     packed = torch.from_numpy(np.frombuffer(bytearray(zlib.compress(text, 9)), np.uint8))
     metadata = {ABOUT: json.dumps({"format": form, "words": len(words), **about})}
-    entries = {TABLE: rows, VOCABULARY: TensorEntry(VOCABULARY, _Held(packed))}
-    return Checkpoint(path=path, format=form, entries=entries, files=(path,), metadata=metadata)
+    entries = {TABLE: rows, VOCABULARY: TensorEntry(VOCABULARY, HeldTensor(packed))}
+    return Checkpoint(path=path, format=form, entries=entries, files=(path,), metadata=metadata, close_files=close)
 
 
 def _open_text(path: Path) -> Checkpoint:
@@ -118,7 +136,7 @@ def _open_text(path: Path) -> Checkpoint:
             words.append(word if words else word.removeprefix(codecs.BOM_UTF8))
     if len(words) != num_rows:
         raise CheckpointError(f"{where} has {len(words)} vectors, not {num_rows} as it says: it is truncated")
-    return _checkpoint(path, "word2vec text" if counts else "glove", rows.entry(), words)
+    return vectors_checkpoint(path, "word2vec text" if counts else "glove", rows.entry(), words)
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
@@ -155,7 +173,7 @@ def _open_binary(path: Path) -> Checkpoint:
             word = _until(file, b" ", where).lstrip(b"\n")
             rows.values[number] = np.frombuffer(_exactly(file, 4 * dim, where), "<f4")
             words.append(word)
-    return _checkpoint(path, "word2vec binary", rows.entry(), words)
+    return vectors_checkpoint(path, "word2vec binary", rows.entry(), words)
 
 
 def _until(file: IO[bytes], end: bytes, where: str) -> bytes:
@@ -213,7 +231,9 @@ def _open_fasttext(path: Path) -> Checkpoint:
             block = np.frombuffer(_exactly(file, 4 * dim * (stop - start), where), "<f4")
             rows.values[start:stop] = block.reshape(stop - start, dim)
     buckets = num_rows - num_words if maxn > 0 else 0
-    return _checkpoint(path, "fasttext", rows.entry(), words[:num_words], buckets=buckets, minn=minn, maxn=maxn)
+    return vectors_checkpoint(
+        path, "fasttext", rows.entry(), words[:num_words], buckets=buckets, minn=minn, maxn=maxn
+    )
 
 
 def _open_gensim(path: Path) -> Checkpoint:
@@ -239,11 +259,11 @@ def _open_gensim(path: Path) -> Checkpoint:
             raise CheckpointError(f"{str(beside)!r} is a link out of its folder: copy the file if you trust it")
         opened = _open_numpy(beside)
         rows = opened.entries[TABLE]
-        checkpoint = _checkpoint(path, "gensim", rows, encoded)
+        checkpoint = vectors_checkpoint(path, "gensim", rows, encoded)
         checkpoint = replace(checkpoint, files=(path, beside), close_files=opened.close_files)
     elif values is not None:
-        rows = TensorEntry(TABLE, _Held(torch.from_numpy(values)))
-        checkpoint = _checkpoint(path, "gensim", rows, encoded)
+        rows = TensorEntry(TABLE, HeldTensor(torch.from_numpy(values)))
+        checkpoint = vectors_checkpoint(path, "gensim", rows, encoded)
     else:
         raise CheckpointError(f"{where} has no vectors, and there is no {beside.name!r} next to it")
     if rows.shape[0] != len(words):
@@ -307,7 +327,7 @@ def _open_numpy(path: Path) -> Checkpoint:
             is_list = len(found) == shape[0] and not _ROW.match(found[0])  # else text of the same vectors
             words = found if is_list else words
             break
-    return replace(_checkpoint(path, "numpy", rows, words), close_files=source.close)
+    return vectors_checkpoint(path, "numpy", rows, words, source.close)
 
 
 def _is_text(path: Path, head: bytes) -> bool:
