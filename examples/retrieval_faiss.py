@@ -1,12 +1,12 @@
 """Retrieval with faiss: the codes of a compressed item table as a faiss index, without encoding anything again.
 
-    python examples/retrieval_faiss.py [--num-items 200000] [--dim 64] [--ratio 16] [--folder retrieval]
+    python examples/retrieval_faiss.py [--num-items 50000] [--dim 64] [--ratio 16] [--folder retrieval]
 
 A recommender is trained, compressed and perhaps fine-tuned; its items are then searched where faiss is in
 production already. `cqr.to_faiss(layer)` makes an index of the codes that the model itself reads, so that the
-search and the model agree, also after fine-tuning. Items are drawn around cluster centers here. Shown are the bytes of
-the index file and how many of the 10 best of the dense table it finds, beside an index that faiss trains itself at
-the same bytes, and beside `layer.topk`.
+search and the model agree, also after fine-tuning. Items are drawn around cluster centers here. Shown are the bytes
+of the index file and how many of the 10 best of the dense table it finds, beside `layer.topk` and an index that
+faiss trains itself at the same bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def recall(found: np.ndarray, exact: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Search a compressed table with faiss.")
-    parser.add_argument("--num-items", type=int, default=200_000)
+    parser.add_argument("--num-items", type=int, default=50_000)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--ratio", type=float, default=16.0)
     parser.add_argument("--folder", type=Path, default=Path("retrieval"))
@@ -48,7 +48,7 @@ def main() -> None:
     exact = (queries @ rows.T).topk(10).indices.numpy()
 
     model = nn.ModuleDict({"item_embedding": nn.Embedding.from_pretrained(rows)})
-    (layer,) = cqr.compress_(model, method="pq", ratio=args.ratio, rotation="opq")
+    (layer,) = cqr.compress_(model, method="pq", ratio=args.ratio)
     index = cqr.to_faiss(model["item_embedding"])
     file = args.folder / "items.faiss"
     faiss.write_index(index, str(file))
@@ -59,9 +59,8 @@ def main() -> None:
     best = model["item_embedding"].topk(queries, 10).indices.numpy()
     print(f"layer.topk finds the same: {recall(best, exact):.1%}, {recall(best, found):.1%} of them in common")
 
-    own = faiss.index_factory(
-        args.dim, f"OPQ{layer.spec.num_columns},PQ{layer.spec.num_columns}x{layer.spec.n_bits}"
-    )
+    shape = f"PQ{layer.spec.num_columns}x{layer.spec.n_bits}"
+    own = faiss.index_factory(args.dim, shape, faiss.METRIC_INNER_PRODUCT)
     own.train(rows.numpy())
     own.add(rows.numpy())
     print(f"an index that faiss trains at these bytes: {recall(own.search(queries.numpy(), 10)[1], exact):.1%}")

@@ -4,8 +4,8 @@
     python examples/serving_onnx.py small.safetensors [--table emb.weight] [--topk 10] [--folder onnx]
 
 `small.safetensors` is any file that `cqr-compress convert` wrote. Two graphs are made, as `cqr-compress export
-small.safetensors -o rows.onnx [--topk 10]` makes them: ids in, rows out, and queries in, the best ids out. Both hold
-the codes and codebooks, not the dense table, and are compared here with the layer in torch.
+small.safetensors -o rows.onnx [--topk 10]` makes them: ids in, rows out, and queries in, the best ids out. Both
+hold the codes and codebooks, not the dense table, and are compared here with the decoded table.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def main() -> None:
     num_rows, dim = dense.shape
     rng = np.random.default_rng(0)
     ids = rng.integers(num_rows, size=1000)
-    (rows,) = session(lookup).run(None, {session(lookup).get_inputs()[0].name: ids})
+    run = session(lookup)
+    (rows,) = run.run(None, {run.get_inputs()[0].name: ids})
     print(f"largest difference of 1,000 rows: {np.abs(rows - dense[ids]).max():.1e}")
 
     queries = dense[rng.integers(num_rows, size=64)] + 0.1 * rng.normal(size=(64, dim)).astype(np.float32)

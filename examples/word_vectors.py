@@ -2,11 +2,11 @@
 
     python examples/word_vectors.py glove.6B.100d.txt [--folder word_vectors] [--ratio 16] [--words king coffee]
 
-The file is text of word2vec, GloVe or fastText, a .bin of word2vec or fastText, KeyedVectors of gensim, or an array of
-numpy (.npy, .npz). Words that stand first are the frequent ones: with --zipf, squared errors are weighted by
+The file is text of word2vec, GloVe or fastText, a .bin of word2vec or fastText, KeyedVectors of gensim, or an array
+of numpy (.npy, .npz). Words that stand first are the frequent ones: with --zipf, squared errors are weighted by
 1 / (line + 2), about the frequency of the word. The words travel in the compressed file, which `cqr.load_vectors`
-reads with numpy and safetensors alone. Shown are sizes, the share of the 10 nearest words that stay, and the nearest
-words by cosine.
+reads with numpy and safetensors alone. Shown are sizes, the share of the 10 nearest words that stay, and the
+nearest words by cosine.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=16.0)
     parser.add_argument("--method", default="auto")
     parser.add_argument("--zipf", action="store_true", help="weight frequent words")
-    parser.add_argument(
-        "--words", nargs="*", default=[], help="whose neighbours are shown; five of them by default"
-    )
+    parser.add_argument("--words", nargs="*", default=[], help="whose neighbours are shown")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     small, back = args.folder / "small.safetensors", args.folder / "back.txt"
