@@ -5,8 +5,8 @@
 A recommender is trained, compressed and perhaps fine-tuned; its items are then searched where faiss is in
 production already. `cqr.to_faiss(layer)` makes an index of the codes that the model itself reads, so that the
 search and the model agree, also after fine-tuning. Items are drawn around cluster centers here. Shown are the
-bytes of the index file and how many of the 10 best of the dense table it finds, beside `layer.topk` and an index that
-faiss trains itself at the same bytes.
+bytes of the index file and how many of the 10 best of the dense table it finds, beside `layer.topk` and an
+index that faiss trains itself at the same bytes.
 """
 
 from __future__ import annotations

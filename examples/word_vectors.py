@@ -3,10 +3,10 @@
     python examples/word_vectors.py glove.6B.100d.txt [--folder word_vectors] [--ratio 16] [--words king coffee]
 
 The file is text of word2vec, GloVe or fastText, a .bin of word2vec or fastText, KeyedVectors of gensim, or an
-array of numpy (.npy, .npz). Words that stand first are the frequent ones: with --zipf, squared errors are weighted by
-1 / (line + 2), about the frequency of the word. The words travel in the compressed file, which `cqr.load_vectors`
-reads with numpy and safetensors alone. Shown are sizes, the share of the 10 nearest words that stay, and the
-nearest words by cosine.
+array of numpy (.npy, .npz). Words that stand first are the frequent ones: with --zipf, squared errors are
+weighted by 1 / (line + 2), about the frequency of the word. The words travel in the compressed file, which
+`cqr.load_vectors` reads with numpy and safetensors alone. Shown are sizes, the share of the 10 nearest words
+that stay, and the nearest words by cosine.
 """
 
 from __future__ import annotations
