@@ -65,6 +65,24 @@ def test_compressed_with_gzip(tmp_path: Path) -> None:
     assert torch.equal(rows_of(tmp_path / "n.pt"), ROWS)
 
 
+def test_compressed_with_gzip_under_the_name_of_a_checkpoint(tmp_path: Path) -> None:
+    torch.save({"emb.weight": ROWS}, tmp_path / "m.pt")
+    (tmp_path / "n.pt").write_bytes(gzip.compress((tmp_path / "m.pt").read_bytes()))
+    run_advice(refused(tmp_path / "n.pt"), tmp_path)
+    assert torch.equal(rows_of(tmp_path / "n-2.pt"), ROWS)
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.npz"])
+def test_a_command_replaces_no_file(tmp_path: Path, name: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        np.savez(file, ROWS.numpy())
+    (tmp_path / "m.safetensors").touch()
+    held = (tmp_path / "m.safetensors").read_bytes()
+    run_advice(refused(tmp_path / name), tmp_path)
+    assert (tmp_path / "m.safetensors").read_bytes() == held
+    assert torch.equal(rows_of(tmp_path / "m-2.safetensors"), ROWS)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_folder_of_distributed_checkpoint(tmp_path: Path) -> None:
     from torch.distributed import checkpoint
@@ -110,6 +128,24 @@ def test_folders_of_others_are_named(tmp_path: Path, names: list[str], wanted: s
         (tmp_path / "m" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "m" / name).touch()
     assert re.search(wanted, refused(tmp_path / "m"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "wanted"),
+    [
+        ("m", "x.distcp", "dcp_to_torch . model.pt"),
+        ("m", "m.ckpt-5.data-00000-of-00001", "no checkpoint"),  # without the index that names its tensors
+        ("m.msgpack", "x", "no checkpoint"),
+    ],
+)
+def test_the_folder_that_one_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, name: str, wanted: str
+) -> None:
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / name).touch()
+    assert "no checkpoint" in refused(tmp_path / folder)
+    monkeypatch.chdir(tmp_path / folder)
+    assert wanted in refused(Path())
 
 
 def test_zip_files_of_others_are_named(tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 _TABLE_END = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 """The last bytes of a table of LevelDB, the form of the index of a TensorFlow checkpoint."""
+_MSGPACK_MAPS = tuple(bytes([first]) for first in (*range(0x80, 0x90), 0xDE, 0xDF))
+"""The first bytes of a map of msgpack."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,14 @@ def _contains(*names: str) -> Callable[[Path, bytes], bool]:
     return lambda path, head: not head and any(next(iter(path.glob(name)), None) is not None for name in names)
 
 
-def _output(path: Path) -> str:
-    return str(path.with_name(f"{path.name.split('.')[0] or 'model'}.safetensors"))
+def _output(path: Path, suffix: str = ".safetensors") -> str:
+    return _unused(path.parent / f"{path.name.split('.')[0] or 'model'}{suffix}")
+
+
+def _unused(path: Path) -> str:
+    """Return a path, with a number where there is a file already: a command must not replace it."""
+    others = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    return str(path if not os.path.lexists(path) else next(p for p in others if not os.path.lexists(p)))
 
 
 def _python(package: str, imports: str, tensors: str) -> Callable[[Path], str]:
@@ -68,8 +78,18 @@ def _run(command: str) -> Callable[[Path], str]:
     """Advise a command with {path}, {output} (a .pt file) and {folder} in it."""
 
     def advice(path: Path) -> str:
-        words = {"path": path, "output": Path(_output(path)).with_suffix(".pt"), "folder": path.parent}
+        words = {"path": path, "output": _output(path, ".pt"), "folder": path.parent}
         return f"Run: {command.format(**{name: shlex.quote(str(word)) for name, word in words.items()})}"
+
+    return advice
+
+
+def _unpack(command: str, suffix: str) -> Callable[[Path], str]:
+    """Advise a command that unpacks a file; it reads its input, as it refuses files with another suffix."""
+
+    def advice(path: Path) -> str:
+        output = _unused(path.with_name(path.name.removesuffix(suffix) or "model"))
+        return f"Run: {command} < {shlex.quote(str(path))} > {shlex.quote(output)}"
 
     return advice
 
@@ -83,9 +103,15 @@ def _tensorflow(prefix: Callable[[Path], Path]) -> Callable[[Path], str]:
     )(path)
 
 
+def _tensorflow_indices(folder: Path) -> list[Path]:
+    """Return the indices of the TensorFlow checkpoints in a folder, whose tensors are in files beside them."""
+    named = {file.name.rpartition(".data-")[0] for file in folder.glob("*.data-*-of-*")}
+    return [file for name in named if (file := folder / f"{name}.index").is_file()]
+
+
 def _newest_index(folder: Path) -> Path:
     """Return the prefix of the newest TensorFlow checkpoint in a folder."""
-    return max(folder.glob("*.index"), key=lambda file: file.stat().st_mtime).with_suffix("")
+    return max(_tensorflow_indices(folder), key=lambda file: file.stat().st_mtime).with_suffix("")
 
 
 def _is_tensorflow_index(path: Path, head: bytes) -> bool:
@@ -97,7 +123,7 @@ def _is_tensorflow_index(path: Path, head: bytes) -> bool:
 
 
 def _is_msgpack(path: Path, head: bytes) -> bool:
-    return path.suffix == ".msgpack" and (head[:1] in (b"\xde", b"\xdf") or head[0] >> 4 == 8)
+    return path.suffix == ".msgpack" and head.startswith(_MSGPACK_MAPS)
 
 
 def _is_onnx(path: Path, head: bytes) -> bool:
@@ -135,7 +161,11 @@ _FOREIGN = (
         _contains("saved_model.pb"),
         _tensorflow(lambda p: p / "variables" / "variables"),
     ),
-    Foreign("a TensorFlow checkpoint", _contains("*.data-*-of-*"), _tensorflow(_newest_index)),
+    Foreign(
+        "a TensorFlow checkpoint",
+        lambda path, head: not head and bool(_tensorflow_indices(path)),
+        _tensorflow(_newest_index),
+    ),
     Foreign(
         "a folder of torch.distributed.checkpoint",
         _contains("*.distcp"),
@@ -151,10 +181,10 @@ _FOREIGN = (
         _contains("manifest.ocdbt", "_CHECKPOINT_METADATA"),
         lambda path: "Restore it with orbax.checkpoint and save its arrays with safetensors.flax.save_file.",
     ),
-    Foreign("compressed with gzip", _starts(b"\x1f\x8b"), _run("gunzip --keep {path}")),
-    Foreign("compressed with xz", _starts(b"\xfd7zXZ"), _run("unxz --keep {path}")),
-    Foreign("compressed with bzip2", _starts(b"BZh"), _run("bunzip2 --keep {path}")),
-    Foreign("compressed with zstd", _starts(b"\x28\xb5\x2f\xfd"), _run("unzstd {path}")),
+    Foreign("compressed with gzip", _starts(b"\x1f\x8b"), _unpack("gunzip", ".gz")),
+    Foreign("compressed with xz", _starts(b"\xfd7zXZ"), _unpack("unxz", ".xz")),
+    Foreign("compressed with bzip2", _starts(b"BZh"), _unpack("bunzip2", ".bz2")),
+    Foreign("compressed with zstd", _starts(b"\x28\xb5\x2f\xfd"), _unpack("unzstd", ".zst")),
     Foreign("a 7z archive", _starts(b"7z\xbc\xaf\x27\x1c"), _run("7z x {path}")),
     Foreign("a table of Parquet", _starts(b"PAR1"), lambda path: "It holds data, not a model."),
     Foreign(
