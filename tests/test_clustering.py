@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from cqr_compress.clustering.gradients import Moments, Prior, RowGradients
 from cqr_compress.clustering.observe import backpropagate, observed
 from cqr_compress.errors import NonFiniteError, ShapeError, SpecError, TableNotFoundError
 from cqr_compress.finetuning.fisher import FisherMatrix
+from cqr_compress.integrations.steps import schedule_of
 from cqr_compress.table.random_tables import SKETCHES, sketch_table
 
 N, D, K = 700, 16, 16
@@ -519,6 +521,53 @@ def test_a_schedule_clusters_at_its_steps_and_goes_on_after_a_restart() -> None:
     second = ClusterSchedule(made, [])
     second.load_state_dict(first.state_dict())
     assert [second.step() is not None for _ in range(3)] == [True, False, False]
+
+
+def test_no_clustering_is_later_than_the_codes_are_trained() -> None:
+    made = layer()
+    for epochs, until, wanted in ((4, 0.75, (10, 20, 30)), (1, 0.75, (10, 20)), (1, 0.3, (10,)), (1, 0.1, (4,))):
+        assert steps_of(schedule_of(made, 40, epochs, until, {})) == wanted
+    for until in (0.0, 2.0):
+        with pytest.raises(SpecError):
+            schedule_of(made, 40, 4, until, {})
+
+
+def lightning_steps(callback: Any, total: float, batches: float, steps: range = range(0)) -> tuple[int, ...]:
+    """The steps planned for a training by Lightning, of which some steps are then made."""
+    trainer = SimpleNamespace(
+        estimated_stepping_batches=total, num_training_batches=batches, accumulate_grad_batches=3,
+        optimizers=[None], global_step=steps.start,
+    )  # fmt: skip
+    callback.on_train_start(trainer, layer())
+    for step in steps:
+        trainer.global_step = step + 1
+        callback.on_train_batch_end(trainer, None)
+    return steps_of(callback.schedule)
+
+
+def test_lightning_clusters_after_epochs_of_any_number_of_batches() -> None:
+    pytest.importorskip("lightning")
+    from cqr_compress.integrations.lightning_callback import ClusterCallback
+
+    assert lightning_steps(ClusterCallback(), 16, 10) == (4, 8, 12)
+    assert lightning_steps(ClusterCallback(), 40, math.inf) == (10, 20)  # an iterable without a length
+    for total in (math.inf, -1):
+        with pytest.raises(SpecError, match="max_steps"):
+            lightning_steps(ClusterCallback(), total, math.inf)
+
+
+def test_lightning_goes_on_with_the_steps_of_a_longer_training() -> None:
+    pytest.importorskip("lightning")
+    from cqr_compress.integrations.lightning_callback import ClusterCallback
+
+    first = ClusterCallback()
+    assert lightning_steps(first, 8, 12, range(5)) == (4,)
+    resumed = ClusterCallback()
+    resumed.load_state_dict(first.state_dict())
+    for callback in (first, resumed):
+        assert lightning_steps(callback, 16, 12, range(5, 16)) == (4, 8, 12)
+        assert callback.schedule is not None and callback.schedule.steps_done == 16
+        assert lightning_steps(callback, 8, 12) == (4,) and callback.schedule.steps_done == 0
 
 
 # entropies

@@ -14,6 +14,9 @@ from cqr_compress.clustering.options import Clustering, ClusterOptions
 from cqr_compress.errors import SpecError
 from cqr_compress.progress import Progress
 
+PAPER_FRACTIONS = (1 / 4, 1 / 2)
+"""Fractions of a training of one epoch after which the paper clusters."""
+
 
 class ClusterSchedule:
     """Cluster the layers of a model after given numbers of optimizer steps.
@@ -106,7 +109,7 @@ class ClusterSchedule:
 
     @classmethod
     def at_fractions(
-        cls, model: nn.Module, num_steps: int, fractions: Iterable[float] = (1 / 4, 1 / 2), **arguments: Any
+        cls, model: nn.Module, num_steps: int, fractions: Iterable[float] = PAPER_FRACTIONS, **arguments: Any
     ) -> ClusterSchedule:
         """Cluster at fractions of the training; by default at those of the paper for one epoch.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
@@ -32,20 +33,23 @@ class ClusterCallback(Callback):
         self._steps_seen = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Plan the clusterings.
+        """Plan the clusterings; a training that goes on continues with those that are left.
 
         Raises:
-            SpecError: a training without an end.
+            SpecError: a training without an end, or of epochs whose lengths are not known.
         """
         total = trainer.estimated_stepping_batches
-        if total == float("inf"):
-            raise SpecError("the training has no end: give the Trainer max_epochs or max_steps")
-        per_epoch = max(1, -(-trainer.num_training_batches // max(1, trainer.accumulate_grad_batches)))
+        if not 0 <= total < math.inf:  # -1 where only the number of epochs is known
+            raise SpecError("the end of the training is not known: give the Trainer max_epochs or max_steps")
+        accumulated = max(1, trainer.accumulate_grad_batches)
+        batches = min(trainer.num_training_batches, int(total) * accumulated)  # infinite if not known
+        per_epoch = max(1, -(-batches // accumulated))
         arguments = {"optimizer": trainer.optimizers[0], **self._arguments}
         epochs = max(1, round(int(total) / per_epoch))
+        earlier = self._state or (self.state_dict() if trainer.global_step else {})
         self.schedule = schedule_of(pl_module, int(total), epochs, self._codes_until, arguments)
-        if self._state is not None:
-            self.schedule.load_state_dict(self._state)
+        self.schedule.steps_done = earlier.get("steps_done", 0)
+        self._state = None
         self._steps_seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from cqr_compress.clustering.schedule import ClusterSchedule
+from cqr_compress.clustering.schedule import PAPER_FRACTIONS, ClusterSchedule
 
 
 def schedule_of(
@@ -20,9 +20,13 @@ def schedule_of(
         num_epochs: its epochs.
         codes_until: fraction of the training after which codes are frozen.
         arguments: arguments of `ClusterSchedule`.
+
+    Raises:
+        SpecError: `codes_until` is not in (0, 1].
     """
     if int(num_epochs * codes_until) < 1 or num_steps < num_epochs:
-        return ClusterSchedule.at_fractions(model, num_steps, **arguments)
+        fractions = tuple(fraction for fraction in PAPER_FRACTIONS if fraction <= codes_until) or (codes_until,)
+        return ClusterSchedule.at_fractions(model, num_steps, fractions, **arguments)
     return ClusterSchedule.every_epoch(
         model, num_steps // num_epochs, num_epochs, codes_until=codes_until, **arguments
     )
