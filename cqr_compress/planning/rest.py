@@ -61,16 +61,17 @@ def plan_rest(
 
 def _reason_to_keep(entry: TensorEntry, dtype: torch.dtype, progress: Progress) -> str | None:
     """Return why a tensor cannot be rounded to a dtype, or None."""
-    lost = energy = 0.0
+    lost = energy = scale = 0.0  # sums of squares of values divided by the largest: squares of tiny ones are zero
     for _, block in read_blocks(entry, BLOCK_BYTES):
         rounded = block.to(dtype)
         if bool((rounded.isinf() & ~block.isinf()).any()):
             return f"values outside the range of {str(dtype).removeprefix('torch.')}"
         finite = block.isfinite()
         block, rounded = block[finite].double(), rounded[finite].double()
-        largest = float(block.abs().max()) if block.numel() else 0.0
-        scale = largest or 1.0  # squares of tiny values are zero
-        lost += float(((rounded - block) / scale).square().sum()) * scale**2
-        energy += float((block / scale).square().sum()) * scale**2
+        largest = max(scale, float(block.abs().max()) if block.numel() else 0.0)
+        if largest:
+            lost = lost * (scale / largest) ** 2 + float(((rounded - block) / largest).square().sum())
+            energy = energy * (scale / largest) ** 2 + float((block / largest).square().sum())
+        scale = largest
         progress.advance(block.numel() * entry.dtype.itemsize)
     return "values that it would round to zero" if lost > _LARGEST_LOSS * energy else None
