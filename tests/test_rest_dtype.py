@@ -6,17 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cqr_compress as cqr
 from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.checkpoint.header import METADATA_KEY
 from cqr_compress.checkpoint.size_report import SizeReport, report_path
 from cqr_compress.commands.export import export, load_dense_state_dict
 from cqr_compress.commands.finetune import finetune
 from cqr_compress.commands.refit import refit
-from cqr_compress.errors import SpecError
+from cqr_compress.errors import FormatError, SpecError
 from cqr_compress.finetuning.task import Task
 
 LAYOUT: dict[str, Any] = {"method": "pq", "num_columns": 4, "n_bits": 4}
@@ -206,6 +209,31 @@ def test_fine_tuning_trains_narrowed_tensors(tmp_path: Path) -> None:
     dense.load_state_dict(torch.load(tmp_path / "t.pt", weights_only=True))
     assert dense.wide.dtype == torch.float64 and not torch.equal(dense.wide, STATE["wide"])
     assert abs(loss_of(dense.eval())["loss"] - report.after["loss"]) < 1e-3 * report.after["loss"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        [], "x", 1, {},
+        {"dtype": "float64"}, {"dtype": "bfloat16"}, {"dtype": "int8"}, {"dtype": []}, {"dtype": "float8_e4m3fn"},
+        {"narrowed": []}, {"narrowed": {"float32": "a"}}, {"narrowed": {"float32": [1]}}, {"narrowed": {"int8": []}},
+        {"narrowed": {"float32": ["nothing"]}}, {"narrowed": {"float32": ["count"]}},
+        {"narrowed": {"float32": ["emb.weight"]}}, {"narrowed": {"float32": ["emb.codes"]}},
+        {"narrowed": {"float16": ["a"]}}, {"narrowed": {"float8_e4m3fn": ["a"]}},
+        {"kept": []}, {"kept": {"a": 1}}, {"bytes_after": -1}, {"bytes_before": 1e400}, {"bytes_before": True},
+    ],
+)  # fmt: skip
+def test_damaged_records_are_refused(change: Any, tmp_path: Path) -> None:
+    state = {"emb.weight": STATE["emb.weight"], "a": torch.ones(4), "count": torch.tensor(3)}
+    torch.save(state, tmp_path / "m.pt")
+    cqr.convert(tmp_path / "m.pt", tmp_path / "m.safetensors", rest_dtype="float16", **LAYOUT)
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header = json.loads(metadata[METADATA_KEY])
+    header["rest"] = {**header["rest"], **change} if isinstance(change, dict) and change else change
+    save_file(tensors, tmp_path / "bad.safetensors", metadata | {METADATA_KEY: json.dumps(header)})
+    with pytest.raises(FormatError, match="damaged"):
+        export(tmp_path / "bad.safetensors", tmp_path / "dense.pt", verify=False)
 
 
 def test_only_halves_are_offered(source: Path, tmp_path: Path) -> None:

@@ -114,9 +114,23 @@ class CompressedFile:
             raise FormatError(f"{where!r} has an alias of {brief(lost[0])}, but no such tensor")
         if twice := sorted(known & opened.aliases.keys()):
             raise FormatError(f"{where!r} has both a tensor and an alias named {brief(twice[0])}")
+        opened._check_rest()
         if opened.header.structure is not None:
             check_structure(opened.header.structure, known | opened.aliases.keys(), str(checkpoint.path))
         return opened
+
+    def _check_rest(self) -> None:
+        """Refuse a record of narrower tensors that the file does not have: they would be restored wrongly."""
+        if self.header.rest is None:
+            return
+        stored_dtypes = self.header.rest.stored_dtypes()
+        for name, source in self.header.rest.source_dtypes().items():
+            entry, stored = self.dense_entries.get(name), stored_dtypes[name]
+            if entry is None or entry.dtype != stored or stored.itemsize >= source.itemsize:
+                raise FormatError(
+                    f"{self.name!r} has {entry.dtype if entry else 'no tensor'} {brief(name)}, but its header "
+                    f"has {stored} in place of {source}: the header is damaged"
+                )
 
     @property
     def name(self) -> str:

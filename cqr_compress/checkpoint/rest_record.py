@@ -11,8 +11,12 @@ import torch
 from cqr_compress.checkpoint.base import DTYPES
 from cqr_compress.errors import brief
 
-FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values() if dtype.is_floating_point}
-"""Floating-point dtypes of files by their names in torch."""
+FLOATS = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in DTYPES.values()
+    if dtype.is_floating_point and dtype.itemsize > 1
+}
+"""Floating-point dtypes of files by their names in torch, without those of 8 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,10 @@ class RestRecord:
         narrowed, kept, sizes = values["narrowed"], values["kept"], (values["bytes_before"], values["bytes_after"])
         for dtype in (values["dtype"], *narrowed.keys()):
             if dtype not in FLOATS:
-                raise TypeError(f"{brief(dtype)} is no floating-point dtype")
+                raise TypeError(f"{brief(dtype)} is no floating-point dtype of 16 bits or more")
+        for names in narrowed.values():
+            if not isinstance(names, (list, tuple)):
+                raise TypeError(f"it has {brief(names)} in place of names")
         for text in (*(name for names in narrowed.values() for name in names), *kept.keys(), *kept.values()):
             if not isinstance(text, str):
                 raise TypeError(f"it has {brief(text)} in place of a name")
