@@ -1,6 +1,7 @@
 """Exported to ONNX, models with compressed layers give torch's outputs in onnxruntime, for batches of any size."""
 
 import io
+import json
 import warnings
 from collections.abc import Iterable
 from contextlib import redirect_stdout
@@ -9,12 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_nn import IDS, SPECS, D, codebook_spec, random_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cqr_compress as cqr
 from cqr_compress import CompressedEmbedding, CompressedEmbeddingBag, CompressedTable
+from cqr_compress.checkpoint.header import METADATA_KEY
+from cqr_compress.commands.export_onnx import export_onnx
+from cqr_compress.errors import TableNotFoundError
 from cqr_compress.table.bitpack import packed_width, unpack_codes
 from cqr_compress.table.spec import DIGIT, STORED, RowwiseSpec
 
@@ -220,3 +226,17 @@ def test_an_onnx_file_is_about_as_large_as_the_compressed_file(tmp_path: Path) -
     file = export(model, (IDS,), ({0: ANY, 1: ANY},))
     assert_same(model, file, IDS)
     assert len(file) < 1.1 * report.file_bytes_after + 60_000  # the graph, and no decoded table of 2.5 MB
+
+
+def test_a_table_to_export_is_named(tmp_path: Path) -> None:
+    model = nn.ModuleDict({name: CompressedEmbedding(random_table(SPECS["pq4"])) for name in "ab"})
+    cqr.save_compressed(model, tmp_path / "two.safetensors")
+    for name in (None, "", "c"):
+        with pytest.raises(TableNotFoundError, match="a.weight, b.weight"):
+            export_onnx(tmp_path / "two.safetensors", tmp_path / "m.onnx", table=name)
+    with safe_open(tmp_path / "two.safetensors", "pt") as file:
+        metadata = file.metadata()
+    header = json.loads(metadata[METADATA_KEY]) | {"tables": {}}
+    save_file({}, tmp_path / "none.safetensors", {METADATA_KEY: json.dumps(header)})
+    with pytest.raises(TableNotFoundError, match="has no table"):
+        export_onnx(tmp_path / "none.safetensors", tmp_path / "m.onnx")

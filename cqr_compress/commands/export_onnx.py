@@ -57,9 +57,11 @@ def export_onnx(
         opened = CompressedFile.from_checkpoint(checkpoint)
         if verify:
             opened.verify()
+        if not opened.specs:
+            raise TableNotFoundError(f"{opened.name!r} has no table")
         if table is None and len(opened.specs) > 1:
             raise TableNotFoundError(f"{opened.name!r} has several tables: name one of {', '.join(opened.specs)}")
-        name = table or next(iter(opened.specs))
+        name = next(iter(opened.specs)) if table is None else table
         if name not in opened.specs:
             raise TableNotFoundError(f"{opened.name!r} has no table {name!r}: it has {', '.join(opened.specs)}")
         layer = CompressedEmbedding(opened.table(name)).requires_grad_(False)
