@@ -75,6 +75,11 @@ class CompressedOutput:
     def _output(self) -> Output:
         return _output(self.destination, self.parts, _with_header(self.metadata, self.header), with_checksums=True)
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes that the file will have, exactly."""
+        return self._output.file_bytes
+
     def predicted(self, errors: Mapping[str, float | None]) -> SizeReport:
         """Create the report without writing anything; its sizes are exact.
 

@@ -26,23 +26,13 @@ from cqr_compress.cli.options import (
 )
 from cqr_compress.quantize.options import ConvertOptions
 
-_FIRST = (
-    "ratio",
-    "bits_per_dim",
-    "rest_dtype",
-    "method",
-    "rotation",
-    "rank",
-    "helper",
-    "num_columns",
-    "num_levels",
-    "n_bits",
-)
-_THEN = ("window", "max_tiers", "codebook_dtype", "effort", "refine_rounds", "max_sample", "seed")
+_BUDGET = ("ratio", "size", "file_ratio", "weight", "bits_per_dim", "rest_dtype")
+_METHOD = ("method", "rotation", "rank", "helper", "num_columns", "num_levels", "n_bits", "window", "max_tiers")
+_THEN = ("codebook_dtype", "effort", "refine_rounds", "max_sample", "seed")
 _ROWS = ("min_rows", "exact_rows", "prior", "nonfinite")
 
 
-@options_of(ConvertOptions, (*_FIRST, *_THEN, *_ROWS))
+@options_of(ConvertOptions, (*_BUDGET, *_METHOD, *_THEN, *_ROWS))
 def convert(
     checkpoint: CheckpointArgument,
     tables: TablesOption = None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import re
 import signal
 import sys
 import warnings
@@ -20,8 +19,9 @@ import typer
 
 from cqr_compress.checkpoint import output_files
 from cqr_compress.cli.printable import printable
-from cqr_compress.errors import CqrCompressError, CqrCompressWarning, UserCodeError
+from cqr_compress.errors import CqrCompressError, CqrCompressWarning, SpecError, UserCodeError
 from cqr_compress.option_fields import OptionInfo, option_infos
+from cqr_compress.quantize.options import size_in_bytes
 
 SELECTION, OUTPUT, DATA, ORIGINAL = "Selection", "Output", "Data", "Original"
 
@@ -259,24 +259,9 @@ def _parse_ids(text: str | None) -> tuple[int, ...]:
         raise typer.BadParameter(f"--exact-rows is {text!r}: give ids such as 0,1") from e
 
 
-_UNITS = {
-    "": 1,
-    "k": 10**3,
-    "m": 10**6,
-    "g": 10**9,
-    "t": 10**12,
-    "ki": 2**10,
-    "mi": 2**20,
-    "gi": 2**30,
-    "ti": 2**40,
-}
-
-
 def parse_size(text: str | None) -> int | None:
-    """Parse a size such as 5GB, 500MB or 2GiB to bytes."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(?i)\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text)
-    if match is None or float(match[1]) <= 0:
-        raise typer.BadParameter(f"--shard-size is {text!r}: give a size such as 5GB or 500MB")
-    return max(1, int(float(match[1]) * _UNITS[(match[2] or "").lower()]))
+    """Parse the value of --shard-size to bytes."""
+    try:
+        return None if text is None else size_in_bytes("--shard-size", text)
+    except SpecError as e:
+        raise typer.BadParameter(str(e)) from e

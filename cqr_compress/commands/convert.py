@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,24 @@ from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.checkpoint.header import Header, SourceRecord
 from cqr_compress.checkpoint.parts import Part, Put, copied_part
 from cqr_compress.checkpoint.size_report import SizeReport
-from cqr_compress.errors import CheckpointError, ShapeError, TableNotFoundError, VerificationError
+from cqr_compress.errors import BudgetError, CheckpointError, ShapeError, TableNotFoundError, VerificationError
 from cqr_compress.option_fields import merged
 from cqr_compress.planning.encode import exact_rows_of
 from cqr_compress.planning.find import Candidate, find_tables, refuse_foreign, with_table_names
 from cqr_compress.planning.frequencies import Frequencies, read_frequencies
 from cqr_compress.planning.plan_tables import Planned, PlannedTable, left_dense, plan_tables
 from cqr_compress.planning.rest import plan_rest
+from cqr_compress.planning.size_budget import SizePlanner
 from cqr_compress.planning.token_frequencies import token_frequencies
 from cqr_compress.progress import Progress, shown
 from cqr_compress.quantize.base import row_weights
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.quality import QualityMeter
 from cqr_compress.table.table import CompressedTable
+
+_SIZE_ROUNDS, _RECORD_BYTES = 5, 700
+_SIZE_REACHED = 0.995
+"""Share of the size of a file that a plan has to use before no better one is searched for."""
 
 
 def default_output(source: Path) -> Path:
@@ -126,22 +131,34 @@ def convert(
         by_tokenizer = options.prior == "tokenizer" and not frequencies
         counts |= token_frequencies(source, num_rows) if by_tokenizer else {}
         weights = {name: row_weights(count) for name, count in counts.items()}
-        planned = plan_tables(checkpoint, selected, options, weights, progress, estimated=dry_run)
-        planned = replace(planned, left_dense=[*planned.left_dense, *left_dense(candidates)])
-        if by_tokenizer:
-            planned = planned.noting(counts, "rows weighted by the order of the tokenizer's tokens")
-        rest = plan_rest(checkpoint, planned.tables.keys(), options.rest_dtype, progress)
-        header = replace(_header(checkpoint, planned, options), rest=rest)
-        dtypes = {} if rest is None else rest.stored_dtypes()
         meters: dict[str, QualityMeter] = {}
+
+        def output_of(planned: Planned) -> CompressedOutput:
+            """Describe the file with these tables; nothing is written yet."""
+            rest = plan_rest(checkpoint, planned.tables.keys(), options.rest_dtype, progress)
+            header = replace(_header(checkpoint, planned, options), rest=rest)
+            dtypes = {} if rest is None else rest.stored_dtypes()
+            parts = [
+                _encoded_part(name, planned.tables[name], meters, progress)
+                if name in planned.tables
+                else copied_part(entry, dtype=dtypes.get(name))
+                for name, entry in checkpoint.entries.items()
+            ]
+            return CompressedOutput(destination, header, parts, checkpoint.metadata)
+
+        def completed(planned: Planned) -> Planned:
+            planned = replace(planned, left_dense=[*planned.left_dense, *left_dense(candidates)])
+            note = "rows weighted by the order of the tokenizer's tokens"
+            return planned.noting(counts, note) if by_tokenizer else planned
+
+        if options.has_file_budget:
+            planner = SizePlanner.measure(checkpoint, selected, options, weights, progress)
+            planned = _plan_size(planner, _file_budget(checkpoint, options), lambda p: output_of(completed(p)))
+        else:
+            planned = plan_tables(checkpoint, selected, options, weights, progress, estimated=dry_run)
+        planned = completed(planned)
         _check_names(checkpoint, planned)
-        parts = [
-            _encoded_part(name, planned.tables[name], meters, progress)
-            if name in planned.tables
-            else copied_part(entry, dtype=dtypes.get(name))
-            for name, entry in checkpoint.entries.items()
-        ]
-        out = CompressedOutput(destination, header, parts, checkpoint.metadata)
+        out = output_of(planned)
         if dry_run:
             return out.predicted({name: table.plan.error for name, table in planned.tables.items()})
 
@@ -150,6 +167,51 @@ def convert(
             return replace(header, tables=records)
 
         return out.write(progress, with_quality)
+
+
+def _file_budget(checkpoint: Checkpoint, options: ConvertOptions) -> int:
+    """Return the bytes that the file may have."""
+    if isinstance(options.size, int):
+        return options.size
+    assert options.file_ratio is not None
+    return int(max(checkpoint.file_bytes - checkpoint.optimizer_bytes, 0) / options.file_ratio)
+
+
+def _plan_size(planner: SizePlanner, size: int, output_of: Callable[[Planned], CompressedOutput]) -> Planned:
+    """Plan tables so that the whole file has at most `size` bytes, and nearly as many.
+
+    Raises:
+        BudgetError: the smallest file is larger.
+        TableNotFoundError: the file has no more bytes than that with dense tables.
+    """
+    file_bytes = output_of(planner.dense).file_bytes
+    if file_bytes <= size:
+        raise TableNotFoundError(f"the file has {file_bytes:,} bytes with dense tables: no need to compress them")
+    others = file_bytes - sum(item.nbytes for item in planner.dense.left_dense)
+    others += _RECORD_BYTES * len(planner.curves)
+    best = None
+    for _ in range(_SIZE_ROUNDS):
+        try:
+            planned = planner.plan(size - others)
+        except BudgetError as e:
+            if best is not None:
+                break
+            raise BudgetError(
+                f"a file of {size:,} bytes has no room for these tables: at their smallest they take "
+                f"{planner.smallest:,} bytes, and all else {others:,}. Pass a larger size or --rest-dtype float16."
+            ) from e
+        out = output_of(planned)
+        file_bytes = out.file_bytes
+        tables = sum(item.spec.nbytes for item in planned.tables.values())
+        tables += sum(item.nbytes for item in planned.left_dense if item.name in planner.curves)
+        others = file_bytes - tables
+        if file_bytes <= size:
+            best = planned
+            if file_bytes >= _SIZE_REACHED * size:
+                break
+    if best is None:
+        raise BudgetError(f"no plan of {size:,} bytes was found: pass a size that differs by some bytes")
+    return best
 
 
 def _nothing_found(checkpoint: Checkpoint, candidates: list[Candidate]) -> str:

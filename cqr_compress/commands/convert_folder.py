@@ -25,7 +25,7 @@ from cqr_compress.checkpoint.json_file import read_json
 from cqr_compress.checkpoint.output_files import output_errors
 from cqr_compress.checkpoint.size_report import SizeReport, report_path
 from cqr_compress.commands.convert import convert
-from cqr_compress.errors import CheckpointError, OutputError, OutputExistsError, TableNotFoundError
+from cqr_compress.errors import CheckpointError, OutputError, OutputExistsError, SpecError, TableNotFoundError
 from cqr_compress.option_fields import merged
 from cqr_compress.planning.frequencies import Frequencies
 from cqr_compress.progress import Progress, shown
@@ -130,6 +130,8 @@ def convert_folder(
     weights = _find_weights(source)
     if not weights:
         raise CheckpointError(f"folder {str(source)!r} has no {', '.join(_WEIGHTS[:4])} in it or below it")
+    if options.has_file_budget and len(weights) > 1:
+        raise SpecError(f"{str(source)!r} has {len(weights)} files of weights: give a ratio instead of a size")
     for file in weights:
         try:
             _read_config(file, source)

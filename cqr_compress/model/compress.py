@@ -99,6 +99,8 @@ def compress_(
             f"{empty[0]!r} is on the meta device, which has no values: load the weights into the model first, or "
             "convert its checkpoint and call load_compressed"
         )
+    if chosen.has_file_budget:
+        raise SpecError("size and file_ratio are of a file: give a ratio, or convert the model's checkpoint")
     counts = read_frequencies(frequencies, {c.name: c.shape[0] for c in selected})
     weights = {name: row_weights(count) for name, count in counts.items()}
     with shown(progress) as progress:

@@ -23,7 +23,8 @@ from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.quality import Quality, QualityMeter
 from cqr_compress.table.spec import AnySpec
 
-_HELD_SAMPLE_BYTES = 2**30
+HELD_SAMPLE_BYTES = 2**30
+"""Samples of all tables beyond this size are read again when a table is encoded."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class PlannedTable:
         """Fit the table and pass its tensors to `put`; see `encode_table`."""
         scan = self.scan
         if len(scan.sample) == 0:
-            scan = replace(_scan(self.entry, self.options, progress), weights=scan.weights)
+            scan = replace(scan_entry(self.entry, self.options, progress), weights=scan.weights)
         return encode_table(scan, self.plan, self.options.seed, put, progress)
 
 
@@ -110,20 +111,20 @@ def plan_tables(
         entry = checkpoint.entries[candidate.name]
         if candidate.shape[0] < options.min_rows and not candidate.named:
             left.append(
-                _left(candidate, f"{candidate.shape[0]} rows are fewer than min_rows = {options.min_rows}")
+                left_table(candidate, f"{candidate.shape[0]} rows are fewer than min_rows = {options.min_rows}")
             )
             continue
-        scan = replace(_scan(entry, options, progress), weights=weights.get(candidate.name))
+        scan = replace(scan_entry(entry, options, progress), weights=weights.get(candidate.name))
         try:
             plan = plan_table(scan, options, progress, estimated)
         except BudgetError as e:
             problems.append(str(e))
             continue
         if plan.spec is None:
-            left.append(_left(candidate, plan.reason))
+            left.append(left_table(candidate, plan.reason))
             continue
         held += scan.sample.nbytes
-        if held > _HELD_SAMPLE_BYTES:
+        if held > HELD_SAMPLE_BYTES:
             scan = replace(scan, sample=torch.empty(0, **CPU_FLOAT))
         tables[candidate.name] = PlannedTable(entry, plan, plan.spec, scan, options)
         for alias in candidate.aliases:
@@ -147,15 +148,17 @@ def plan_tables(
 
 def left_dense(candidates: Sequence[Candidate]) -> list[LeftDense]:
     """List tables that were found and not selected, for the report; a confidence below 0.3 is omitted."""
-    return [_left(c, c.reason) for c in candidates if not c.selected and c.confidence >= 0.3]
+    return [left_table(c, c.reason) for c in candidates if not c.selected and c.confidence >= 0.3]
 
 
-def _scan(entry: TensorEntry, options: ConvertOptions, progress: Progress) -> ScannedTable:
+def scan_entry(entry: TensorEntry, options: ConvertOptions, progress: Progress) -> ScannedTable:
+    """Read a table once, and draw its sample."""
     progress.start(f"reading {entry.name}", entry.shape[0], "rows")
     return scan_table(
         entry, options.exact_rows, options.nonfinite, options.seed, options.max_sample, progress.advance
     )
 
 
-def _left(candidate: Candidate, reason: str) -> LeftDense:
+def left_table(candidate: Candidate, reason: str) -> LeftDense:
+    """Return the record of a table that stays dense."""
     return LeftDense(name=candidate.name, shape=candidate.shape, nbytes=candidate.nbytes, reason=reason)

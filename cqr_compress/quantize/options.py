@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from cqr_compress.errors import SpecError
@@ -13,6 +14,7 @@ MAX_SAMPLE_ROWS = 131_072
 REFIT_ROUNDS = 5
 EFFORTS = ("fast", "normal", "max")
 HELPERS = ("hashed", "stored", "none")
+TABLE_WEIGHTS = ("energy", "rows", "equal")
 REST_DTYPES = ("float16", "bfloat16")
 CODEBOOK_DTYPES = ("int8", "float16", "bfloat16", "float32", "float64")
 
@@ -27,6 +29,25 @@ class ConvertOptions:
     )
     ratio: float | None = option(
         None, "Bytes of each table before / after, all of its tensors counted.", panel="Budget", above=1
+    )
+    size: int | str | None = option(
+        None,
+        "Bytes of the whole file, such as 50MB, instead of a ratio for each table: tables are measured at several "
+        "sizes, and get the bytes where they save most error. Small tables may stay dense.",
+        panel="Budget",
+        metavar="SIZE",
+    )
+    file_ratio: float | None = option(
+        None,
+        "Bytes of the model before / of the whole file after, instead of a size.",
+        panel="Budget",
+        above=1,
+    )
+    weight: str = option(
+        "energy",
+        "Factor on the relative error of each table, with a size: its sum of squares, its rows, or 1.",
+        panel="Budget",
+        choices=TABLE_WEIGHTS,
     )
     bits_per_dim: float | None = option(
         None,
@@ -126,15 +147,44 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.ratio is not None and self.bits_per_dim is not None:
-            raise SpecError(
-                f"ratio is {self.ratio!r} and bits_per_dim is {self.bits_per_dim!r}: both set the budget, give one"
-            )
+        if isinstance(self.size, (int, str)) and not isinstance(self.size, bool):
+            object.__setattr__(self, "size", size_in_bytes("size", self.size))
+        elif self.size is not None:
+            raise SpecError(f"size is {self.size!r}: give bytes, or a text such as 50MB")
+        budgets = {name: getattr(self, name) for name in ("ratio", "bits_per_dim", "size", "file_ratio")}
+        given = {name: value for name, value in budgets.items() if value is not None}
+        if len(given) > 1:
+            listed = " and ".join(f"{name} is {value!r}" for name, value in given.items())
+            raise SpecError(f"{listed}: {'both' if len(given) == 2 else 'all'} set the budget, give one")
         if self.rank not in (None, "auto") and (not isinstance(self.rank, int) or self.rank < 1):
             raise SpecError(f"rank is {self.rank!r}: give a number of dimensions, or 'auto'")
         method_of(self.method).check(self)
 
     @property
+    def has_file_budget(self) -> bool:
+        """Whether the size of the whole file is given, as `size` or `file_ratio`."""
+        return self.size is not None or self.file_ratio is not None
+
+    @property
     def has_budget(self) -> bool:
         """Whether a size is given, as `ratio` or `bits_per_dim`."""
         return self.ratio is not None or self.bits_per_dim is not None
+
+
+def size_in_bytes(name: str, size: int | str) -> int:
+    """Parse a size such as 5GB, 500MB or 2GiB to bytes.
+
+    Raises:
+        SpecError: no size, or none above 0; the message has the option's `name`.
+    """
+    match = re.fullmatch(r"(?i)\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(size))
+    if match is None or float(match[1]) <= 0:
+        raise SpecError(f"{name} is {size!r}: give a size such as 5GB or 500MB")
+    return max(1, int(float(match[1]) * _UNITS[(match[2] or "").lower()]))
+
+
+_UNITS = {"": 1} | {
+    f"{letter}{binary}": (1024 if binary else 1000) ** power
+    for power, letter in enumerate("kmgt", start=1)
+    for binary in ("", "i")
+}
