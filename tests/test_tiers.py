@@ -240,3 +240,18 @@ def test_equally_weighted_rows_have_about_as_many_bytes(tmp_path: Path) -> None:
 
     assert smallest_share() > 0.6
     assert smallest_share(frequencies={"emb.weight": torch.linspace(1, 100, 3000).square()}) < 0.6
+
+
+def test_a_table_of_one_block_is_written(tmp_path: Path) -> None:
+    weights = torch.arange(96, 0, -1).double() ** 2
+    torch.save({"item_embedding.weight": torch.randn(96, 8)}, tmp_path / "m.pt")
+    report = cqr.convert(
+        tmp_path / "m.pt",
+        tmp_path / "s.safetensors",
+        tables=["item_embedding.weight"],
+        frequencies={"item_embedding.weight": weights},
+        method="trellis",
+        ratio=4.5,
+    )
+    assert "/" in report.tables[0].layout.split("B")[0]
+    assert cqr.load_dense_state_dict(tmp_path / "s.safetensors")["item_embedding.weight"].isfinite().all()

@@ -28,7 +28,13 @@ WRITE_DIGITS = 16
 
 def checksum(block: Tensor, before: int = 0) -> int:
     """Compute the CRC-32 of the bytes of a tensor, continued from that of the preceding blocks."""
-    return zlib.crc32(block.contiguous().reshape(-1).view(torch.uint8).numpy().data, before)
+    return zlib.crc32(bytes_of(block), before)
+
+
+def bytes_of(values: Tensor) -> memoryview:
+    """Return the bytes of a tensor on the CPU, in the order of its elements."""
+    flat = values.contiguous().as_strided((values.numel(),), (1,))  # a single element may have any stride
+    return flat.view(torch.uint8).numpy().data
 
 
 def initial_checksum(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import DTYPES
-from cqr_compress.checkpoint.checksums import checksum, initial_checksum
+from cqr_compress.checkpoint.checksums import bytes_of, checksum, initial_checksum
 from cqr_compress.checkpoint.output_files import create_partial, output_errors, rename, sync
 from cqr_compress.errors import ShapeError
 from cqr_compress.table.base_spec import TensorShape
@@ -130,7 +129,7 @@ class SafetensorsWriter:
             raise ShapeError(
                 f"{name!r} has {shape}: {values.nbytes} bytes of {values.dtype} do not fit at offset {start}"
             )
-        content = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        content = bytes_of(values)
         assert self._file is not None
         with output_errors(self.path, self.layout.file_bytes):
             self._file.seek(8 + self.layout.header_bytes + self.layout.offsets[name] + start)
