@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from cqr_compress.checkpoint.compressed_file import (
 from cqr_compress.checkpoint.compressed_writer import CompressedOutput, Destination
 from cqr_compress.checkpoint.formats.nesting import is_text
 from cqr_compress.checkpoint.formats.open import open_checkpoint
-from cqr_compress.checkpoint.header import Header, SourceRecord
+from cqr_compress.checkpoint.header import Header, SourceRecord, TableRecord
 from cqr_compress.checkpoint.parts import Part, Put, copied_part
+from cqr_compress.checkpoint.rest_record import RestRecord
 from cqr_compress.checkpoint.size_report import SizeReport
 from cqr_compress.errors import BudgetError, CheckpointError, ShapeError, TableNotFoundError, VerificationError
 from cqr_compress.option_fields import merged
@@ -129,44 +130,108 @@ def convert(
         num_rows = {candidate.name: candidate.shape[0] for candidate in selected}
         counts = read_frequencies(frequencies, num_rows)
         by_tokenizer = options.prior == "tokenizer" and not frequencies
-        counts |= token_frequencies(source, num_rows) if by_tokenizer else {}
-        weights = {name: row_weights(count) for name, count in counts.items()}
-        meters: dict[str, QualityMeter] = {}
-
-        def output_of(planned: Planned) -> CompressedOutput:
-            """Describe the file with these tables; nothing is written yet."""
-            rest = plan_rest(checkpoint, planned.tables.keys(), options.rest_dtype, progress)
-            header = replace(_header(checkpoint, planned, options), rest=rest)
-            dtypes = {} if rest is None else rest.stored_dtypes()
-            parts = [
-                _encoded_part(name, planned.tables[name], meters, progress)
-                if name in planned.tables
-                else copied_part(entry, dtype=dtypes.get(name))
-                for name, entry in checkpoint.entries.items()
-            ]
-            return CompressedOutput(destination, header, parts, checkpoint.metadata)
-
-        def completed(planned: Planned) -> Planned:
-            planned = replace(planned, left_dense=[*planned.left_dense, *left_dense(candidates)])
-            note = "rows weighted by the order of the tokenizer's tokens"
-            return planned.noting(counts, note) if by_tokenizer else planned
-
-        if options.has_file_budget:
-            planner = SizePlanner.measure(checkpoint, selected, options, weights, progress)
-            planned = _plan_size(planner, _file_budget(checkpoint, options), lambda p: output_of(completed(p)))
-        else:
-            planned = plan_tables(checkpoint, selected, options, weights, progress, estimated=dry_run)
-        planned = completed(planned)
+        estimated = token_frequencies(source, num_rows) if by_tokenizer else {}
+        work = _Conversion(checkpoint, candidates, options, estimated, destination, progress)
+        planned = work.plan(counts | estimated, estimated=dry_run)
         _check_names(checkpoint, planned)
-        out = output_of(planned)
+        out = work.output(planned)
         if dry_run:
             return out.predicted({name: table.plan.error for name, table in planned.tables.items()})
+        return out.write(progress, lambda header: replace(header, tables=work.records(planned)))
 
-        def with_quality(header: Header) -> Header:
-            records = {name: table.record(meters[name].result()) for name, table in planned.tables.items()}
-            return replace(header, tables=records)
 
-        return out.write(progress, with_quality)
+@dataclass
+class _Conversion:
+    """One conversion: plans of its tables, and the file that they make.
+
+    Attributes:
+        checkpoint: the source.
+        candidates: what may be tables, selected or not.
+        options: method and budget.
+        estimated: frequencies of tokens that are estimated, by table.
+        destination: where the file is written.
+        progress: receives the progress of the work.
+        meters: quality of the tables, known once they are written.
+        rests: dtypes of the other tensors, by the names of the compressed tables.
+    """
+
+    checkpoint: Checkpoint
+    candidates: Sequence[Candidate]
+    options: ConvertOptions
+    estimated: Mapping[str, Tensor]
+    destination: Destination
+    progress: Progress
+    meters: dict[str, QualityMeter] = field(default_factory=dict)
+    rests: dict[frozenset[str], RestRecord | None] = field(default_factory=dict)
+
+    def plan(self, counts: Mapping[str, Tensor], estimated: bool) -> Planned:
+        """Plan all tables, each within its budget or all within that of the file; see `plan_tables`."""
+        selected = [candidate for candidate in self.candidates if candidate.selected]
+        weights = {name: row_weights(count) for name, count in counts.items()}
+        if not self.options.has_file_budget:
+            planned = plan_tables(self.checkpoint, selected, self.options, weights, self.progress, estimated)
+            return self._complete(planned)
+        planner = SizePlanner.measure(self.checkpoint, selected, self.options, weights, self.progress)
+        return self._complete(self._plan_size(planner, _file_budget(self.checkpoint, self.options)))
+
+    def output(self, planned: Planned) -> CompressedOutput:
+        """Describe the file with these tables; nothing is written yet."""
+        compressed = frozenset(planned.tables)
+        if compressed not in self.rests:
+            self.rests[compressed] = plan_rest(self.checkpoint, compressed, self.options.rest_dtype, self.progress)
+        rest = self.rests[compressed]
+        header = replace(_header(self.checkpoint, planned, self.options), rest=rest)
+        dtypes = {} if rest is None else rest.stored_dtypes()
+        parts = [
+            _encoded_part(name, planned.tables[name], self.meters, self.progress)
+            if name in planned.tables
+            else copied_part(entry, dtype=dtypes.get(name))
+            for name, entry in self.checkpoint.entries.items()
+        ]
+        return CompressedOutput(self.destination, header, parts, self.checkpoint.metadata)
+
+    def records(self, planned: Planned) -> dict[str, TableRecord]:
+        """Return the tables' entries in the header, with their quality, once they are written."""
+        return {name: table.record(self.meters[name].result()) for name, table in planned.tables.items()}
+
+    def _complete(self, planned: Planned) -> Planned:
+        """Add tables that were not selected, and notes on weights that are estimated."""
+        planned = replace(planned, left_dense=[*planned.left_dense, *left_dense(self.candidates)])
+        return planned.noting(self.estimated, "rows weighted by the order of the tokenizer's tokens")
+
+    def _plan_size(self, planner: SizePlanner, size: int) -> Planned:
+        """Plan tables so that the whole file has at most `size` bytes, and nearly as many.
+
+        Raises:
+            BudgetError: the smallest file is larger.
+            TableNotFoundError: the file has no more bytes than that with dense tables.
+        """
+        file_bytes = self.output(self._complete(planner.dense)).file_bytes
+        if file_bytes <= size:
+            raise TableNotFoundError(
+                f"the file has {file_bytes:,} bytes with dense tables: no need to compress them"
+            )
+        others = file_bytes - planner.dense_bytes + _RECORD_BYTES * len(planner.curves)
+        best = None
+        for _ in range(_SIZE_ROUNDS):
+            try:
+                planned = planner.plan(size - others)
+            except BudgetError as e:
+                if best is not None:
+                    break
+                raise BudgetError(
+                    f"a file of {size:,} bytes has no room for these tables: at their smallest they take "
+                    f"{planner.smallest:,} bytes, and all else {others:,}. Pass a larger size or --rest-dtype."
+                ) from e
+            file_bytes = self.output(self._complete(planned)).file_bytes
+            others = file_bytes - planner.nbytes(planned)
+            if file_bytes <= size:
+                best = planned
+                if file_bytes >= _SIZE_REACHED * size:
+                    break
+        if best is None:
+            raise BudgetError(f"no plan of {size:,} bytes was found: pass a size that differs by some bytes")
+        return best
 
 
 def _file_budget(checkpoint: Checkpoint, options: ConvertOptions) -> int:
@@ -175,43 +240,6 @@ def _file_budget(checkpoint: Checkpoint, options: ConvertOptions) -> int:
         return options.size
     assert options.file_ratio is not None
     return int(max(checkpoint.file_bytes - checkpoint.optimizer_bytes, 0) / options.file_ratio)
-
-
-def _plan_size(planner: SizePlanner, size: int, output_of: Callable[[Planned], CompressedOutput]) -> Planned:
-    """Plan tables so that the whole file has at most `size` bytes, and nearly as many.
-
-    Raises:
-        BudgetError: the smallest file is larger.
-        TableNotFoundError: the file has no more bytes than that with dense tables.
-    """
-    file_bytes = output_of(planner.dense).file_bytes
-    if file_bytes <= size:
-        raise TableNotFoundError(f"the file has {file_bytes:,} bytes with dense tables: no need to compress them")
-    others = file_bytes - sum(item.nbytes for item in planner.dense.left_dense)
-    others += _RECORD_BYTES * len(planner.curves)
-    best = None
-    for _ in range(_SIZE_ROUNDS):
-        try:
-            planned = planner.plan(size - others)
-        except BudgetError as e:
-            if best is not None:
-                break
-            raise BudgetError(
-                f"a file of {size:,} bytes has no room for these tables: at their smallest they take "
-                f"{planner.smallest:,} bytes, and all else {others:,}. Pass a larger size or --rest-dtype float16."
-            ) from e
-        out = output_of(planned)
-        file_bytes = out.file_bytes
-        tables = sum(item.spec.nbytes for item in planned.tables.values())
-        tables += sum(item.nbytes for item in planned.left_dense if item.name in planner.curves)
-        others = file_bytes - tables
-        if file_bytes <= size:
-            best = planned
-            if file_bytes >= _SIZE_REACHED * size:
-                break
-    if best is None:
-        raise BudgetError(f"no plan of {size:,} bytes was found: pass a size that differs by some bytes")
-    return best
 
 
 def _nothing_found(checkpoint: Checkpoint, candidates: list[Candidate]) -> str:

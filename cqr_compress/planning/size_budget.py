@@ -81,6 +81,16 @@ class SizePlanner:
         return Planned({}, [left_table(candidate, "") for candidate in self.candidates.values()])
 
     @property
+    def dense_bytes(self) -> int:
+        """Bytes of all dense tables."""
+        return self.nbytes(self.dense)
+
+    def nbytes(self, planned: Planned) -> int:
+        """Return the bytes of all tables, compressed or dense, in a plan of this planner."""
+        compressed = sum(item.spec.nbytes for item in planned.tables.values())
+        return compressed + sum(item.nbytes for item in planned.left_dense)
+
+    @property
     def smallest(self) -> int:
         """Bytes of all tables at their smallest measured sizes."""
         return int(sum(points[0].nbytes for points in self.curves.values()))
@@ -102,9 +112,8 @@ class SizePlanner:
                 left.append(left_table(candidate, "its bytes save more error than those of other tables"))
             else:
                 tables[name] = self._planned(name, int(nbytes))
-        dense = sum(item.nbytes for item in left)
         for name in sorted(tables, key=lambda each: -tables[each].spec.nbytes)[:_ROUNDS]:
-            unused = budget - dense - sum(item.spec.nbytes for item in tables.values())
+            unused = budget - self.nbytes(Planned(tables, left))
             if unused <= _UNUSED_SHARE * budget:
                 break
             tables[name] = self._planned(name, tables[name].spec.nbytes + int(unused))
