@@ -148,6 +148,15 @@ def test_numpy_decodes_all_layouts_as_torch_does(tmp_path: Path, options: dict[s
     vectors = cqr.load_vectors(small)
     assert np.allclose(np.concatenate([block for _, block in vectors.all_vectors()]), dense, atol=1e-5)
     assert np.allclose(vectors[["w17", "w3", "w1400"]], dense[[17, 3, 1400]], atol=1e-5)
+    assert np.allclose([vectors[word] for word in WORDS[:260]], dense[:260], atol=1e-5)
+    assert np.allclose(vectors[WORDS[-1]], dense[-1], atol=1e-5)
+
+
+def test_of_equal_words_the_first_has_the_vector(tmp_path: Path) -> None:
+    (tmp_path / "v.txt").write_text("a 1 2 3 4\nb 5 6 7 8\na 9 9 9 9\n" * 700)
+    cqr.convert(tmp_path / "v.txt", tmp_path / "small.safetensors", method="int8")
+    vectors = cqr.load_vectors(tmp_path / "small.safetensors")
+    assert np.allclose(vectors["a"], [1, 2, 3, 4], atol=0.1) and np.allclose(vectors["b"], [5, 6, 7, 8], atol=0.1)
 
 
 @pytest.mark.parametrize("window", [4, 8, 10, 12])

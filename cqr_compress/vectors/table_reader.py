@@ -71,6 +71,8 @@ class TableReader:
             tensors["codebooks"] = tensors["codebooks"].astype(np.float32) * scale
             self._normalize_rotation()
         tensors["codebooks"] = tensors["codebooks"].astype(np.float32)
+        if "rotation" in tensors:
+            tensors["rotation"] = tensors["rotation"].astype(np.float32)
 
     def _codebook_rows(self, ids: Array) -> Array:
         codebooks = self._tensors["codebooks"]
@@ -97,41 +99,57 @@ class TableReader:
                 tensors[name] = tensors[name].astype(np.float32)
         if "state_values" not in tensors:
             tensors["state_values"] = seeded_values(spec["window"], spec["seed"])
-        rates = tensors["dim_rates"].astype(np.int64)
-        self._first_bits = rates.cumsum(1) - rates
+        rates, sizes = tensors["dim_rates"].astype(np.int64), spec["tier_nbytes"]
+        first_bits = rates.cumsum(1) - rates
+        self._first_bytes = [bits // 8 % size for bits, size in zip(first_bits, sizes, strict=True)]
+        self._first_bits = [(bits % 8).astype(np.int32) for bits in first_bits]
+        self._rings = [np.arange(size + 2) % size for size in sizes]
+        if len(sizes) > 1:
+            tiers = np.arange(256)[:, None] >> np.arange(0, 8, 2) & 3  # of the four rows of a byte
+            self._before = np.pad(np.array([*sizes, 0, 0])[tiers].cumsum(1), ((0, 0), (1, 0)))
+            ends = self._before[:, 4].take(tensors["row_tiers"]).cumsum()
+            self._starts = np.concatenate([[0], ends[:-1]]).astype(np.uint32 if ends[-1] < 2**32 else np.int64)
         if spec["gain_bits"]:
             low, log_ratio = tensors["gain_range"]
             self._gains = low * np.exp(np.arange(256, dtype=np.float32) / 255 * log_ratio)
 
     def _trellis_rows(self, ids: Array) -> Array:
-        spec, tensors, sizes = self._spec, self._tensors, np.array(self._spec["tier_nbytes"])
-        if len(sizes) == 1:
-            tiers, first = np.zeros(len(ids), np.int64), np.asarray(ids, np.int64) * sizes[0]
+        spec, tensors = self._spec, self._tensors
+        tiers, first = self._places(np.asarray(ids, np.int64))
+        if len(tiers) == 1:
+            rows = self._trellis_values(int(tiers[0]), first)
         else:
-            tiers, first = self._places(np.asarray(ids, np.int64))
-        flat = tensors["codes"].reshape(-1)
-        rows = np.empty((len(ids), self._first_bits.shape[1]), np.float32)
-        for tier, size in enumerate(sizes.tolist()):
-            here = np.flatnonzero(tiers == tier)
-            if not len(here):
-                continue
-            ring = flat[first[here, None] + np.arange(size)]
-            states = _windows(ring, self._first_bits[tier], spec["window"])
-            rows[here] = tensors["state_values"][states] * tensors["dim_scale"][tier]
+            rows = np.empty((len(tiers), len(self._first_bits[0])), np.float32)
+            for tier in range(len(spec["tier_nbytes"])):
+                here = np.flatnonzero(tiers == tier)
+                if len(here):
+                    rows[here] = self._trellis_values(tier, first[here])
         if spec["gain_bits"]:
             rows *= self._gains[tensors["row_gain"][ids]][:, None]
-        return self._rotated(rows) + tensors["row_mean"]
+        rows = self._rotated(rows)
+        rows += tensors["row_mean"]
+        return rows
+
+    def _trellis_values(self, tier: int, first: Array) -> Array:
+        """Decode rows of a tier whose codes begin at the bytes `first` (B,): (B, P), in the order of the codes."""
+        ring = self._tensors["codes"].reshape(-1)[first[:, None] + self._rings[tier]].astype(np.int32)
+        words = ring[:, :-2] | ring[:, 1:-1] << 8 | ring[:, 2:] << 16
+        states = words.take(self._first_bytes[tier], axis=1)
+        states >>= self._first_bits[tier]
+        states &= 2 ** self._spec["window"] - 1
+        values: Array = self._tensors["state_values"].take(states)
+        values *= self._tensors["dim_scale"][tier]
+        return values
 
     def _places(self, ids: Array) -> tuple[Array, Array]:
         """Return the tiers of rows, and the first bytes of their codes."""
-        packed, sizes = self._tensors["row_tiers"], np.array(self._spec["tier_nbytes"])
-        sizes = np.pad(sizes, (0, 4 - len(sizes)))
-        before = ids // _BLOCK * _BLOCK + np.arange(_BLOCK)[:, None]  # of the same block
-        inside = before < ids
-        before = np.where(inside, before, 0)
-        bytes_ = np.where(inside, sizes[packed[before // 4] >> 2 * (before % 4).astype(np.uint8) & 3], 0).sum(0)
-        tiers = (packed[ids // 4] >> 2 * (ids % 4).astype(np.uint8) & 3).astype(np.int64)
-        return tiers, self._tensors["tier_starts"][ids // _BLOCK].astype(np.int64) + bytes_
+        sizes = self._spec["tier_nbytes"]
+        if len(sizes) == 1:
+            return np.zeros_like(ids), ids * sizes[0]
+        four, place = ids // 4, ids % 4
+        byte = self._tensors["row_tiers"][four]
+        first = self._starts[four] + self._before[byte, place]
+        return byte >> (2 * place).astype(np.uint8) & 3, first
 
     def _normalize_rotation(self) -> None:
         if "rotation" in self._tensors:
@@ -141,7 +159,7 @@ class TableReader:
 
     def _rotated(self, rows: Array) -> Array:
         rotation = self._tensors.get("rotation")
-        return rows if rotation is None else rows @ rotation.astype(np.float32)
+        return rows if rotation is None else rows @ rotation
 
 
 def _check(spec: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
@@ -226,14 +244,6 @@ def _unpack(packed: Array, num_codes: int, n_bits: int) -> Array:
     bits = np.arange(num_codes) * n_bits
     codes: Array = _words(np.pad(packed, ((0, 0), (0, 2))), bits // 8) >> bits % 8 & 2**n_bits - 1
     return codes
-
-
-def _windows(ring: Array, first_bits: Array, window: int) -> Array:
-    """Read the windows of rings of bits that begin at `first_bits` (P,): (B, width) uint8 to (B, P) integers."""
-    ring = np.pad(ring, ((0, 0), (0, 2)), mode="wrap")
-    width = ring.shape[1] - 2
-    states: Array = _words(ring, first_bits // 8 % width) >> first_bits % 8 & 2**window - 1
-    return states
 
 
 def _words(rows: Array, first: Array) -> Array:

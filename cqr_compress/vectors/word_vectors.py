@@ -83,10 +83,8 @@ class WordVectors:
 
     @cached_property
     def _ids(self) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for i, word in enumerate(self.words):
-            found.setdefault(word, i)
-        return found
+        last = len(self.words) - 1
+        return dict(zip(reversed(self.words), range(last, -1, -1), strict=True))  # the first of equal words
 
     def __len__(self) -> int:
         return len(self.words)
@@ -108,12 +106,18 @@ class WordVectors:
         return one if isinstance(words, str) else found
 
     def _vectors(self, words: list[str]) -> Vector:
-        rows, owner = [], []
         if not words:
             raise KeyError("give at least one word")
+        if self.subwords is None:
+            try:
+                ids = [self._ids[word] for word in words]
+            except KeyError as e:
+                raise KeyError(f"{e.args[0]!r} is not in the vocabulary") from None
+            return self._table.rows(np.array(ids, np.int64))
+        rows, owner = [], []
         for i, word in enumerate(words):
             mine = [self._ids[word]] if word in self._ids else []
-            mine += self.subwords.rows_of(word) if self.subwords is not None else []
+            mine += self.subwords.rows_of(word)
             if not mine:
                 raise KeyError(f"{word!r} is not in the vocabulary")
             rows += mine
