@@ -132,7 +132,7 @@ def word_vectors(table: Path, ratio: float, scratch: Path) -> None:
             continue
         seconds = convert(source, "-o", small, "--ratio", ratio)
         found = cqr.load_vectors(small)
-        correlation = torch.corrcoef(torch.stack([wanted, similarities(found[words])]))[0, 1]
+        correlation = torch.corrcoef(torch.stack([wanted, similarities(found[found.words])]))[0, 1]
         sizes = source.stat().st_size, small.stat().st_size
         show(f"word vectors, {name}", f"convert {name} --ratio {ratio:g}", *sizes, f"rank correlation {correlation:.3f}", seconds)  # fmt: skip
         source.unlink()
