@@ -304,12 +304,11 @@ def test_the_serving_example_answers_from_the_codes(tmp_path: Path) -> None:
     assert found is not None and int(found[2]) > 50 and int(found[2]) >= int(found[1])
 
 
-@pytest.mark.parametrize("method", ["pq", "trellis"])
-def test_the_onnx_example_serves_rows_and_the_best_ids(tmp_path: Path, method: str) -> None:
+def test_the_onnx_example_serves_rows_and_the_best_ids(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     torch.save({"a.emb.weight": torch.randn(3000, 16)}, tmp_path / "a.pt")
-    cqr.convert(tmp_path / "a.pt", tmp_path / "small.safetensors", method=method, ratio=6, effort="fast")
+    cqr.convert(tmp_path / "a.pt", tmp_path / "small.safetensors", method="trellis", ratio=6, effort="fast")
     printed = run_example("serving_onnx.py", tmp_path, "small.safetensors")
     differences = re.findall(r"largest difference of .*: (\S+)$", printed, re.M)
     assert len(differences) == 2 and all(float(each) < 1e-4 for each in differences)

@@ -7,6 +7,7 @@ each byte: the greedy solution of the Lagrangian (Shoham & Gersho 1988, doi:10.1
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,22 @@ class RatePoint:
 
     nbytes: float
     error: float
+
+
+def refined(points: Sequence[RatePoint], parts: int = 8) -> list[RatePoint]:
+    """Add points between those that were measured: the logarithm of an error falls about linearly with the bytes.
+
+    Without them, one of two equal tables would get the bytes of a whole step before the other gets any.
+    """
+    found = list(points[:1])
+    for before, after in itertools.pairwise(points):
+        if 0 < after.error < before.error:
+            for part in range(1, parts):
+                share = part / parts
+                nbytes = before.nbytes + share * (after.nbytes - before.nbytes)
+                found.append(RatePoint(nbytes, before.error * (after.error / before.error) ** share))
+        found.append(after)
+    return found
 
 
 def lower_hull(points: Sequence[RatePoint]) -> list[RatePoint]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cqr_compress.checkpoint.base import Checkpoint
 from cqr_compress.errors import BudgetError
-from cqr_compress.planning.allocate import RatePoint, allocate_bytes
+from cqr_compress.planning.allocate import RatePoint, allocate_bytes, refined
 from cqr_compress.planning.choose import estimate_error_of_options, plan_table
 from cqr_compress.planning.find import Candidate
 from cqr_compress.planning.plan_tables import HELD_SAMPLE_BYTES, Planned, PlannedTable, left_table, scan_entry
@@ -130,7 +130,7 @@ class SizePlanner:
             with contextlib.suppress(BudgetError):  # too small for this table
                 points.append(RatePoint(size, self._error(scan, self._options(scan, size))))
             self.progress.advance()
-        return [*points, dense]
+        return refined([*points, dense])
 
     def _error(self, scan: ScannedTable, options: ConvertOptions) -> float:
         """Estimate the error that options lead to; of all methods, that of a trellis where one fits."""
