@@ -83,6 +83,17 @@ def test_a_file_has_nearly_the_size_that_was_asked_for(tables: Path, tmp_path: P
         assert table.relative_mse == pytest.approx(errors[table.name], rel=0.1)
 
 
+@pytest.mark.parametrize("asked", [{"num_columns": 8}, {"method": "int8"}])
+def test_layouts_and_integers_are_planned_too(tables: Path, tmp_path: Path, asked: dict[str, object]) -> None:
+    options = cqr.ConvertOptions(size=110_000, effort="fast", **asked)  # type: ignore[arg-type]
+    assert cqr.convert(tables, tmp_path / "s.safetensors", options).file_bytes_after <= 110_000
+
+
+def test_a_size_of_a_method_without_codes_is_refused(tables: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="cannot be estimated"):
+        cqr.convert(tables, tmp_path / "s.safetensors", method="hash", size=50_000)
+
+
 def test_equal_weights_give_equal_tables_equal_bytes(tables: Path, tmp_path: Path) -> None:
     report = cqr.convert(
         tables, tmp_path / "s.safetensors", method="trellis", file_ratio=4, weight="equal", effort="fast"

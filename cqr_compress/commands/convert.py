@@ -40,6 +40,9 @@ from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.quality import QualityMeter
 from cqr_compress.table.table import CompressedTable
 
+_SUFFIXES = (
+    ".index.json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".txt", ".vec", ".kv", ".npy", ".npz",
+)  # fmt: skip
 _SIZE_ROUNDS, _RECORD_BYTES = 5, 700
 _SIZE_REACHED = 0.995
 """Share of the size of a file that a plan has to use before no better one is searched for."""
@@ -50,19 +53,7 @@ def default_output(source: Path) -> Path:
     if source.is_dir():
         return source / "model.cqr.safetensors"
     name = source.name
-    for suffix in (
-        ".index.json",
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".txt",
-        ".vec",
-        ".kv",
-        ".npy",
-        ".npz",
-    ):
+    for suffix in _SUFFIXES:
         name = name.removesuffix(suffix)
     return source.with_name(f"{name}.cqr.safetensors")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cqr_compress.errors import BudgetError, TableRefusedError
+from cqr_compress.errors import BudgetError, SpecError, TableRefusedError
 from cqr_compress.planning.scan import ScannedTable
 from cqr_compress.planning.search import BRIEF, estimate, estimate_error, search, worth_trying
 from cqr_compress.progress import NoProgress, Progress
@@ -96,6 +96,7 @@ def estimate_error_of_options(table: ScannedTable, options: ConvertOptions) -> f
 
     Raises:
         BudgetError: no layout fits.
+        SpecError: codes are hashed from ids.
     """
     _check_magnitude(table)
     budget = budget_bytes(table.facts, options)
@@ -105,6 +106,8 @@ def estimate_error_of_options(table: ScannedTable, options: ConvertOptions) -> f
         raise BudgetError(
             over_budget(table.facts, options, budget or 0, min(specs, key=lambda s: s.nbytes, default=None))
         )
+    if not all("codes" in spec.tensor_shapes() for spec in fitting):
+        raise SpecError(f"the error of {options.method} cannot be estimated from a sample: give a ratio")
     likely = max(worth_trying(fitting), key=_likelihood)
     return estimate_error(table, likely, BRIEF, _TRIAL_ROWS)
 

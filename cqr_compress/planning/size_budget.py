@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import Checkpoint
-from cqr_compress.errors import BudgetError
+from cqr_compress.errors import BudgetError, SpecError
 from cqr_compress.planning.allocate import RatePoint, allocate_bytes, refined
 from cqr_compress.planning.choose import estimate_error_of_options, plan_table
 from cqr_compress.planning.find import Candidate
@@ -20,7 +20,7 @@ from cqr_compress.progress import Progress
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.defaults import CPU_FLOAT
 
-_BITS_PER_DIM = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+_BITS_PER_DIM = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 """Rates at which the error of each table is measured by a brief fit."""
 _UNUSED_SHARE = 0.002
 """Share of the bytes of all tables that may stay unused."""
@@ -135,7 +135,7 @@ class SizePlanner:
     def _error(self, scan: ScannedTable, options: ConvertOptions) -> float:
         """Estimate the error that options lead to; of all methods, that of a trellis where one fits."""
         if options.method == "auto":
-            with contextlib.suppress(BudgetError):
+            with contextlib.suppress(BudgetError, SpecError):  # options of codebooks may be given
                 return estimate_error_of_options(scan, replace(options, method="trellis", rank=None))
         return estimate_error_of_options(scan, options)
 
