@@ -83,7 +83,7 @@ def test_a_file_has_nearly_the_size_that_was_asked_for(tables: Path, tmp_path: P
         assert table.relative_mse == pytest.approx(errors[table.name], rel=0.1)
 
 
-@pytest.mark.parametrize("asked", [{"num_columns": 8}, {"method": "int8"}])
+@pytest.mark.parametrize("asked", [{"num_columns": 8, "num_levels": 1}, {"method": "int8"}])
 def test_layouts_and_integers_are_planned_too(tables: Path, tmp_path: Path, asked: dict[str, object]) -> None:
     options = cqr.ConvertOptions(size=110_000, effort="fast", **asked)  # type: ignore[arg-type]
     assert cqr.convert(tables, tmp_path / "s.safetensors", options).file_bytes_after <= 110_000
