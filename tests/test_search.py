@@ -16,7 +16,8 @@ from cqr_compress.checkpoint.base import TensorEntry
 from cqr_compress.model.compress import _InMemory
 from cqr_compress.planning.choose import TablePlan, plan_table
 from cqr_compress.planning.scan import scan_table
-from cqr_compress.planning.search import estimate_error, worth_trying
+from cqr_compress.planning.search import worth_trying
+from cqr_compress.planning.trial_fit import estimate_error
 from cqr_compress.progress import NoProgress
 from cqr_compress.quantize.base import FitEffort
 from cqr_compress.quantize.layouts import budget_bytes

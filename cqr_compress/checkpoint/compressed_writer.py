@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -91,13 +92,17 @@ class CompressedOutput:
         return replace(report, tables=[replace(t, relative_mse=errors.get(t.name)) for t in report.tables])
 
     def write(
-        self, progress: Progress, complete: Callable[[Header], Header] = lambda header: header
+        self,
+        progress: Progress,
+        complete: Callable[[Header], Header] = lambda header: header,
+        rate_distortion: dict[str, Any] | None = None,
     ) -> SizeReport:
         """Write the file, with a JSON report next to it.
 
         Args:
             progress: receives the progress of the work.
             complete: maps the header to the final one, which must not be longer, after all tensors are written.
+            rate_distortion: that of the report.
 
         Returns:
             The size report.
@@ -122,6 +127,7 @@ class CompressedOutput:
         self.destination.check()
         _write(out, self.parts, metadata, check, path, progress)
         report = size_report(held, str(out.final_path), out.file_bytes, measured=True)
+        report = replace(report, rate_distortion=rate_distortion)
         try:
             write_report(path, report)
         except OutputError as e:

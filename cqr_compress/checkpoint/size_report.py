@@ -84,6 +84,9 @@ class SizeReport:
         seed: random seed.
         tuning: result of fine-tuning, see `TuningReport.in_file`; None without fine-tuning.
         evaluation: result of `evaluate` for this file, or None.
+        rate_distortion: by table, the layouts that were tried (`trials`: layout, bytes, error), the sizes that
+            were measured (`curve`: bytes, error) and the rate-distortion bound of Gaussian rows of the same
+            covariance (`bound`: bytes, error); None for a file that was not just planned.
     """
 
     file: str
@@ -102,6 +105,7 @@ class SizeReport:
     rest: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
+    rate_distortion: dict[str, Any] | None = None
 
     @property
     def model_bytes_before(self) -> int:
@@ -153,6 +157,8 @@ class SizeReport:
                 check_tuning(report.tuning)
             if report.evaluation is not None:
                 _check_evaluation(report.evaluation)
+            if report.rate_distortion is not None:
+                _check_rate_distortion(report.rate_distortion)
             return report
         except (TypeError, ValueError, KeyError, AttributeError) as e:
             raise FormatError(f"{where!r} is a damaged size report: {str(e)[:300]}") from e
@@ -227,6 +233,16 @@ def _check_evaluation(values: dict[str, Any]) -> None:
         for band in table["bands"]:
             check_metrics({k: v for k, v in band.items() if k != "name" and v is not None}, "a band")
             check_metrics({"num_ids": band["num_ids"]}, "a band")
+
+
+def _check_rate_distortion(values: dict[str, Any]) -> None:
+    """Check the points of bytes and errors of tables; raises TypeError, ValueError, KeyError or AttributeError."""
+    for table in values.values():
+        for name in ("trials", "curve", "bound"):
+            for *layout, nbytes, error in _list(table[name]):
+                check_metrics({"bytes": nbytes, "error": error}, name)
+                if [type(part) for part in layout] != ([str] if name == "trials" else []):
+                    raise TypeError(f"a point of {name} is {brief(layout)}")
 
 
 def size_report(header: Header, file: str, file_bytes: int, measured: bool) -> SizeReport:

@@ -12,10 +12,13 @@ from cqr_compress.cli.options import (
     SELECTION,
     CheckpointArgument,
     DebugOption,
+    DeviceOption,
     ExcludeOption,
     ForceOption,
     FrequenciesOption,
     JsonOption,
+    PlanOption,
+    RulesOption,
     ShardOption,
     TablesOption,
     options_of,
@@ -24,9 +27,18 @@ from cqr_compress.cli.options import (
     print_json,
     run,
 )
+from cqr_compress.cli.task_options import (
+    BatchSizeOption,
+    EvalFileOption,
+    SetOption,
+    TaskChoice,
+    TaskOption,
+    TrainFileOption,
+)
 from cqr_compress.quantize.options import ConvertOptions
+from cqr_compress.tasks.registry import DEFAULT_BATCH_SIZE
 
-_BUDGET = ("ratio", "size", "file_ratio", "weight", "bits_per_dim", "rest_dtype")
+_BUDGET = ("ratio", "size", "file_ratio", "max_error", "min_recall", "weight", "bits_per_dim", "rest_dtype")
 _METHOD = ("method", "rotation", "rank", "helper", "num_columns", "num_levels", "n_bits", "window", "max_tiers")
 _THEN = ("codebook_dtype", "effort", "refine_rounds", "max_sample", "seed")
 _ROWS = ("min_rows", "exact_rows", "prior", "nonfinite")
@@ -37,7 +49,14 @@ def convert(
     checkpoint: CheckpointArgument,
     tables: TablesOption = None,
     exclude: ExcludeOption = None,
+    rules: RulesOption = None,
     frequencies: FrequenciesOption = None,
+    task: TaskOption = None,
+    train_file: TrainFileOption = None,
+    eval_file: EvalFileOption = None,
+    batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE,
+    settings: SetOption = None,
+    device: DeviceOption = None,
     untie: Annotated[
         bool,
         typer.Option(
@@ -45,6 +64,7 @@ def convert(
         ),
     ] = False,
     output: Annotated[Path | None, output_option("CHECKPOINT with .cqr.safetensors")] = None,
+    plan: PlanOption = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the plan with exact sizes; write nothing.", rich_help_panel=OUTPUT),
@@ -70,10 +90,12 @@ def convert(
         from cqr_compress.commands.convert_folder import convert_folder, is_folder_conversion
         from cqr_compress.progress import ProgressBars
 
+        choice = TaskChoice(task, train_file, eval_file, batch_size, settings)
         options: dict[str, Any] = {
             "options": ConvertOptions(**option_fields), "tables": tables or (), "exclude": exclude or (),
-            "frequencies": frequencies or (), "untie": untie, "shard_bytes": parse_size(shard_size),
-            "force": force, "dry_run": dry_run,
+            "rules": rules or (), "frequencies": frequencies or (), "device": device, "plan": plan,
+            "task": None if task is None else choice.task(checkpoint), "untie": untie,
+            "shard_bytes": parse_size(shard_size), "force": force, "dry_run": dry_run,
         }  # fmt: skip
         if output is not None and is_folder_conversion(checkpoint, output):
             with ProgressBars() as progress:

@@ -57,6 +57,21 @@ TablesOption = Annotated[
 ExcludeOption = Annotated[
     Patterns, given("--exclude", metavar="PATTERN", panel=SELECTION, help="Leave these tables dense. Repeatable.")
 ]
+RulesOption = Annotated[
+    list[str] | None,
+    given(
+        "--rule", metavar="PATTERN=ACTION", panel=SELECTION,
+        help="Options of the tables that a pattern matches: keep (dense), a method, or settings such as "
+        "pq,ratio=8; or a TOML file with such lines in a table [rules]. The first match holds. Repeatable.",
+    ),
+]  # fmt: skip
+PlanOption = Annotated[
+    Path | None,
+    given(
+        "--plan", metavar="FILE", panel=OUTPUT,
+        help="JSON file of all tables' layouts: followed without trials if it exists, else written.",
+    ),
+]  # fmt: skip
 FrequenciesOption = Annotated[
     list[str] | None,
     given(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,13 +26,27 @@ from cqr_compress.checkpoint.header import Header, SourceRecord, TableRecord
 from cqr_compress.checkpoint.parts import Part, Put, copied_part
 from cqr_compress.checkpoint.rest_record import RestRecord
 from cqr_compress.checkpoint.size_report import SizeReport
-from cqr_compress.errors import BudgetError, CheckpointError, ShapeError, TableNotFoundError, VerificationError
+from cqr_compress.errors import (
+    BudgetError,
+    CheckpointError,
+    CqrCompressWarning,
+    ShapeError,
+    SpecError,
+    TableNotFoundError,
+    VerificationError,
+)
+from cqr_compress.finetuning.sensitivity import Sensitivity, measure_sensitivity
+from cqr_compress.finetuning.task import Task
 from cqr_compress.option_fields import merged
 from cqr_compress.planning.encode import exact_rows_of
 from cqr_compress.planning.find import Candidate, find_tables, refuse_foreign, with_table_names
 from cqr_compress.planning.frequencies import Frequencies, read_frequencies
+from cqr_compress.planning.plan_file import PlanFile, read_plan, write_plan
 from cqr_compress.planning.plan_tables import Planned, PlannedTable, left_dense, plan_tables
+from cqr_compress.planning.quality_budget import QualityTarget
+from cqr_compress.planning.rate_distortion import rate_distortion
 from cqr_compress.planning.rest import plan_rest
+from cqr_compress.planning.rules import Rules, read_rules
 from cqr_compress.planning.size_budget import SizePlanner
 from cqr_compress.planning.token_frequencies import token_frequencies
 from cqr_compress.progress import Progress, shown
@@ -65,7 +80,11 @@ def convert(
     *,
     tables: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    rules: Rules = (),
     frequencies: Frequencies = (),
+    task: Task | str | Path | None = None,
+    device: torch.device | str | None = None,
+    plan: str | Path | None = None,
     untie: bool = False,
     shard_bytes: int | None = None,
     force: bool = False,
@@ -85,8 +104,14 @@ def convert(
         options: method and budget.
         tables: globs or "re:" patterns of tables to compress instead of the found ones.
         exclude: the same, of tables to leave dense.
+        rules: options of single tables, see `read_rules`, such as `{"emb_l.0.*": "int8", "re:user": "keep"}`.
         frequencies: counts of the ids, by table or in files, see `read_frequencies`: the rows' squared errors are
             weighted by them.
+        task: a task of the model, or a task file: the sensitivity of its loss weighs the rows' squared errors,
+            and compares tables where a size of the file is given; see `measure_sensitivity`.
+        device: device to run the task on; if None, CUDA if available.
+        plan: a JSON file with the layouts of all tables. If it exists, they are taken from it, and nothing is
+            tried; else it is written, also if `dry_run`.
         untie: store a dense copy under the other names of a tied table.
         shard_bytes: split the output into files of about this size.
         force: replace existing output.
@@ -112,7 +137,16 @@ def convert(
             )
         refuse_foreign(opened)
         checkpoint = with_table_names(opened)
-        candidates = find_tables(checkpoint, tables, exclude)
+        candidates = find_tables(checkpoint, tables, exclude, read_rules(rules))
+        plan_path = None if plan is None else Path(plan)
+        earlier = None
+        if plan_path is not None and plan_path.exists():
+            if tables or exclude or rules:
+                raise SpecError(
+                    f"{str(plan)!r} says which tables are compressed: give no tables, exclude or rules"
+                )
+            earlier = read_plan(plan_path)
+            options, candidates = earlier.options(options), earlier.select(checkpoint, candidates)
         selected = [candidate for candidate in candidates if candidate.selected]
         if not selected:
             raise TableNotFoundError(_nothing_found(checkpoint, candidates))
@@ -120,15 +154,25 @@ def convert(
             checkpoint = _untied(checkpoint, selected)
         num_rows = {candidate.name: candidate.shape[0] for candidate in selected}
         counts = read_frequencies(frequencies, num_rows)
-        by_tokenizer = options.prior == "tokenizer" and not frequencies
+        sensitivity = Sensitivity()
+        if task is not None:
+            sensitivity = measure_sensitivity(task, checkpoint, list(num_rows), options.seed, device, progress)
+        elif options.weight == "task":
+            raise SpecError("weight is 'task' without a task: give the task whose loss compares tables")
+        by_tokenizer = options.prior == "tokenizer" and not frequencies and task is None
         estimated = token_frequencies(source, num_rows) if by_tokenizer else {}
-        work = _Conversion(checkpoint, candidates, options, estimated, destination, progress)
-        planned = work.plan(counts | estimated, estimated=dry_run)
+        work = _Conversion(checkpoint, candidates, options, estimated, destination, progress, sensitivity, earlier)
+        planned = work.plan(sensitivity.counts | counts | estimated, estimated=dry_run)
         _check_names(checkpoint, planned)
+        if plan_path is not None and earlier is None:
+            write_plan(plan_path, planned, options)
         out = work.output(planned)
+        details = rate_distortion(planned)
         if dry_run:
-            return out.predicted({name: table.plan.error for name, table in planned.tables.items()})
-        return out.write(progress, lambda header: replace(header, tables=work.records(planned)))
+            report = out.predicted({name: table.plan.error for name, table in planned.tables.items()})
+            return replace(report, rate_distortion=details)
+        complete = lambda header: replace(header, tables=work.records(planned))  # noqa: E731
+        return out.write(progress, complete, details)
 
 
 @dataclass
@@ -142,6 +186,8 @@ class _Conversion:
         estimated: frequencies of tokens that are estimated, by table.
         destination: where the file is written.
         progress: receives the progress of the work.
+        sensitivity: that of a task's loss to the tables, if there is one.
+        earlier: a plan to follow.
         meters: quality of the tables, known once they are written.
         rests: dtypes of the other tensors, by the names of the compressed tables.
     """
@@ -152,6 +198,8 @@ class _Conversion:
     estimated: Mapping[str, Tensor]
     destination: Destination
     progress: Progress
+    sensitivity: Sensitivity = field(default_factory=Sensitivity)
+    earlier: PlanFile | None = None
     meters: dict[str, QualityMeter] = field(default_factory=dict)
     rests: dict[frozenset[str], RestRecord | None] = field(default_factory=dict)
 
@@ -159,10 +207,15 @@ class _Conversion:
         """Plan all tables, each within its budget or all within that of the file; see `plan_tables`."""
         selected = [candidate for candidate in self.candidates if candidate.selected]
         weights = {name: row_weights(count) for name, count in counts.items()}
+        if self.earlier is not None:
+            return self._complete(
+                self.earlier.planned(self.checkpoint, selected, self.options, weights, self.progress)
+            )
         if not self.options.has_file_budget:
             planned = plan_tables(self.checkpoint, selected, self.options, weights, self.progress, estimated)
             return self._complete(planned)
-        planner = SizePlanner.measure(self.checkpoint, selected, self.options, weights, self.progress)
+        importance = self.sensitivity.importance if self.options.weight in (None, "task") else {}
+        planner = SizePlanner.measure(self.checkpoint, selected, self.options, weights, importance, self.progress)
         return self._complete(self._plan_size(planner, _file_budget(self.checkpoint, self.options)))
 
     def output(self, planned: Planned) -> CompressedOutput:
@@ -183,11 +236,20 @@ class _Conversion:
 
     def records(self, planned: Planned) -> dict[str, TableRecord]:
         """Return the tables' entries in the header, with their quality, once they are written."""
-        return {name: table.record(self.meters[name].result()) for name, table in planned.tables.items()}
+        records = {}
+        for name, table in planned.tables.items():
+            quality = self.meters[name].result()
+            records[name] = table.record(quality)
+            options = next(c for c in self.candidates if c.name == name).options(self.options)
+            if missed := QualityTarget.of(options).missed(quality):
+                message = f"{name!r} has {missed}, which the trials did not show: ask for a little more"
+                warnings.warn(message, CqrCompressWarning, stacklevel=2)
+        return records
 
     def _complete(self, planned: Planned) -> Planned:
         """Add tables that were not selected, and notes on weights that are estimated."""
         planned = replace(planned, left_dense=[*planned.left_dense, *left_dense(self.candidates)])
+        planned = planned.noting(self.sensitivity.counts, "rows weighted by the sensitivity of the task's loss")
         return planned.noting(self.estimated, "rows weighted by the order of the tokenizer's tokens")
 
     def _plan_size(self, planner: SizePlanner, size: int) -> Planned:
@@ -198,11 +260,11 @@ class _Conversion:
             TableNotFoundError: the file has no more bytes than that with dense tables.
         """
         file_bytes = self.output(self._complete(planner.dense)).file_bytes
-        if file_bytes <= size:
+        if file_bytes <= size and not planner.dense.tables:
             raise TableNotFoundError(
                 f"the file has {file_bytes:,} bytes with dense tables: no need to compress them"
             )
-        others = file_bytes - planner.dense_bytes + _RECORD_BYTES * len(planner.curves)
+        others = file_bytes - planner.nbytes(planner.dense) + _RECORD_BYTES * len(planner.curves)
         best = None
         for _ in range(_SIZE_ROUNDS):
             try:

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cqr_compress.checkpoint.compressed_file import CompressedFile
 from cqr_compress.checkpoint.compressed_writer import write_report
 from cqr_compress.checkpoint.formats.mapped_storage import lies_in
@@ -26,8 +28,10 @@ from cqr_compress.checkpoint.output_files import output_errors
 from cqr_compress.checkpoint.size_report import SizeReport, report_path
 from cqr_compress.commands.convert import convert
 from cqr_compress.errors import CheckpointError, OutputError, OutputExistsError, SpecError, TableNotFoundError
+from cqr_compress.finetuning.task import Task
 from cqr_compress.option_fields import merged
 from cqr_compress.planning.frequencies import Frequencies
+from cqr_compress.planning.rules import Rules
 from cqr_compress.progress import Progress, shown
 from cqr_compress.quantize.options import ConvertOptions
 
@@ -89,7 +93,11 @@ def convert_folder(
     *,
     tables: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    rules: Rules = (),
     frequencies: Frequencies = (),
+    task: Task | str | Path | None = None,
+    device: torch.device | str | None = None,
+    plan: str | Path | None = None,
     untie: bool = False,
     shard_bytes: int | None = None,
     force: bool = False,
@@ -113,7 +121,11 @@ def convert_folder(
         options: method and budget of each table.
         tables: globs or "re:" patterns of tables to compress instead of the found ones.
         exclude: the same, of tables to leave dense.
+        rules: options of single tables, see `convert`.
         frequencies: counts of the ids, see `convert`.
+        task: a task whose loss says which errors matter, see `convert`; for a single file of weights.
+        device: device to run the task on.
+        plan: a JSON file of layouts that is followed or written, see `convert`; for a single file of weights.
         untie: store a dense copy under the other names of a tied table.
         shard_bytes: split the weights into files of about this size.
         force: replace a folder that this function wrote.
@@ -130,14 +142,18 @@ def convert_folder(
     weights = _find_weights(source)
     if not weights:
         raise CheckpointError(f"folder {str(source)!r} has no {', '.join(_WEIGHTS[:4])} in it or below it")
-    if options.has_file_budget and len(weights) > 1:
-        raise SpecError(f"{str(source)!r} has {len(weights)} files of weights: give a ratio instead of a size")
+    if len(weights) > 1 and (options.has_file_budget or plan is not None or task is not None):
+        what = "a plan" if plan is not None else "a task" if task is not None else "a size"
+        raise SpecError(f"{str(source)!r} has {len(weights)} files of weights, and {what} is of one: leave it out")
     for file in weights:
         try:
             _read_config(file, source)
         except CheckpointError:  # before the work, if there will be any
             with contextlib.suppress(TableNotFoundError):
-                convert(file, output, options, tables=tables, exclude=exclude, dry_run=True, progress=progress)
+                convert(
+                    file, output, options, tables=tables, exclude=exclude, rules=rules, dry_run=True,
+                    progress=progress,
+                )  # fmt: skip
                 raise
     reports: dict[Path, SizeReport] = {}
     missing: list[TableNotFoundError] = []
@@ -148,8 +164,9 @@ def convert_folder(
                 written.parent.mkdir(parents=True, exist_ok=True)
             try:
                 report = convert(
-                    file, written, options, tables=tables, exclude=exclude, frequencies=frequencies, untie=untie,
-                    shard_bytes=shard_bytes, dry_run=dry_run, progress=progress,
+                    file, written, options, tables=tables, exclude=exclude, rules=rules, frequencies=frequencies,
+                    task=task, device=device, plan=plan, untie=untie, shard_bytes=shard_bytes, dry_run=dry_run,
+                    progress=progress,
                 )  # fmt: skip
             except TableNotFoundError as e:
                 missing.append(e)

@@ -16,7 +16,7 @@ from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.checkpoint.json_file import read_json
 from cqr_compress.checkpoint.size_report import SizeReport, report_of, report_path
 from cqr_compress.errors import BudgetError, CheckpointError, NonFiniteError, TableRefusedError
-from cqr_compress.planning.choose import estimate_error_of_options
+from cqr_compress.planning.choose import fit_briefly
 from cqr_compress.planning.find import Candidate, find_tables, refuse_foreign, with_table_names
 from cqr_compress.planning.scan import ScannedTable, scan_table
 from cqr_compress.progress import Progress, shown
@@ -236,7 +236,7 @@ def _count_duplicates(entry: TensorEntry, progress: Progress) -> int:
 def _estimate(scan: ScannedTable, ratio: int) -> float | None:
     for method in ("trellis", "pq"):  # a trellis has at least two bytes a row
         try:
-            error = estimate_error_of_options(scan, ConvertOptions(method=method, ratio=ratio))
+            error = fit_briefly(scan, ConvertOptions(method=method, ratio=ratio)).error
         except (BudgetError, TableRefusedError):
             continue
         return float(f"{error:.4g}")

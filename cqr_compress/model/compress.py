@@ -18,6 +18,7 @@ from cqr_compress.option_fields import merged
 from cqr_compress.planning.find import find_tables
 from cqr_compress.planning.frequencies import Frequencies, read_frequencies
 from cqr_compress.planning.plan_tables import PlannedTable, plan_tables
+from cqr_compress.planning.rules import Rules, read_rules
 from cqr_compress.progress import Progress, shown
 from cqr_compress.quantize.base import row_weights
 from cqr_compress.quantize.options import ConvertOptions
@@ -51,6 +52,7 @@ def compress_(
     *,
     tables: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    rules: Rules = (),
     frequencies: Frequencies = (),
     progress: Progress | None = None,
     **option_fields: Any,
@@ -69,6 +71,7 @@ def compress_(
         tables: globs or "re:" patterns of tensors to compress instead of the weights of all embedding layers,
             which may include bare parameters.
         exclude: the same, of tensors to leave dense.
+        rules: options of single tables, such as `{"emb_l.0.*": "int8", "re:user": "keep"}`; see `convert`.
         frequencies: counts of the ids, (N,) by tensor, or files; see `convert`.
         progress: receives the progress of the work; if None, bars if stderr is a terminal.
         **option_fields: fields of `ConvertOptions`, such as `ratio=8`; they override those of `options`.
@@ -88,7 +91,9 @@ def compress_(
     refuse_wrapper(model)
     entries = _entries(model, tables)
     checkpoint = Checkpoint(path=Path(type(model).__name__), format="live model", entries=entries)
-    selected = [c for c in find_tables(checkpoint, tables or list(entries), exclude) if c.selected]
+    selected = [
+        c for c in find_tables(checkpoint, tables or list(entries), exclude, read_rules(rules)) if c.selected
+    ]
     if not selected:
         raise TableNotFoundError(
             f"{type(model).__name__} has no embedding layer to compress: select tensors with `tables`"

@@ -131,9 +131,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Load a dense checkpoint as by load_state_dict, large tensors block by block."""
     slots = _slots(model)
-    aliases = {name: to for name, to in checkpoint.aliases.items() if name not in checkpoint.outside_model}
-    names = {name: name for name in checkpoint.entries if name not in checkpoint.outside_model} | aliases
-    entries = {name: checkpoint.entries[source] for name, source in _renamed(names, slots, None).items()}
+    entries = {name: checkpoint.entries[source] for name, source in _names(checkpoint, slots).items()}
     skipped = names_to_skip(model, {name: entry.shape for name, entry in entries.items() if name not in slots})
     entries = {name: entry for name, entry in entries.items() if name not in skipped}
     large = {
@@ -270,6 +268,19 @@ def model_tensors(model: nn.Module, opened: CompressedFile, prefix: str | None =
         for name, source in reversed(_renamed(_sources(opened), slots, prefix).items())
         if name in slots
     }
+
+
+def checkpoint_tensors(model: nn.Module, checkpoint: Checkpoint) -> dict[str, TensorSlot]:
+    """Find the slot of the model for each tensor of a dense checkpoint; names without a slot are left out."""
+    slots = _slots(model)
+    return {source: slots[name] for name, source in _names(checkpoint, slots).items() if name in slots}
+
+
+def _names(checkpoint: Checkpoint, slots: Mapping[str, TensorSlot]) -> dict[str, str]:
+    """Return the model's names of a dense checkpoint's tensors, each with the name of its entry."""
+    aliases = {name: to for name, to in checkpoint.aliases.items() if name not in checkpoint.outside_model}
+    names = {name: name for name in checkpoint.entries if name not in checkpoint.outside_model} | aliases
+    return _renamed(names, slots, None)
 
 
 def _sources(opened: CompressedFile) -> dict[str, str]:

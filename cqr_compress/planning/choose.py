@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from cqr_compress.errors import BudgetError, SpecError, TableRefusedError
 from cqr_compress.planning.scan import ScannedTable
-from cqr_compress.planning.search import BRIEF, estimate, estimate_error, search, worth_trying
+from cqr_compress.planning.search import BRIEF, Trial, estimate, search, worth_trying
+from cqr_compress.planning.trial_fit import TrialFit, trial_fit
 from cqr_compress.progress import NoProgress, Progress
 from cqr_compress.quantize.base import FitEffort
 from cqr_compress.quantize.layouts import budget_bytes, over_budget
@@ -28,6 +29,8 @@ class TablePlan:
         reason: why this layout was chosen, or why the table stays dense.
         effort: effort of the final fit.
         error: estimated relative squared error from the trial fits, or None without them.
+        trials: the layouts that were tried.
+        curve: sizes in bytes and estimated errors of this table, where they were measured.
     """
 
     name: str
@@ -35,6 +38,8 @@ class TablePlan:
     reason: str
     effort: FitEffort = field(default_factory=FitEffort)
     error: float | None = None
+    trials: tuple[Trial, ...] = ()
+    curve: tuple[tuple[float, float], ...] = ()
 
 
 def plan_table(
@@ -69,14 +74,16 @@ def plan_table(
             raise BudgetError(message)
         return TablePlan(name, None, message)
     worthy = worth_trying(fitting)
+    trials: tuple[Trial, ...] = ()
     if len(worthy) == 1:
-        spec, error = worthy[0], estimate(table, worthy[0], options) if estimated else None
+        fit = estimate(table, worthy[0], options) if estimated else None
+        spec, error = worthy[0], None if fit is None else fit.error
         reason = "the one layout that was asked for" if len(specs) == 1 else "the one layout that uses the budget"
     else:
         found = search(table, worthy, options, progress or NoProgress())
-        spec, error = found.spec, found.error
+        spec, error, trials = found.spec, found.error, found.trials
         reason = f"least error on a sample ({error:.4f} relative) of {found.num_layouts} layouts that fit"
-    return TablePlan(name, spec, reason, method.effort(spec, options.refine_rounds), error)
+    return TablePlan(name, spec, reason, method.effort(spec, options.refine_rounds), error, trials)
 
 
 def _check_magnitude(table: ScannedTable) -> None:
@@ -88,11 +95,8 @@ def _check_magnitude(table: ScannedTable) -> None:
         )
 
 
-def estimate_error_of_options(table: ScannedTable, options: ConvertOptions) -> float:
-    """Estimate the error that options lead to, by one brief fit of the layout with the most code bytes.
-
-    Returns:
-        The relative squared error.
+def fit_briefly(table: ScannedTable, options: ConvertOptions) -> TrialFit:
+    """Fit the layout with the most code bytes that options allow, briefly, to estimate their error.
 
     Raises:
         BudgetError: no layout fits.
@@ -109,7 +113,7 @@ def estimate_error_of_options(table: ScannedTable, options: ConvertOptions) -> f
     if not all("codes" in spec.tensor_shapes() for spec in fitting):
         raise SpecError(f"the error of {options.method} cannot be estimated from a sample: give a ratio")
     likely = max(worth_trying(fitting), key=_likelihood)
-    return estimate_error(table, likely, BRIEF, _TRIAL_ROWS)
+    return trial_fit(table, likely, BRIEF, _TRIAL_ROWS)
 
 
 def _likelihood(spec: AnySpec) -> tuple[bool, int]:

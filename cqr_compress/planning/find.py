@@ -26,6 +26,8 @@ from cqr_compress.planning.name_patterns import (
     stripped,
 )
 from cqr_compress.planning.neighbours import Neighbours
+from cqr_compress.planning.rules import Rule
+from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.base_spec import FLOAT_DTYPES, dtype_name
 from cqr_compress.table.blocks import BLOCK_BYTES
 
@@ -51,6 +53,7 @@ class Candidate:
         selected: whether `convert` compresses it.
         named: whether it was named explicitly, and is compressed however few rows it has.
         aliases: other names of the same tensor.
+        rule: the rule that sets its options, or None.
     """
 
     name: str
@@ -62,10 +65,15 @@ class Candidate:
     selected: bool
     named: bool = False
     aliases: tuple[str, ...] = ()
+    rule: Rule | None = None
+
+    def options(self, options: ConvertOptions) -> ConvertOptions:
+        """Return the options of this table, from those of the conversion."""
+        return options if self.rule is None else self.rule.options(options)
 
 
 def find_tables(
-    checkpoint: Checkpoint, tables: Sequence[str] = (), exclude: Sequence[str] = ()
+    checkpoint: Checkpoint, tables: Sequence[str] = (), exclude: Sequence[str] = (), rules: Sequence[Rule] = ()
 ) -> list[Candidate]:
     """Classify every 2-D floating-point tensor of a checkpoint.
 
@@ -73,6 +81,8 @@ def find_tables(
         checkpoint: from `with_table_names`.
         tables: globs (or "re:" and a regular expression) of names to select instead of the found ones.
         exclude: the same, for names not to select.
+        rules: options of tables. Each holds for the selected tables that its pattern matches; where it matches
+            none of these, it selects the tensors that it matches.
 
     Returns:
         One candidate for each tensor, in file order.
@@ -96,7 +106,23 @@ def find_tables(
             reason = "named by --tables" if name in wanted else f"not among --tables; {candidate.reason}"
             candidate = replace(candidate, selected=name in wanted, named=name in wanted, reason=reason)
         chosen.append(candidate)
-    return chosen
+    by_name = {candidate.name: candidate for candidate in chosen}
+    for rule in rules:
+        hits = {names[n].name for n in _matching([rule.pattern], list(names), checkpoint)} - unwanted
+        for name in [n for n in hits if by_name[n].selected or by_name[n].rule] or hits:
+            if by_name[name].rule is None:
+                by_name[name] = _ruled(by_name[name], rule, checkpoint)
+    return list(by_name.values())
+
+
+def _ruled(candidate: Candidate, rule: Rule, checkpoint: Checkpoint) -> Candidate:
+    """Apply a rule to the candidate that it names."""
+    if rule.keeps:
+        return replace(candidate, selected=False, rule=rule, reason=f"kept dense by rule {rule.text!r}")
+    if refusal := _refusal(candidate.name):
+        name, where = candidate.name, str(checkpoint.path)
+        raise TableRefusedError(f"{name!r} of {where!r} cannot be compressed: {refusal}")
+    return replace(candidate, selected=True, named=True, rule=rule)
 
 
 def refuse_foreign(checkpoint: Checkpoint) -> None:

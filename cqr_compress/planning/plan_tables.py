@@ -15,6 +15,7 @@ from cqr_compress.errors import BudgetError, CqrCompressWarning, TableNotFoundEr
 from cqr_compress.planning.choose import TablePlan, plan_table
 from cqr_compress.planning.encode import encode_table
 from cqr_compress.planning.find import Candidate
+from cqr_compress.planning.quality_budget import plan_quality
 from cqr_compress.planning.scan import ScannedTable, scan_table
 from cqr_compress.progress import Progress
 from cqr_compress.quantize.layouts import budget_bytes
@@ -114,9 +115,10 @@ def plan_tables(
                 left_table(candidate, f"{candidate.shape[0]} rows are fewer than min_rows = {options.min_rows}")
             )
             continue
-        scan = replace(scan_entry(entry, options, progress), weights=weights.get(candidate.name))
+        own = candidate.options(options)
+        scan = replace(scan_entry(entry, own, progress), weights=weights.get(candidate.name))
         try:
-            plan = plan_table(scan, options, progress, estimated)
+            plan, own = plan_one(scan, own, progress, estimated)
         except BudgetError as e:
             problems.append(str(e))
             continue
@@ -126,15 +128,8 @@ def plan_tables(
         held += scan.sample.nbytes
         if held > HELD_SAMPLE_BYTES:
             scan = replace(scan, sample=torch.empty(0, **CPU_FLOAT))
-        tables[candidate.name] = PlannedTable(entry, plan, plan.spec, scan, options)
-        for alias in candidate.aliases:
-            if alias in checkpoint.aliases:
-                warnings.warn(
-                    f"{alias!r} shares its values with {candidate.name!r}: both will read the compressed table. "
-                    "Pass --untie to compress only the latter.",
-                    CqrCompressWarning,
-                    stacklevel=3,
-                )
+        tables[candidate.name] = PlannedTable(entry, plan, plan.spec, scan, own)
+        warn_of_aliases(checkpoint, candidate)
     if problems:
         raise BudgetError("\n".join(problems))
     if not tables:
@@ -144,6 +139,31 @@ def plan_tables(
             "Pass a smaller --min-rows to compress small tables."
         )
     return Planned(tables, left)
+
+
+def plan_one(
+    scan: ScannedTable, options: ConvertOptions, progress: Progress, estimated: bool
+) -> tuple[TablePlan, ConvertOptions]:
+    """Plan one table within its bytes, or with its quality; return the plan and the options with its size.
+
+    Raises:
+        BudgetError: no layout fits.
+    """
+    if options.has_quality_budget:
+        return plan_quality(scan, options, progress)
+    return plan_table(scan, options, progress, estimated), options
+
+
+def warn_of_aliases(checkpoint: Checkpoint, candidate: Candidate) -> None:
+    """Warn where other names will read a compressed table, too."""
+    for alias in candidate.aliases:
+        if alias in checkpoint.aliases:
+            warnings.warn(
+                f"{alias!r} shares its values with {candidate.name!r}: both will read the compressed table. "
+                "Pass --untie to compress only the latter.",
+                CqrCompressWarning,
+                stacklevel=4,
+            )
 
 
 def left_dense(candidates: Sequence[Candidate]) -> list[LeftDense]:

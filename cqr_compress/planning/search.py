@@ -6,25 +6,24 @@ and iterations, not in seconds, so that the result does not depend on the machin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cqr_compress.planning.scan import ScannedTable
+from cqr_compress.planning.trial_fit import TrialFit, estimate_error, trial_fit
 from cqr_compress.progress import Progress
-from cqr_compress.quantize.base import FitEffort, importance_of, weighted_mean
+from cqr_compress.quantize.base import FitEffort
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.registry import method_of
-from cqr_compress.table.decode import decode_rows
 from cqr_compress.table.spec import AnySpec, CodebookSpec, TrellisSpec
 
 BRIEF = FitEffort(kmeans_iterations=4, refine_rounds=1, beam=1)
 _MIN_SHARE = 0.8
 _SCALAR_LOSS = 2.72
 _CLOSE = 1.08
-_LIMIT = 0.75
 _PROBES, _HOPELESS = 5, 1.25
 """Number of codebooks that are tried before the others are dropped, if all have 25% more error than a trellis."""
 _PROMISING = 1.5
@@ -68,6 +67,21 @@ SEARCH_EFFORTS = {
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A layout that was tried.
+
+    Attributes:
+        layout: the method and the layout in words.
+        nbytes: bytes of the table.
+        error: estimated relative squared error, by the longest trial of this layout.
+    """
+
+    layout: str
+    nbytes: int
+    error: float
+
+
+@dataclass(frozen=True)
 class Found:
     """Result of a search.
 
@@ -75,11 +89,13 @@ class Found:
         spec: the best layout.
         error: its estimated relative squared error.
         num_layouts: number of layouts that were tried.
+        trials: the trials, by ascending error.
     """
 
     spec: AnySpec
     error: float
     num_layouts: int
+    trials: tuple[Trial, ...] = ()
 
 
 def worth_trying(specs: Sequence[AnySpec]) -> list[AnySpec]:
@@ -175,20 +191,18 @@ def search(table: ScannedTable, specs: Sequence[AnySpec], options: ConvertOption
     else:  # of one layout, or of trellises, of which longer trials are close to the final fit
         progress.advance(deciders)
     error, best = min(second, key=lambda pair: pair[0] * _margin(pair[0], pair[1], table))
-    return Found(best, error, len(specs))
+    return Found(best, error, len(specs), trials.all())
 
 
-def estimate(table: ScannedTable, spec: AnySpec, options: ConvertOptions) -> float | None:
-    """Estimate the error of one layout, as for a finalist of a search; None where rows have no codes of their own.
+def estimate(table: ScannedTable, spec: AnySpec, options: ConvertOptions) -> TrialFit | None:
+    """Fit one layout as a finalist of a search is; None where rows have no codes of their own.
 
     The codewords of hashed ids serve the whole table: on a sample they would have fewer rows to serve.
     """
     if "codes" not in spec.tensor_shapes():
         return None
     effort = SEARCH_EFFORTS[options.effort]
-    return estimate_error(
-        table, spec, _longer(spec, options), _rows(effort.second_values, effort.second_rows, table)
-    )
+    return trial_fit(table, spec, _longer(spec, options), _rows(effort.second_values, effort.second_rows, table))
 
 
 def _probes(specs: Sequence[AnySpec]) -> list[AnySpec]:
@@ -220,16 +234,23 @@ class _Trials:
 
     def __init__(self, table: ScannedTable, progress: Progress) -> None:
         self._table, self._progress = table, progress
+        self._errors: dict[AnySpec, float] = {}
         self.least = float("inf")
 
     def error(self, spec: AnySpec, effort: FitEffort, rows: int) -> float:
         """Return the estimated error of a layout."""
         error = estimate_error(self._table, spec, effort, rows)
+        self._errors[spec] = error
         if error < self.least:
             self.least = error
             self._progress.status(f"best {error:.4g} ({spec.layout})")
         self._progress.advance()
         return error
+
+    def all(self) -> tuple[Trial, ...]:
+        """Return the layouts that were tried, each with its last error."""
+        made = [Trial(f"{spec.method} {spec.layout}", spec.nbytes, error) for spec, error in self._errors.items()]
+        return tuple(sorted(made, key=lambda trial: trial.error))
 
 
 def _margin(error: float, spec: AnySpec, table: ScannedTable) -> float:
@@ -287,77 +308,3 @@ def _lost_energy(table: ScannedTable) -> Tensor:
         rows = rows * table.weights[table.sample_ids].sqrt()[:, None]
     energies = torch.linalg.eigvalsh((rows.T @ rows).double()).clamp_min(0)
     return torch.cat([energies.new_zeros(1), energies.cumsum(0) / energies.sum().clamp_min(1e-300)])
-
-
-def estimate_error(table: ScannedTable, spec: AnySpec, effort: FitEffort, num_rows: int) -> float:
-    """Estimate the relative squared error of a layout fitted to the whole table.
-
-    With fewer rows than the table has, the error on the fitted rows is too low and the held-out error too high, by
-    amounts that decrease with the number of rows. The limit of both is about three quarters of the way from the
-    first to the second (.72 to .77 for pq and prq of a table of 340,000 x 100 fitted to 16,384 rows); the estimate
-    is interpolated from it to the table's N.
-
-    Args:
-        table: the scanned table.
-        spec: the layout.
-        effort: effort of the trial fit.
-        num_rows: maximum number of rows to fit on; up to half as many are held out.
-    """
-    N, _ = table.shape
-    generator = torch.Generator().manual_seed(spec.num_embeddings)
-    order = torch.randperm(len(table.sample), generator=generator, device="cpu")
-    if len(table.sample) <= num_rows:
-        order = torch.arange(len(table.sample), device="cpu")  # with the effort of the final fit, this is that fit
-    order = order[: num_rows + num_rows // 2]
-    weights = None if table.weights is None else table.weights[table.sample_ids[order]]
-    rows = _SampleRows(table.sample[order], weights, min(num_rows, len(order)))
-    if isinstance(spec, TrellisSpec):
-        small: AnySpec = spec.resized(len(order))
-    else:
-        small = replace(spec, num_embeddings=max(rows.num_fitted, 1), num_kept_rows=0, num_zero_rows=0)
-    quantizer = method_of(spec.method).fit(rows, small, effort, lambda: None)
-
-    def error(start: int, stop: int) -> float:
-        part = rows.every[start:stop]
-        encoded = quantizer.encode(part, start if isinstance(small, TrellisSpec) else 0)
-        decoded = decode_rows(
-            small, {**quantizer.shared_tensors(), **encoded}, torch.arange(len(part), device="cpu")
-        )
-        lost, energy = (decoded - part).square().sum(1), part.square().sum(1)
-        if weights is not None:
-            lost, energy = lost * weights[start:stop], energy * weights[start:stop]
-        return float(lost.sum() / energy.sum().clamp_min(1e-30))
-
-    inside = error(0, rows.num_fitted)
-    if len(order) == rows.num_fitted:
-        return inside
-    outside = error(rows.num_fitted, len(order))
-    return inside + _LIMIT * (outside - inside) * (1 - min(1.0, rows.num_fitted / N))
-
-
-@dataclass(frozen=True)
-class _SampleRows:
-    """Rows of a sample, of which the first are fitted and the others held out; `weights` (n,) are those of all."""
-
-    every: Tensor
-    weights: Tensor | None
-    num_fitted: int
-
-    @property
-    def sample(self) -> Tensor:
-        return self.every[: self.num_fitted]
-
-    @property
-    def sample_ids(self) -> Tensor:
-        return torch.arange(self.num_fitted, device="cpu")
-
-    @property
-    def stored_apart_ids(self) -> Tensor:
-        return torch.empty(0, dtype=torch.int64, device="cpu")
-
-    def importance(self, power: float) -> Tensor:
-        energies = (self.every - weighted_mean(self.every, self.weights)).square().sum(1)
-        return importance_of(energies, power, self.weights, self.stored_apart_ids)
-
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        yield 0, self.sample

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,18 +9,25 @@ import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import Checkpoint
-from cqr_compress.errors import BudgetError, SpecError
+from cqr_compress.errors import BudgetError
 from cqr_compress.planning.allocate import RatePoint, allocate_bytes, refined
-from cqr_compress.planning.choose import estimate_error_of_options, plan_table
+from cqr_compress.planning.choose import plan_table
+from cqr_compress.planning.curves import measure_sizes, options_of_size
 from cqr_compress.planning.find import Candidate
-from cqr_compress.planning.plan_tables import HELD_SAMPLE_BYTES, Planned, PlannedTable, left_table, scan_entry
+from cqr_compress.planning.plan_tables import (
+    HELD_SAMPLE_BYTES,
+    Planned,
+    PlannedTable,
+    left_table,
+    plan_one,
+    scan_entry,
+    warn_of_aliases,
+)
 from cqr_compress.planning.scan import ScannedTable
 from cqr_compress.progress import Progress
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.defaults import CPU_FLOAT
 
-_BITS_PER_DIM = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
-"""Rates at which the error of each table is measured by a brief fit."""
 _UNUSED_SHARE = 0.002
 """Share of the bytes of all tables that may stay unused."""
 _ROUNDS = 4
@@ -33,8 +39,11 @@ class SizePlanner:
 
     Attributes:
         options: options of the conversion, with the criterion that compares tables (`weight`).
+        candidates: the tables, by name.
         scans: the scanned tables, by name.
-        curves: sizes and errors of each table; the last point is the dense table.
+        fixed: tables whose size a rule determines, and those that stay dense whatever the size.
+        curves: sizes and errors of each other table; the last point is the dense table, but for tables that a rule
+            names.
         importance: factor on each table's relative error.
     """
 
@@ -43,6 +52,7 @@ class SizePlanner:
     progress: Progress
     candidates: dict[str, Candidate] = field(default_factory=dict)
     scans: dict[str, ScannedTable] = field(default_factory=dict)
+    fixed: Planned = field(default_factory=lambda: Planned({}, []))
     curves: dict[str, list[RatePoint]] = field(default_factory=dict)
     importance: dict[str, float] = field(default_factory=dict)
     _plans: dict[tuple[str, int], PlannedTable] = field(default_factory=dict)
@@ -54,9 +64,18 @@ class SizePlanner:
         selected: Sequence[Candidate],
         options: ConvertOptions,
         weights: Mapping[str, Tensor],
+        importance: Mapping[str, float],
         progress: Progress,
     ) -> SizePlanner:
         """Scan all tables and measure their errors at several sizes.
+
+        Args:
+            checkpoint: the source.
+            selected: the tables.
+            options: options of the conversion.
+            weights: (N,) weights of the rows' squared errors, by table.
+            importance: factors on the tables' relative errors; those that `options.weight` means for other tables.
+            progress: receives the progress of the work.
 
         Raises:
             TableRefusedError: values whose squares overflow or underflow float32.
@@ -64,26 +83,23 @@ class SizePlanner:
         planner, held = cls(checkpoint, options, progress), 0
         for candidate in selected:
             name = candidate.name
-            scan = scan_entry(checkpoint.entries[name], options, progress)
-            scan = replace(scan, weights=weights.get(name))
+            own = candidate.options(options)
+            scan = replace(scan_entry(checkpoint.entries[name], own, progress), weights=weights.get(name))
             planner.candidates[name] = candidate
-            planner.curves[name] = planner._curve(scan)
-            planner.importance[name] = _importance(scan, options.weight)
+            planner._measure_one(candidate, scan, own)
+            planner.importance[name] = importance.get(name) or _importance(scan, options.weight or "energy")
             held += scan.sample.nbytes
             if held > HELD_SAMPLE_BYTES:
                 scan = replace(scan, sample=torch.empty(0, **CPU_FLOAT))
             planner.scans[name] = scan
+            warn_of_aliases(checkpoint, candidate)
         return planner
 
     @property
     def dense(self) -> Planned:
-        """The plan that leaves all tables dense."""
-        return Planned({}, [left_table(candidate, "") for candidate in self.candidates.values()])
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of all dense tables."""
-        return self.nbytes(self.dense)
+        """The plan that leaves all tables dense but those that rules name."""
+        left = [left_table(self.candidates[name], "") for name in self.curves]
+        return Planned(self.fixed.tables, [*left, *self.fixed.left_dense])
 
     def nbytes(self, planned: Planned) -> int:
         """Return the bytes of all tables, compressed or dense, in a plan of this planner."""
@@ -93,7 +109,7 @@ class SizePlanner:
     @property
     def smallest(self) -> int:
         """Bytes of all tables at their smallest measured sizes."""
-        return int(sum(points[0].nbytes for points in self.curves.values()))
+        return int(sum(points[0].nbytes for points in self.curves.values())) + self.nbytes(self.fixed)
 
     def plan(self, budget: float) -> Planned:
         """Plan all tables within a number of bytes.
@@ -101,65 +117,70 @@ class SizePlanner:
         Raises:
             BudgetError: the smallest layouts of the tables have more bytes.
         """
-        given = allocate_bytes(self.curves, self.importance, budget)
+        given = allocate_bytes(self.curves, self.importance, budget - self.nbytes(self.fixed))
         if given is None:
             raise BudgetError(f"the smallest layouts of all tables take {self.smallest} bytes of {int(budget)}")
-        left = []
+        left = list(self.fixed.left_dense)
         tables: dict[str, PlannedTable] = {}
         for name, nbytes in given.items():
             candidate = self.candidates[name]
-            if nbytes >= self.curves[name][-1].nbytes:
+            if candidate.rule is None and nbytes >= self.curves[name][-1].nbytes:
                 left.append(left_table(candidate, "its bytes save more error than those of other tables"))
             else:
                 tables[name] = self._planned(name, int(nbytes))
         for name in sorted(tables, key=lambda each: -tables[each].spec.nbytes)[:_ROUNDS]:
-            unused = budget - self.nbytes(Planned(tables, left))
+            unused = budget - self.nbytes(Planned({**self.fixed.tables, **tables}, left))
             if unused <= _UNUSED_SHARE * budget:
                 break
             tables[name] = self._planned(name, tables[name].spec.nbytes + int(unused))
-        return Planned(tables, left)
+        return Planned({**self.fixed.tables, **tables}, left)
 
-    def _curve(self, scan: ScannedTable) -> list[RatePoint]:
-        """Measure a table's error at several sizes."""
-        dense = RatePoint(scan.facts.nbytes, 0.0)
-        points = []
-        sizes = [bits * scan.entry.stored.shape[0] * scan.shape[1] / 8 for bits in _BITS_PER_DIM]
-        sizes = [size for size in sizes if size < dense.nbytes]
-        self.progress.start(f"measuring {scan.entry.name}", len(sizes), "sizes")
-        for size in sizes:
-            with contextlib.suppress(BudgetError):  # too small for this table
-                points.append(RatePoint(size, self._error(scan, self._options(scan, size))))
-            self.progress.advance()
-        return refined([*points, dense])
-
-    def _error(self, scan: ScannedTable, options: ConvertOptions) -> float:
-        """Estimate the error that options lead to; of all methods, that of a trellis where one fits."""
-        if options.method == "auto":
-            with contextlib.suppress(BudgetError, SpecError):  # options of codebooks may be given
-                return estimate_error_of_options(scan, replace(options, method="trellis", rank=None))
-        return estimate_error_of_options(scan, options)
-
-    def _options(self, scan: ScannedTable, nbytes: float) -> ConvertOptions:
-        """Return the options of one table, with its bytes as the budget."""
-        N, D = scan.shape
-        return replace(self.options, size=None, file_ratio=None, bits_per_dim=8 * (nbytes + 0.5) / (N * D))
+    def _measure_one(self, candidate: Candidate, scan: ScannedTable, own: ConvertOptions) -> None:
+        """Measure a table's error at several sizes; plan it at once if a rule determines its size."""
+        name, rule = candidate.name, candidate.rule
+        if rule is not None and not own.has_file_budget:
+            plan, own = plan_one(scan, own, self.progress, estimated=True)
+            tables, left = dict(self.fixed.tables), list(self.fixed.left_dense)
+            if plan.spec is None:
+                left.append(left_table(candidate, plan.reason))
+            else:
+                tables[name] = PlannedTable(scan.entry, plan, plan.spec, scan, own)
+            self.fixed = Planned(tables, left)
+            return
+        dense = [RatePoint(scan.facts.nbytes, 0.0)] if rule is None else []
+        measured = measure_sizes(scan, own, self.progress)
+        points = [RatePoint(m.nbytes, m.fit.error) for m in measured]
+        if not points and not dense:
+            raise BudgetError(f"no size of {own.method} fits {name!r}, which rule {rule and rule.text!r} names")
+        self.curves[name] = refined([*points, *dense])
 
     def _planned(self, name: str, nbytes: int) -> PlannedTable:
         """Plan one table within a number of bytes."""
         if (name, nbytes) not in self._plans:
             scan, entry = self.scans[name], self.checkpoint.entries[name]
-            options = self._options(scan, nbytes)
+            own = self.candidates[name].options(self.options)
+            options = options_of_size(scan, own, nbytes)
             if len(scan.sample) == 0:
-                scan = replace(scan_entry(entry, self.options, self.progress), weights=scan.weights)
+                scan = replace(scan_entry(entry, own, self.progress), weights=scan.weights)
             plan = plan_table(scan, options, self.progress, estimated=True)
             assert plan.spec is not None
-            self._plans[name, nbytes] = PlannedTable(entry, plan, plan.spec, self.scans[name], options)
+            spec, curve = plan.spec, tuple((point.nbytes, point.error) for point in self.curves[name])
+            self._plans[name, nbytes] = PlannedTable(
+                entry, replace(plan, curve=curve), spec, self.scans[name], options
+            )
         return self._plans[name, nbytes]
 
 
 def _importance(scan: ScannedTable, weight: str) -> float:
-    """Return the factor on a table's relative error: its energy, its rows, or 1."""
-    if weight == "equal":
-        return 1.0
+    """Return the factor on a table's relative error: its energy, also of its lookups, its rows, or 1."""
     N, D = scan.shape
-    return float(N) if weight == "rows" else max(scan.mean_square * N * D, 1e-300)
+    if weight in ("equal", "rows"):
+        return float(N) if weight == "rows" else 1.0
+    energy = scan.mean_square * N * D
+    if weight == "frequency" and scan.weights is not None:
+        sampled = scan.weights[scan.sample_ids]
+        energies = scan.sample.square().sum(1)
+        energy = float((sampled * energies).sum() / sampled.sum())
+    elif weight == "frequency":
+        energy = scan.mean_square * D
+    return max(energy, 1e-300)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from cqr_compress.errors import SpecError
 from cqr_compress.option_fields import check_fields, documented, option
@@ -14,8 +15,10 @@ MAX_SAMPLE_ROWS = 131_072
 REFIT_ROUNDS = 5
 EFFORTS = ("fast", "normal", "max")
 HELPERS = ("hashed", "stored", "none")
-TABLE_WEIGHTS = ("energy", "rows", "equal")
+TABLE_WEIGHTS = ("energy", "frequency", "rows", "equal", "task")
 REST_DTYPES = ("float16", "bfloat16")
+BUDGETS = ("ratio", "bits_per_dim", "max_error", "min_recall", "size", "file_ratio")
+"""Options that set the budget, of which one can be given."""
 CODEBOOK_DTYPES = ("int8", "float16", "bfloat16", "float32", "float64")
 
 
@@ -43,11 +46,27 @@ class ConvertOptions:
         panel="Budget",
         above=1,
     )
-    weight: str = option(
-        "energy",
-        "Factor on the relative error of each table, with a size: its sum of squares, its rows, or 1.",
+    max_error: float | None = option(
+        None,
+        "Largest relative squared error of each table, instead of a ratio: the smallest size that has it.",
+        panel="Budget",
+        above=0,
+        high=1,
+    )
+    min_recall: float | None = option(
+        None,
+        "Least recall@10 of each table, instead of a ratio: the smallest size that has it.",
+        panel="Budget",
+        above=0,
+        high=0.9999,
+    )
+    weight: str | None = option(
+        None,
+        "Factor on the relative error of each table, with a size: its sum of squares (energy), that of its "
+        "lookups (frequency), its rows, 1, or how sensitive the loss of a task is to it.",
         panel="Budget",
         choices=TABLE_WEIGHTS,
+        shown_default="task with a task, else energy",
     )
     bits_per_dim: float | None = option(
         None,
@@ -151,8 +170,7 @@ class ConvertOptions:
             object.__setattr__(self, "size", size_in_bytes("size", self.size))
         elif self.size is not None:
             raise SpecError(f"size is {self.size!r}: give bytes, or a text such as 50MB")
-        budgets = {name: getattr(self, name) for name in ("ratio", "bits_per_dim", "size", "file_ratio")}
-        given = {name: value for name, value in budgets.items() if value is not None}
+        given = {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
         if len(given) > 1:
             listed = " and ".join(f"{name} is {value!r}" for name, value in given.items())
             raise SpecError(f"{listed}: {'both' if len(given) == 2 else 'all'} set the budget, give one")
@@ -169,6 +187,16 @@ class ConvertOptions:
     def has_budget(self) -> bool:
         """Whether a size is given, as `ratio` or `bits_per_dim`."""
         return self.ratio is not None or self.bits_per_dim is not None
+
+    @property
+    def has_quality_budget(self) -> bool:
+        """Whether a quality of each table is given, as `max_error` or `min_recall`."""
+        return self.max_error is not None or self.min_recall is not None
+
+    def without_budget(self) -> ConvertOptions:
+        """Return the options without a budget."""
+        without: dict[str, Any] = dict.fromkeys(BUDGETS)
+        return replace(self, **without)
 
 
 def size_in_bytes(name: str, size: int | str) -> int:

@@ -63,6 +63,31 @@ def errors_by_bytes(variances: Tensor, max_bytes: int, window: int) -> Tensor:
     return (1 - reduced / max(total, 1e-300)).clamp_min(0)
 
 
+def rate_distortion_bound(variances: Tensor, energy: float, bits: float) -> float:
+    """Compute the least relative squared error of Gaussian rows at a rate, by reverse water-filling.
+
+    Cover & Thomas, "Elements of Information Theory", section 10.3.3.
+
+    Args:
+        variances: (D,) of the principal directions.
+        energy: sum over the dimensions of the mean squares, which includes those of the mean row.
+        bits: rate of a row.
+
+    Returns:
+        The error; 0 for rows without variance.
+    """
+    ordered = variances.double().clamp_min(0).sort(descending=True).values
+    ordered = ordered[ordered > 0]
+    if not len(ordered) or energy <= 0:
+        return 0.0
+    counts = torch.arange(1, len(ordered) + 1, dtype=torch.float64, device="cpu")
+    levels = (
+        ordered.log2().cumsum(0) - 2 * bits
+    ) / counts  # log2 of the water level with the first dimensions wet
+    level = float(levels.exp2().max().clamp_max(float(ordered[0])))
+    return float(ordered.clamp_max(level).sum()) / energy
+
+
 def _by_gain(variances: Tensor, window: int) -> Iterator[tuple[int, float]]:
     """Iterate over the dimensions to which one more bit is given, and how much it lowers the squared error."""
     errors = [1.0, *(10 ** (loss / 10) * 0.25**k for k, loss in enumerate(LOSS_DB[window], start=1))]

@@ -1,0 +1,77 @@
+"""Errors of one table at several sizes, by brief fits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from cqr_compress.errors import BudgetError, SpecError
+from cqr_compress.planning.choose import fit_briefly
+from cqr_compress.planning.scan import ScannedTable
+from cqr_compress.planning.trial_fit import TrialFit
+from cqr_compress.progress import Progress
+from cqr_compress.quantize.options import ConvertOptions
+
+BITS_PER_DIM = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+"""Rates at which the error of a table is measured by a brief fit."""
+
+
+@dataclass(frozen=True)
+class MeasuredSize:
+    """A size of a table, with a brief fit of a layout of about that size.
+
+    Attributes:
+        nbytes: bytes of the table.
+        fit: the fit.
+    """
+
+    nbytes: float
+    fit: TrialFit
+
+
+def options_of_size(scan: ScannedTable, options: ConvertOptions, nbytes: float) -> ConvertOptions:
+    """Return the options of one table, with its bytes as the budget."""
+    N, D = scan.shape
+    return replace(options.without_budget(), bits_per_dim=8 * (nbytes + 0.5) / (N * D))
+
+
+def measure_sizes(
+    scan: ScannedTable,
+    options: ConvertOptions,
+    progress: Progress,
+    stop: Callable[[TrialFit], bool] = lambda fit: False,
+) -> list[MeasuredSize]:
+    """Fit a table at several sizes, the smallest first; sizes that no layout fits are left out.
+
+    Of all methods, a trellis is fitted where there is one.
+
+    Args:
+        scan: the table.
+        options: options of the conversion; their budget is ignored.
+        progress: receives a stage with the sizes.
+        stop: ends the measurement after a fit.
+
+    Raises:
+        SpecError: codes are hashed from ids.
+        TableRefusedError: values whose squares overflow or underflow float32.
+    """
+    N, D = scan.shape
+    sizes = [size for bits in BITS_PER_DIM if (size := bits * N * D / 8) < scan.facts.nbytes]
+    found = []
+    progress.start(f"measuring {scan.entry.name}", len(sizes), "sizes")
+    for size in sizes:
+        with contextlib.suppress(BudgetError):  # too small for this table
+            found.append(MeasuredSize(size, _fit(scan, options_of_size(scan, options, size))))
+            progress.status(f"error {found[-1].fit.error:.3g} at {size:,.0f} bytes")
+        progress.advance()
+        if found and stop(found[-1].fit):
+            break
+    return found
+
+
+def _fit(scan: ScannedTable, options: ConvertOptions) -> TrialFit:
+    if options.method == "auto":
+        with contextlib.suppress(BudgetError, SpecError):  # options of codebooks may be given
+            return fit_briefly(scan, replace(options, method="trellis", rank=None))
+    return fit_briefly(scan, options)
