@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from cqr_compress.commands.inspect import DenseTable as DenseTable
     from cqr_compress.commands.inspect import inspect as inspect
     from cqr_compress.commands.refit import refit as refit
+    from cqr_compress.commands.sweep import sweep as sweep
+    from cqr_compress.commands.sweep_report import SweepPoint as SweepPoint
+    from cqr_compress.commands.sweep_report import SweepReport as SweepReport
     from cqr_compress.errors import CqrCompressError as CqrCompressError
     from cqr_compress.errors import CqrCompressWarning as CqrCompressWarning
     from cqr_compress.finetuning.early_stopping import Evaluation as Evaluation
@@ -80,6 +83,8 @@ _HOMES = {
     "commands.finetune": ("finetune",),
     "commands.inspect": ("DenseReport", "DenseTable", "inspect"),
     "commands.refit": ("refit",),
+    "commands.sweep": ("sweep",),
+    "commands.sweep_report": ("SweepPoint", "SweepReport"),
     "errors": ("CqrCompressError", "CqrCompressWarning"),
     "finetuning.early_stopping": ("Evaluation",),
     "finetuning.options": ("FinetuneOptions",),

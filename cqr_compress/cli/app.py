@@ -19,6 +19,7 @@ from cqr_compress.cli.finetune import finetune
 from cqr_compress.cli.inspect import inspect
 from cqr_compress.cli.options import TERMINATED
 from cqr_compress.cli.refit import refit
+from cqr_compress.cli.sweep import sweep
 from cqr_compress.quantize.registry import METHODS
 
 app = typer.Typer(
@@ -45,6 +46,7 @@ _METHODS = "\n\n".join(["Methods:", *(f"{entry.name}: {entry.summary}." for entr
 
 app.command()(inspect)
 app.command(epilog=_METHODS)(convert)
+app.command()(sweep)
 app.command()(finetune)
 app.command()(evaluate)
 app.command()(refit)

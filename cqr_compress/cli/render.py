@@ -16,6 +16,7 @@ from cqr_compress.commands.convert_folder import FolderReport
 from cqr_compress.commands.evaluate import EvaluationReport
 from cqr_compress.commands.export_vectors import is_word_vectors
 from cqr_compress.commands.inspect import DenseReport
+from cqr_compress.commands.sweep_report import SweepReport
 from cqr_compress.finetuning.report import TuningReport
 
 _SHOWN_OTHERS = 4
@@ -128,6 +129,58 @@ def print_evaluation(report: EvaluationReport) -> None:
     """Print the result of `evaluate`."""
     values = report.to_json()
     _print_evaluations(stdout(), values, values["files"])
+
+
+def print_sweep(report: SweepReport) -> None:
+    """Print the sizes of a sweep, with the chosen one."""
+    console = stdout()
+    names = [report.metric]
+    if report.dense is not None:
+        names += [name for name in report.dense if name != report.metric]
+    columns = [
+        Column("ratio", right=True),
+        Column("file bytes", right=True),
+        Column("model\nratio", right=True, drop=3),
+        Column(_HEADINGS["relative_mse"], right=True, drop=2),
+        Column(_HEADINGS["recall_at_10"], right=True, drop=1 if report.task else 0),
+        *(Column(name, right=True, drop=i + 3 if i else 0) for i, name in enumerate(names) if report.task),
+        Column("change", right=True),
+        Column("95% interval", right=True, drop=1),
+        Column("s", right=True, drop=4),
+    ]
+    rows = []
+    if report.dense is not None:
+        metrics = [f"{report.dense[name]:.5g}" for name in names]
+        rows.append(["dense", f"{report.dense_bytes:,}", "1.00x", "", "", *metrics, "", "", ""])
+    for index, point in enumerate(report.points):
+        low, high = point.interval or (0.0, 0.0)
+        metrics = [] if point.metrics is None else [f"{point.metrics[name]:.5g}" for name in names]
+        rows.append(
+            [
+                f"{point.ratio:g}x" + (" *" if index == report.chosen else ""),
+                f"{point.file_bytes:,}",
+                f"{report.dense_bytes / max(point.file_bytes, 1):.2f}x",
+                _number(point.relative_mse),
+                _number(point.recall_at_10),
+                *metrics,
+                f"{-100 * point.loss:+.2f}%",
+                "" if point.interval is None else f"{-100 * high:+.2f} to {-100 * low:+.2f}%",
+                f"{point.seconds:.0f}",
+            ]
+        )
+    print_table(console, columns, rows, title=f"{report.source}: {report.task or 'rows'}, {report.metric}")
+    for ratio, reason in report.infeasible.items():
+        _line(console, f"{ratio}: {reason}")
+    if report.task is None:
+        _line(console, "recall@10 is of the tables' rows: the model's own metric may differ, give it as --task")
+    if report.chosen is not None:
+        where = f", written to {report.output}" if report.output else f": {report.points[report.chosen].file}"
+        _line(console, f"* the smallest file that loses at most {100 * (report.max_loss or 0):g}%{where}")
+        high = (report.points[report.chosen].interval or (0.0, 0.0))[1]
+        if report.max_loss is not None and high > report.max_loss:
+            _line(console, f"its interval reaches a loss of {100 * high:.2f}%: more examples would tell")
+    elif report.max_loss is not None:
+        _line(console, f"no size loses at most {100 * report.max_loss:g}%")
 
 
 def print_load_hint(report: SizeReport) -> None:

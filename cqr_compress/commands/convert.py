@@ -82,7 +82,7 @@ def convert(
     exclude: Sequence[str] = (),
     rules: Rules = (),
     frequencies: Frequencies = (),
-    task: Task | str | Path | None = None,
+    task: Task | Sensitivity | str | Path | None = None,
     device: torch.device | str | None = None,
     plan: str | Path | None = None,
     untie: bool = False,
@@ -107,8 +107,8 @@ def convert(
         rules: options of single tables, see `read_rules`, such as `{"emb_l.0.*": "int8", "re:user": "keep"}`.
         frequencies: counts of the ids, by table or in files, see `read_frequencies`: the rows' squared errors are
             weighted by them.
-        task: a task of the model, or a task file: the sensitivity of its loss weighs the rows' squared errors,
-            and compares tables where a size of the file is given; see `measure_sensitivity`.
+        task: a task of the model, a task file, or a sensitivity that was measured: the sensitivity of the loss
+            weighs the rows' squared errors, and compares tables that share a budget; see `measure_sensitivity`.
         device: device to run the task on; if None, CUDA if available.
         plan: a JSON file with the layouts of all tables. If it exists, they are taken from it, and nothing is
             tried; else it is written, also if `dry_run`.
@@ -155,7 +155,9 @@ def convert(
         num_rows = {candidate.name: candidate.shape[0] for candidate in selected}
         counts = read_frequencies(frequencies, num_rows)
         sensitivity = Sensitivity()
-        if task is not None:
+        if isinstance(task, Sensitivity):
+            sensitivity = task
+        elif task is not None:
             sensitivity = measure_sensitivity(task, checkpoint, list(num_rows), options.seed, device, progress)
         elif options.weight == "task":
             raise SpecError("weight is 'task' without a task: give the task whose loss compares tables")
@@ -211,11 +213,14 @@ class _Conversion:
             return self._complete(
                 self.earlier.planned(self.checkpoint, selected, self.options, weights, self.progress)
             )
-        if not self.options.has_file_budget:
+        if not self.options.shares_budget:
             planned = plan_tables(self.checkpoint, selected, self.options, weights, self.progress, estimated)
             return self._complete(planned)
         importance = self.sensitivity.importance if self.options.weight in (None, "task") else {}
         planner = SizePlanner.measure(self.checkpoint, selected, self.options, weights, importance, self.progress)
+        if not self.options.has_file_budget:
+            assert self.options.ratio is not None
+            return self._complete(planner.plan_ratio(self.options.ratio))
         return self._complete(self._plan_size(planner, _file_budget(self.checkpoint, self.options)))
 
     def output(self, planned: Planned) -> CompressedOutput:

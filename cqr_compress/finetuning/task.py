@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cqr_compress.errors import TaskError
+from cqr_compress.errors import TaskError, brief
 
 MODES = ("max", "min")
 
@@ -26,7 +26,9 @@ class Task:
             For the same epoch it has to give the same batches, provided that random numbers are drawn from
             `torch`, `numpy.random` or `random`, which are seeded with the same values.
         loss: maps a model and a batch to the losses of its examples, (B,), or to their mean.
-        evaluate: maps a model in eval mode to metrics on held-out data, by name; called without gradients.
+        evaluate: maps a model in eval mode to metrics on held-out data, by name; called without gradients. A
+            metric is a number, or the values of all examples, (n,), whose mean it is: a sweep needs these for its
+            intervals.
         metric: name of the metric that selects the best weights.
         mode: "max" if a larger metric is better, or "min".
         logits: maps a model and a batch to scores of candidates, (n, V), for distillation of outputs, which uses
@@ -41,7 +43,7 @@ class Task:
     model: Callable[[], nn.Module]
     train_batches: Callable[[int], Iterable[Any]]
     loss: Callable[[nn.Module, Any], Tensor]
-    evaluate: Callable[[nn.Module], Mapping[str, float]]
+    evaluate: Callable[[nn.Module], Mapping[str, float | Tensor | Sequence[float]]]
     metric: str
     mode: str = "max"
     logits: Callable[[nn.Module, Any], Tensor] | None = None
@@ -57,15 +59,23 @@ class Task:
         """Evaluate a model.
 
         Raises:
+            TaskError: see `measure_examples`.
+        """
+        return {name: float(values.mean()) for name, values in self.measure_examples(model).items()}
+
+    def measure_examples(self, model: nn.Module) -> dict[str, Tensor]:
+        """Evaluate a model for each example: (n,) float64 by metric, of one value where there is only a number.
+
+        Raises:
             TaskError: `evaluate` does not return the task's metric, or returns something that is not a number.
         """
         found = self.evaluate(model)
         if not isinstance(found, Mapping):
             raise TaskError(f"evaluate returned a {type(found).__name__}: it has to return metrics by name")
         try:
-            metrics = {str(name): float(value) for name, value in found.items()}
-        except (TypeError, ValueError) as e:
-            raise TaskError(f"evaluate returned {found!r}: its values have to be numbers") from e
+            metrics = {str(name): _values(value) for name, value in found.items()}
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise TaskError(f"evaluate returned {brief(str(found))}: its values have to be numbers") from e
         if self.metric not in metrics:
             raise TaskError(
                 f"metric is {self.metric!r}, but evaluate returned {', '.join(metrics) or 'no metrics'}: it has "
@@ -77,3 +87,13 @@ class Task:
         """Return whether the metric is strictly better; one that is not finite never is."""
         new, old = metrics[self.metric], than[self.metric]
         return math.isfinite(new) and (new > old if self.mode == "max" else new < old)
+
+
+def _values(value: Any) -> Tensor:
+    """Convert a number, or the values of examples, to (n,) float64; raises TypeError or ValueError."""
+    if isinstance(value, str):
+        raise TypeError("a text is no metric")
+    values = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach().flatten()
+    if not len(values):
+        raise ValueError("a metric of no example")
+    return values

@@ -86,10 +86,15 @@ def _build(task: Task, seed: int) -> tuple[nn.Module, bool]:
     return model, drawn
 
 
-def evaluate_task(task: Task, model: nn.Module, seed: int) -> dict[str, float]:
-    """Evaluate a model with a separate stream of random numbers; metrics are averaged over all processes."""
+def evaluate_examples(task: Task, model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Evaluate a model with a separate stream of random numbers; see `Task.measure_examples`."""
     model.eval()
     with torch.no_grad(), RandomStream.seeded(seed, EVALUATION).active():
-        mine = task.measure(model)
+        return task.measure_examples(model)
+
+
+def evaluate_task(task: Task, model: nn.Module, seed: int) -> dict[str, float]:
+    """Evaluate a model with a separate stream of random numbers; metrics are averaged over all processes."""
+    mine = {name: float(values.mean()) for name, values in evaluate_examples(task, model, seed).items()}
     every = distributed.all_gather_object(mine)
     return {name: sum(metrics[name] for metrics in every) / len(every) for name in mine}

@@ -19,6 +19,7 @@ from cqr_compress.planning.find import find_tables
 from cqr_compress.planning.frequencies import Frequencies, read_frequencies
 from cqr_compress.planning.plan_tables import PlannedTable, plan_tables
 from cqr_compress.planning.rules import Rules, read_rules
+from cqr_compress.planning.size_budget import SizePlanner
 from cqr_compress.progress import Progress, shown
 from cqr_compress.quantize.base import row_weights
 from cqr_compress.quantize.options import ConvertOptions
@@ -104,12 +105,18 @@ def compress_(
             f"{empty[0]!r} is on the meta device, which has no values: load the weights into the model first, or "
             "convert its checkpoint and call load_compressed"
         )
+    if chosen.weight == "task":
+        raise SpecError("weight is 'task': the sensitivity is measured by convert, of the model's checkpoint")
     if chosen.has_file_budget:
         raise SpecError("size and file_ratio are of a file: give a ratio, or convert the model's checkpoint")
     counts = read_frequencies(frequencies, {c.name: c.shape[0] for c in selected})
     weights = {name: row_weights(count) for name, count in counts.items()}
     with shown(progress) as progress:
-        planned = plan_tables(checkpoint, selected, chosen, weights, progress)
+        if chosen.weight is not None and chosen.ratio is not None:
+            planner = SizePlanner.measure(checkpoint, selected, chosen, weights, {}, progress)
+            planned = planner.plan_ratio(chosen.ratio)
+        else:
+            planned = plan_tables(checkpoint, selected, chosen, weights, progress)
         layers = {item.name: CompressedLayer(item.name, None, item.reason) for item in planned.left_dense}
         made: dict[str, CompressedTable] = {}
         for name, table in planned.tables.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cqr_compress.checkpoint.base import Checkpoint, TensorEntry
 from cqr_compress.checkpoint.header import LeftDense, TableRecord
-from cqr_compress.errors import BudgetError, CqrCompressWarning, TableNotFoundError
+from cqr_compress.errors import BudgetError, CqrCompressWarning, SpecError, TableNotFoundError
 from cqr_compress.planning.choose import TablePlan, plan_table
 from cqr_compress.planning.encode import encode_table
 from cqr_compress.planning.find import Candidate
@@ -102,8 +102,11 @@ def plan_tables(
 
     Raises:
         BudgetError: no layout fits; the message lists all tables concerned.
+        SpecError: a `weight`, which compares tables that share a budget.
         TableNotFoundError: no table would gain from compression.
     """
+    if options.weight is not None:
+        raise SpecError(f"weight is {options.weight!r} without a budget that tables share: give a ratio or a size")
     tables: dict[str, PlannedTable] = {}
     left: list[LeftDense] = []
     problems: list[str] = []

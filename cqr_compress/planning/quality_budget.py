@@ -150,5 +150,7 @@ def _next_size(planned: list[tuple[float, float]], measured: list[tuple[float, f
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(measured) if b[0] != a[0]]
     slope = min(slopes[0] if slopes else -1 / nbytes, -1e-12)
     step = -(excess + _CLOSE / 2) / slope
-    least: float = _LEAST_STEP * nbytes * 2.0 ** (len(planned) - 1)  # rows have whole bytes: small steps may change none
+    least: float = (
+        _LEAST_STEP * nbytes * 2.0 ** (len(planned) - 1)
+    )  # rows have whole bytes: small steps may change none
     return max(nbytes + (max(step, least) if excess > 0 else min(step, -least)), 1.0)

@@ -60,7 +60,7 @@ class Rule:
         if self.fields.get("method", options.method) != options.method:
             changes = dict.fromkeys(_OF_A_METHOD)
         if any(name in self.fields for name in BUDGETS):
-            changes |= dict.fromkeys(BUDGETS)
+            changes |= dict.fromkeys((*BUDGETS, "weight"))
         try:
             found = replace(options, **{**changes, **self.fields})
             has_own = any(name in self.fields for name in BUDGETS)

@@ -111,6 +111,15 @@ class SizePlanner:
         """Bytes of all tables at their smallest measured sizes."""
         return int(sum(points[0].nbytes for points in self.curves.values())) + self.nbytes(self.fixed)
 
+    def plan_ratio(self, ratio: float) -> Planned:
+        """Plan all tables so that their bytes together have a ratio.
+
+        Raises:
+            BudgetError: the smallest layouts of the tables have more bytes.
+        """
+        dense = sum(candidate.nbytes for candidate in self.candidates.values())
+        return self.plan(dense / ratio)
+
     def plan(self, budget: float) -> Planned:
         """Plan all tables within a number of bytes.
 
@@ -138,7 +147,7 @@ class SizePlanner:
     def _measure_one(self, candidate: Candidate, scan: ScannedTable, own: ConvertOptions) -> None:
         """Measure a table's error at several sizes; plan it at once if a rule determines its size."""
         name, rule = candidate.name, candidate.rule
-        if rule is not None and not own.has_file_budget:
+        if rule is not None and not own.shares_budget:
             plan, own = plan_one(scan, own, self.progress, estimated=True)
             tables, left = dict(self.fixed.tables), list(self.fixed.left_dense)
             if plan.spec is None:

@@ -62,11 +62,12 @@ class ConvertOptions:
     )
     weight: str | None = option(
         None,
-        "Factor on the relative error of each table, with a size: its sum of squares (energy), that of its "
-        "lookups (frequency), its rows, 1, or how sensitive the loss of a task is to it.",
+        "Factor on the relative error of each table where tables share a budget, that of a size, or of a ratio, "
+        "which is then that of all tables together: its sum of squares (energy), that of its lookups (frequency), "
+        "its rows, 1, or how sensitive the loss of a task is to it.",
         panel="Budget",
         choices=TABLE_WEIGHTS,
-        shown_default="task with a task, else energy",
+        shown_default="with a size: task with a task, else energy",
     )
     bits_per_dim: float | None = option(
         None,
@@ -184,6 +185,11 @@ class ConvertOptions:
         return self.size is not None or self.file_ratio is not None
 
     @property
+    def shares_budget(self) -> bool:
+        """Whether tables share a budget: that of the file, or a ratio with a criterion that compares tables."""
+        return self.has_file_budget or (self.weight is not None and self.ratio is not None)
+
+    @property
     def has_budget(self) -> bool:
         """Whether a size is given, as `ratio` or `bits_per_dim`."""
         return self.ratio is not None or self.bits_per_dim is not None
@@ -195,7 +201,7 @@ class ConvertOptions:
 
     def without_budget(self) -> ConvertOptions:
         """Return the options without a budget."""
-        without: dict[str, Any] = dict.fromkeys(BUDGETS)
+        without: dict[str, Any] = dict.fromkeys((*BUDGETS, "weight"))
         return replace(self, **without)
 
 

@@ -74,7 +74,12 @@ def ranking_metrics(ranks: Tensor, k: int = 10) -> dict[str, float]:
     Returns:
         The metrics by name, such as "ndcg@10"; all NaN if a rank is NaN.
     """
+    return {name: float(values.mean()) for name, values in user_metrics(ranks, k).items()}
+
+
+def user_metrics(ranks: Tensor, k: int = 10) -> dict[str, Tensor]:
+    """Compute HR@k and NDCG@k of each user, (n,) float64; see `ranking_metrics`."""
     ranks = ranks.double()
     hit = torch.where(ranks.isnan(), math.nan, (ranks < k).double())
     gain = torch.where(hit == 0, 0.0, hit / (ranks + 2).log2())
-    return {f"ndcg@{k}": float(gain.mean()), f"hr@{k}": float(hit.mean())}
+    return {f"ndcg@{k}": gain, f"hr@{k}": hit}

@@ -18,7 +18,7 @@ from cqr_compress.finetuning.task import Task
 from cqr_compress.nn.table_layer import TableLayer
 from cqr_compress.tasks.data.files import DataOptions, ExampleFiles, Examples, parse_settings
 from cqr_compress.tasks.data.readers import opened_text
-from cqr_compress.tasks.metrics import gathered, ranking_metrics, target_ranks
+from cqr_compress.tasks.metrics import gathered, target_ranks, user_metrics
 from cqr_compress.tasks.shapes import Shapes, refuse_rest
 
 _BLOCK_USERS = 16_384
@@ -113,7 +113,7 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
         up, down = ((hidden * model.item_emb(ids)).sum(2)[real] for ids in (wanted, other))
         return F.softplus(-up) + F.softplus(down)
 
-    def evaluate(model: SASRec) -> Mapping[str, float]:
+    def evaluate(model: SASRec) -> Mapping[str, Tensor]:
         device = next(model.parameters()).device
         ranks: dict[str, list[Tensor]] = {"": [], "test_": []}
         for path in options.train:
@@ -127,7 +127,7 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
                         histories = [items[: len(items) - end] for items in part]
                         wanted = torch.tensor([items[len(items) - end] for items in part], device=device)
                         ranks[name].append(_ranks(model, histories, wanted, length))
-        metrics: dict[str, float] = {}
+        metrics: dict[str, Tensor] = {}
         for name, found in ranks.items():
             joined = gathered(found)
             if not len(joined):
@@ -135,7 +135,7 @@ def sasrec_task(shapes: Shapes, options: DataOptions) -> Task:
                     "no user has three items to evaluate on. Lines have to be `user item item ...`, or `user "
                     "item` with consecutive lines for each user"
                 )
-            metrics |= {f"{name}{figure}": value for figure, value in ranking_metrics(joined).items()}
+            metrics |= {f"{name}{figure}": value for figure, value in user_metrics(joined).items()}
         return metrics
 
     return Task(
