@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from warm_process import WarmPython
 
 from cqr_compress.cli.app import app
 
@@ -86,6 +87,14 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[WarmPython]:
+    """Run `python` with arguments, in a process that has imported torch."""
+    warm = WarmPython()
+    yield warm
+    warm.close()
 
 
 @pytest.fixture

@@ -1,17 +1,18 @@
 import io
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from warm_process import WarmPython
 
 import cqr_compress as cqr
 from cqr_compress.checkpoint.formats.open import open_checkpoint
@@ -99,20 +100,19 @@ def test_a_bad_input_gives_one_message_exit_1_and_no_file(cli: Cli, tmp_path: Pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_full_disk_gives_a_message_and_no_file(ckpt: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "cqr_compress", "convert", "ckpt.pt", "--method", "pq"],
-        cwd=tmp_path, capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)),
-    )  # fmt: skip
+def test_a_full_disk_gives_a_message_and_no_file(ckpt: Path, tmp_path: Path, python: WarmPython) -> None:
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+        "from cqr_compress.cli.app import main; main()"
+    )
+    done = python("-c", code, "convert", "ckpt.pt", "--method", "pq", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "cannot write 'ckpt.cqr.safetensors'" in done.stderr and "No partial file is left" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cqr_compress", "inspect", "missing.pt", "--debug"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def test_debug_shows_the_traceback(tmp_path: Path, python: WarmPython) -> None:
+    done = python("-m", "cqr_compress", "inspect", "missing.pt", "--debug", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" in done.stderr and "CheckpointError" in done.stderr
 
 
@@ -225,14 +225,15 @@ def test_what_is_found_is_logged_and_nothing_is_printed(
 
 
 SLOW_CONVERT = """
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script in the background starts with SIGINT ignored
 from cqr_compress.checkpoint import shards
 from cqr_compress.cli.app import main
 write = shards.Output.write
 def write_and_wait(self, name, values):
     write(self, name, values)
-    pathlib.Path("writing").touch()
+    pathlib.Path("pid").write_text(str(os.getpid()))
+    pathlib.Path("pid").rename("writing")
     time.sleep(300)
 shards.Output.write = write_and_wait
 main()
@@ -240,18 +241,18 @@ main()
 
 
 @pytest.mark.parametrize(("number", "leftovers"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, 1)])
-def test_a_killed_run_leaves_no_output(ckpt: Path, tmp_path: Path, number: int, leftovers: int) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_CONVERT, "convert", "ckpt.pt", "--method", "int8"],
-        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "writing").exists():  # the process waits there until it is killed
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, shown = process.communicate(timeout=60)
-    assert process.returncode != 0 and "Traceback" not in shown
+def test_a_killed_run_leaves_no_output(
+    ckpt: Path, tmp_path: Path, number: int, leftovers: int, python: WarmPython
+) -> None:
+    command = ["-c", SLOW_CONVERT, "convert", "ckpt.pt", "--method", "int8"]
+    with ThreadPoolExecutor() as pool:
+        process = pool.submit(python, *command, cwd=tmp_path, timeout=120)
+        while not (tmp_path / "writing").exists():  # the process waits there until it is killed
+            assert not process.done(), process.result()
+            time.sleep(0.01)
+        os.kill(int((tmp_path / "writing").read_text()), number)
+        done = process.result()
+    assert done.returncode != 0 and "Traceback" not in done.stderr
     left = {path.name for path in tmp_path.iterdir()} - {"ckpt.pt", "writing"}
     assert len(left) == leftovers and all(name.endswith(".partial") for name in left)
     for name in left:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from warm_process import WarmPython
 
 import cqr_compress as cqr
 from cqr_compress.cli.app import app
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BENCHMARKS = (ROOT / "tests" / "benchmarks" / "README.md").read_text()
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+Example = Callable[..., str]
 
 
 def blocks(language: str) -> list[str]:
@@ -109,11 +111,10 @@ def evaluate(model):
 """
 
 
-def test_public_docstrings_render_without_warnings(tmp_path: Path) -> None:
+def test_public_docstrings_render_without_warnings(tmp_path: Path, python: WarmPython) -> None:
     pytest.importorskip("pdoc")
     options = ["--docformat", "google", "--no-show-source", "--output-directory", "html"]
-    command = [sys.executable, "-m", "pdoc", *options, "cqr_compress"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = python("-m", "pdoc", *options, "cqr_compress", cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr, done.stderr
     page = (tmp_path / "html" / "cqr_compress.html").read_text()
     assert [name for name in cqr.__all__ if f'id="{name}"' not in page] == []
@@ -154,29 +155,32 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     )
 
 
-def test_the_least_squares_example_shows_the_bound(tmp_path: Path) -> None:
+def test_the_least_squares_example_shows_the_bound(tmp_path: Path, run_example: Example) -> None:
     pytest.importorskip("matplotlib")
     small = shlex.split("--examples 300 --ids 60 --dim 4 --k 12 --iterations 4 --plot p.png")
-    printed = run_example("least_squares.py", tmp_path, *small)
+    printed = run_example("least_squares.py", *small)
     rows = {line[:24].strip(): [float(x) for x in line[24:].split()] for line in printed.splitlines()[2:-1]}
     assert all(a <= b for a, b in zip(rows["dense"], rows["bound (dense)"], strict=True))
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
-def run_example(name: str, folder: Path, *arguments: object) -> str:
-    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "200"}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run_example(python: WarmPython, tmp_path: Path) -> Example:
+    """Run an example in `tmp_path`; what it prints."""
+
+    def run(name: str, *arguments: object) -> str:
+        done = python(ROOT / "examples" / name, *arguments, cwd=tmp_path, env={**os.environ, "COLUMNS": "200"})
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
 
 
-def test_the_quickstart_gives_accuracy_back(tmp_path: Path) -> None:
+def test_the_quickstart_gives_accuracy_back(tmp_path: Path, run_example: Example) -> None:
     small = (
         "--num-users 1100 --num-items 1100 --num-events 150000 --epochs 6 --weight-decay 0 --ratios 48 --folder q"
     )
-    printed = run_example("quickstart.py", tmp_path, *small.split())
+    printed = run_example("quickstart.py", *small.split())
     table = printed.split("7,500 test clicks")[1]
     found = re.findall(r"^(dense|converted +\S+|fine-tuned +\S+) +[\d,]+ +(0\.\d+)$", table, re.M)
     auc = {" ".join(name.split()): float(value) for name, value in found}
@@ -223,12 +227,12 @@ class Constant(nn.Module):
         return torch.zeros(len(ids))
 
 
-def test_the_movielens_example_runs(tmp_path: Path) -> None:
+def test_the_movielens_example_runs(tmp_path: Path, run_example: Example) -> None:
     generator = torch.Generator().manual_seed(0)
     user, item = torch.randint(600, (2, 12000), generator=generator).tolist()
     rows = [f"{u + 1}\t{i + 1}\t{1 + (u + i) % 5}\t{t}" for t, (u, i) in enumerate(zip(user, item, strict=True))]
     (tmp_path / "u.data").write_text("\n".join(rows) + "\n")
-    printed = run_example("movielens_gmf.py", tmp_path, "u.data", "--epochs", 2, "--ratio", 8)
+    printed = run_example("movielens_gmf.py", "u.data", "--epochs", 2, "--ratio", 8)
     assert printed.count("$ cqr-compress") == 3
     assert re.search(r"movielens/tuned.safetensors\s+[\d,]+ +0\.\d+", printed)
     (tmp_path / "ml.inter").write_text(
@@ -239,7 +243,7 @@ def test_the_movielens_example_runs(tmp_path: Path) -> None:
     assert all(torch.equal(parts[0][name], parts[1][name]) for name in parts[0])
 
 
-def test_the_sasrec_example_runs(tmp_path: Path) -> None:
+def test_the_sasrec_example_runs(tmp_path: Path, run_example: Example) -> None:
     generator = torch.Generator().manual_seed(0)
     starts, lengths = (torch.randint(*ends, (80,), generator=generator).tolist() for ends in ((1, 60), (3, 12)))
     lines = [
@@ -248,7 +252,7 @@ def test_the_sasrec_example_runs(tmp_path: Path) -> None:
     ]
     (tmp_path / "s.txt").write_text("\n".join(lines) + "\n")
     small = "--epochs 4 --dim 16 --length 8 --min-rows 50 --ratio 3".split()
-    printed = run_example("sasrec_sequences.py", tmp_path, "s.txt", *small)
+    printed = run_example("sasrec_sequences.py", "s.txt", *small)
     assert re.search(r"tuned.safetensors\s+[\d,]+ +0(\.\d+)? ", printed) and "test_hr@10" in printed
     model = load_example("sasrec_sequences.py").SASRec(61, 16, 8)
     model.load_state_dict(torch.load(tmp_path / "sasrec" / "ckpt.pt"))
@@ -260,69 +264,69 @@ def test_the_sasrec_example_runs(tmp_path: Path) -> None:
     assert torch.allclose(model.eval()(items), same.eval()(items), atol=1e-5)
 
 
-def test_the_criteo_example_draws_every_method_and_keeps_its_results(tmp_path: Path) -> None:
+def test_the_criteo_example_draws_every_method_and_keeps_its_results(tmp_path: Path, run_example: Example) -> None:
     pytest.importorskip("matplotlib")
     small = (
         "--num-events 6000 --max-table 300 --codewords 16 --epochs 1 --batch-size 1000 --weight-decay 0".split()
     )
-    printed = run_example("dlrm_criteo.py", tmp_path, *small)
+    printed = run_example("dlrm_criteo.py", *small)
     results = json.loads((tmp_path / "criteo" / "results.json").read_text())
     assert len(results) == 9 and all(0.1 < result["bce"] < 2 for result in results.values())
     assert results["pq@16"]["parameters"] == results["hash@16"]["parameters"] < results["full@0"]["parameters"]
     assert (tmp_path / "criteo" / "test_bce.png").read_bytes().startswith(b"\x89PNG")
-    again = run_example("dlrm_criteo.py", tmp_path, *small)
+    again = run_example("dlrm_criteo.py", *small)
     assert again.split("codewords")[1] == printed.split("codewords")[1]
     with pytest.raises(AssertionError, match="has results of other settings"):
-        run_example("dlrm_criteo.py", tmp_path, *small, "--seed", "1")
+        run_example("dlrm_criteo.py", *small, "--seed", "1")
 
 
-def test_the_word_vectors_example_keeps_neighbours(tmp_path: Path) -> None:
+def test_the_word_vectors_example_keeps_neighbours(tmp_path: Path, run_example: Example) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(40, 12, generator=generator)[torch.randint(40, (1500,), generator=generator)]
     rows = rows + 0.2 * torch.randn(1500, 12, generator=generator)
     lines = [f"w{i} {' '.join(f'{value:.4f}' for value in row)}" for i, row in enumerate(rows.tolist())]
     (tmp_path / "v.txt").write_text("1500 12\n" + "\n".join(lines) + "\n")
-    printed = run_example("word_vectors.py", tmp_path, "v.txt", "--ratio", 6, "--zipf", "--words", "w3")
+    printed = run_example("word_vectors.py", "v.txt", "--ratio", 6, "--zipf", "--words", "w3")
     assert "1,500 words, 12 dimensions" in printed and re.search(r"^w3: w\d+ w\d+", printed, re.M)
     kept = re.search(r"([\d.]+)% of the 10 nearest stay", printed)
     assert kept is not None and float(kept[1]) > 10
     assert len((tmp_path / "word_vectors" / "back.txt").read_text().splitlines()) == 1501
 
 
-def test_the_export_example_writes_a_program_with_the_codes(tmp_path: Path) -> None:
+def test_the_export_example_writes_a_program_with_the_codes(tmp_path: Path, run_example: Example) -> None:
     torch.save({"a.emb.weight": torch.randn(3000, 16)}, tmp_path / "a.pt")
     cqr.convert(tmp_path / "a.pt", tmp_path / "small.safetensors", method="pq", ratio=6)
-    printed = run_example("export_torch.py", tmp_path, "small.safetensors", "--no-compile")
+    printed = run_example("export_torch.py", "small.safetensors", "--no-compile")
     found = re.search(r"rows.pt2: ([\d,]+) bytes \(dense 192,000\), largest difference (\S+)", printed)
     assert found is not None and int(found[1].replace(",", "")) < 100_000 and float(found[2]) < 1e-5
 
 
-def test_the_serving_example_answers_from_the_codes(tmp_path: Path) -> None:
-    printed = run_example("serving.py", tmp_path, "--num-items", 5000, "--dim", 16, "--ratio", 6)
+def test_the_serving_example_answers_from_the_codes(tmp_path: Path, run_example: Example) -> None:
+    printed = run_example("serving.py", "--num-items", 5000, "--dim", 16, "--ratio", 6)
     assert "table in memory: 320,000 bytes dense" in printed
     found = re.search(r"of the dense table's 10 best, (\d+)% are among 10 found and (\d+)% among 100", printed)
     assert found is not None and int(found[2]) > 50 and int(found[2]) >= int(found[1])
 
 
-def test_the_onnx_example_serves_rows_and_the_best_ids(tmp_path: Path) -> None:
+def test_the_onnx_example_serves_rows_and_the_best_ids(tmp_path: Path, run_example: Example) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     torch.save({"a.emb.weight": torch.randn(3000, 16)}, tmp_path / "a.pt")
     cqr.convert(tmp_path / "a.pt", tmp_path / "small.safetensors", method="trellis", ratio=6, effort="fast")
-    printed = run_example("serving_onnx.py", tmp_path, "small.safetensors")
+    printed = run_example("serving_onnx.py", "small.safetensors")
     differences = re.findall(r"largest difference of .*: (\S+)$", printed, re.M)
     assert len(differences) == 2 and all(float(each) < 1e-4 for each in differences)
     assert "a.emb.weight: 192,000 bytes dense" in printed
 
 
-def test_the_faiss_example_finds_what_the_layer_finds(tmp_path: Path) -> None:
-    printed = run_example("retrieval_faiss.py", tmp_path, "--num-items", 4000, "--dim", 16, "--ratio", 6)
+def test_the_faiss_example_finds_what_the_layer_finds(tmp_path: Path, run_example: Example) -> None:
+    printed = run_example("retrieval_faiss.py", "--num-items", 4000, "--dim", 16, "--ratio", 6)
     found = re.search(r"finds the same: ([\d.]+)%, ([\d.]+)% of them in common", printed)
     assert found is not None and float(found[1]) > 30 and float(found[2]) > 99
     assert (tmp_path / "retrieval" / "items.faiss").stat().st_size < 4000 * 16 * 4 / 3
 
 
-def test_the_sentence_encoder_example_compares_sentence_vectors(tmp_path: Path) -> None:
+def test_the_sentence_encoder_example_compares_sentence_vectors(tmp_path: Path, run_example: Example) -> None:
     transformers = pytest.importorskip("transformers")
     words = sorted(
         {
@@ -342,7 +346,7 @@ def test_the_sentence_encoder_example_compares_sentence_vectors(tmp_path: Path) 
     )
     transformers.BertModel(config).save_pretrained(tmp_path / "encoder")
     transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "encoder")
-    printed = run_example("sentence_encoder.py", tmp_path, "encoder", "--ratio", 4)
+    printed = run_example("sentence_encoder.py", "encoder", "--ratio", 4)
     cosines = re.search(r"cosine of each sentence with its vector before: (.*)", printed)
     assert cosines is not None and all(float(c) > 0.5 for c in cosines[1].split())
 

@@ -2,7 +2,6 @@
 
 import os
 import stat
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from warm_process import WarmPython
 
 from cqr_compress import CompressedEmbedding, CompressedTable
 from cqr_compress.errors import CqrCompressWarning, ShapeError
@@ -24,7 +24,6 @@ from cqr_compress.kernel.compile import (
     SOURCES,
     THREADS,
     compile_library,
-    find_compiler,
     installed_name,
     level_flags,
     levels,
@@ -230,11 +229,13 @@ finally:
 
 
 @pytest.mark.parametrize(("native", "rounds"), [("1", 20), ("0", 5)])
-def test_ids_that_another_thread_changes_are_not_read_beyond_the_table(native: str, rounds: int) -> None:
+def test_ids_that_another_thread_changes_are_not_read_beyond_the_table(
+    native: str, rounds: int, python: WarmPython
+) -> None:
     """As in nn.Embedding: an IndexError or rows, and no segmentation fault."""
     script = RACE.format(tests=str(Path(__file__).parent), rounds=rounds)
     env = {**os.environ, "CQR_COMPRESS_NATIVE": native, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    done = python("-c", script, env=env)
     assert done.returncode == 0, done.stderr
 
 
@@ -285,7 +286,7 @@ class Ran(NamedTuple):
     libraries: list[Path]
 
 
-def run(tmp_path: Path, *, without: tuple[str, ...] = (), **environment: str) -> Ran:
+def run(python: WarmPython, tmp_path: Path, *, without: tuple[str, ...] = (), **environment: str) -> Ran:
     """Look rows up in a process with an own cache and temporary folder; nothing is left in the latter."""
     temporary = tmp_path / "temporary"
     temporary.mkdir(exist_ok=True)
@@ -293,8 +294,8 @@ def run(tmp_path: Path, *, without: tuple[str, ...] = (), **environment: str) ->
     env = {name: value for name, value in env.items() if name not in ("CQR_COMPRESS_CACHE", *without)}
     quick = fake_compiler(tmp_path, 'exec cc "$@" -O0', "quick-cc")
     env |= {"CQR_COMPRESS_NATIVE": "1", "CC": quick, **environment}
-    command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, cwd=tmp_path)
+    done = python("-c", SCRIPT, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[[5.0, 6.0], [1.0, 2.0]] ") and not list(temporary.iterdir())
     return Ran(done.stdout.split("]] ")[1].strip(), done.stderr, sorted((tmp_path / "cache").rglob("*.so")))
 
@@ -306,20 +307,22 @@ def fake_compiler(tmp_path: Path, script: str, name: str = "fake-cc") -> str:
     return str(path)
 
 
-def test_lookups_work_where_nothing_can_be_compiled(tmp_path: Path) -> None:
-    off = run(tmp_path, CQR_COMPRESS_NATIVE="0")
+def test_lookups_work_where_nothing_can_be_compiled(tmp_path: Path, python: WarmPython) -> None:
+    off = run(python, tmp_path, CQR_COMPRESS_NATIVE="0")
     assert off == ("disabled by CQR_COMPRESS_NATIVE=0", "", [])
-    bare = run(tmp_path, PATH=str(tmp_path), CC="nothing")
+    bare = run(python, tmp_path, PATH=str(tmp_path), CC="nothing")
     assert bare == ("no C compiler: none of 'nothing', gcc and clang found", "", [])
-    assert "the environment variable CC is no command" in run(tmp_path, CC="gcc 'x").reason
-    failing = run(tmp_path, CC=fake_compiler(tmp_path, "echo out of order >&2; exit 3"))
+    assert "the environment variable CC is no command" in run(python, tmp_path, CC="gcc 'x").reason
+    failing = run(python, tmp_path, CC=fake_compiler(tmp_path, "echo out of order >&2; exit 3"))
     assert failing.reason.endswith("fake-cc failed with code 3 out of order") and not failing.libraries
     assert "lookups on the CPU run in torch, slower: " in failing.notes
 
 
 @needs_library
-def test_a_library_is_compiled_once_into_a_private_folder_and_then_needs_no_compiler(tmp_path: Path) -> None:
-    first, again = run(tmp_path), run(tmp_path, PATH=str(tmp_path), CC="nothing")
+def test_a_library_is_compiled_once_into_a_private_folder_and_then_needs_no_compiler(
+    tmp_path: Path, python: WarmPython
+) -> None:
+    first, again = run(python, tmp_path), run(python, tmp_path, PATH=str(tmp_path), CC="nothing")
     assert first == again == (str(first.libraries[0]), "", first.libraries)
     folder = first.libraries[0].parent
     assert folder == tmp_path / "cache" / "cqr-compress" and list(folder.iterdir()) == first.libraries
@@ -327,11 +330,11 @@ def test_a_library_is_compiled_once_into_a_private_folder_and_then_needs_no_comp
 
 
 @needs_library
-def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
+def test_processes_that_start_together_compile_once(tmp_path: Path, python: WarmPython) -> None:
     log = tmp_path / "log"
     compiler = fake_compiler(tmp_path, f"echo $@ >> {log}; exec cc $@ -O0")
     with ThreadPoolExecutor() as pool:
-        reasons = {ran.reason for ran in pool.map(lambda _: run(tmp_path, CC=compiler), range(2))}
+        reasons = {ran.reason for ran in pool.map(lambda _: run(python, tmp_path, CC=compiler), range(2))}
     assert len(reasons) == 1 and len(log.read_text().splitlines()) == len(SOURCES) + 1  # and the link
 
 
@@ -371,27 +374,33 @@ def test_a_cached_library_that_is_damaged_or_foreign_is_removed_and_built_again(
 
 
 @needs_library
-def test_a_truncated_library_in_the_cache_does_not_crash_the_next_program(tmp_path: Path) -> None:
-    good = run(tmp_path).libraries[0]
+def test_a_truncated_library_in_the_cache_does_not_crash_the_next_program(
+    tmp_path: Path, python: WarmPython
+) -> None:
+    good = run(python, tmp_path).libraries[0]
     os.truncate(good, 8000)
-    ran = run(tmp_path)
+    ran = run(python, tmp_path)
     assert ran.libraries == [good] == [Path(ran.reason)] and "is damaged: it is removed" in ran.notes
 
 
 @needs_library
-def test_a_folder_that_others_can_write_to_is_not_trusted_and_nothing_is_left_elsewhere(tmp_path: Path) -> None:
+def test_a_folder_that_others_can_write_to_is_not_trusted_and_nothing_is_left_elsewhere(
+    tmp_path: Path, python: WarmPython
+) -> None:
     folder = tmp_path / "cache" / "cqr-compress"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    ran = run(tmp_path)
+    ran = run(python, tmp_path)
     assert Path(ran.reason).suffix == ".so" and folder not in Path(ran.reason).parents and not ran.libraries
     assert f"others can write to the cache folder {folder}: each program compiles its lookups again" in ran.notes
     own = tmp_path / "own"
-    assert Path(run(tmp_path, CQR_COMPRESS_CACHE=str(own)).reason).parent == own
+    assert Path(run(python, tmp_path, CQR_COMPRESS_CACHE=str(own)).reason).parent == own
 
 
 @needs_library
-def test_a_process_without_a_cache_shares_its_library_with_those_that_it_starts(tmp_path: Path) -> None:
+def test_a_process_without_a_cache_shares_its_library_with_those_that_it_starts(
+    tmp_path: Path, python: WarmPython
+) -> None:
     script = """
 import os, subprocess, sys
 from cqr_compress.kernel.build import native
@@ -403,27 +412,30 @@ assert found.endswith(".so") and child.stdout.decode().strip() == found, child
     (tmp_path / "file").touch()
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
     env["CC"] = fake_compiler(tmp_path, 'exec cc "$@" -O0')
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    done = python("-c", script, env=env)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fake-cc", "file"]
 
 
 @needs_library
-def test_a_relative_cache_folder_is_ignored_and_a_home_folder_is_not_needed(tmp_path: Path) -> None:
-    relative = run(tmp_path, XDG_CACHE_HOME="cache", HOME=str(tmp_path / "home"))
+def test_a_relative_cache_folder_is_ignored_and_a_home_folder_is_not_needed(
+    tmp_path: Path, python: WarmPython
+) -> None:
+    relative = run(python, tmp_path, XDG_CACHE_HOME="cache", HOME=str(tmp_path / "home"))
     assert Path(relative.reason).parent == tmp_path / "home" / ".cache" / "cqr-compress"
     assert not (tmp_path / "cache").exists()
-    homeless = run(tmp_path, XDG_CACHE_HOME="", HOME="relative")
+    homeless = run(python, tmp_path, XDG_CACHE_HOME="", HOME="relative")
     assert "there is no home folder for a cache" in homeless.notes and homeless.reason.endswith(".so")
 
 
 @needs_library
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to change the user id")
-def test_a_user_without_a_name_and_a_home_folder_looks_rows_up(tmp_path: Path) -> None:
+def test_a_user_without_a_name_and_a_home_folder_looks_rows_up(tmp_path: Path, python: WarmPython) -> None:
     script = f"""
 import os, sys, torch
 sys.path[:] = {sys.path!r}
 os.environ.pop("HOME", None); os.environ.pop("XDG_CACHE_HOME", None); os.environ["TMPDIR"] = {str(tmp_path)!r}
+os.environ["CC"] = "sh -c 'exec cc \\"$@\\" -O0' cc"
 from cqr_compress.kernel import build
 os.setuid(54321)
 print(build.native().reason)
@@ -432,7 +444,7 @@ print(build.native().reason)
         if folder.stat().st_mode & 0o005 != 0o005:
             folder.chmod(0o755)
     tmp_path.chmod(0o777)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/")
+    done = python("-c", script, cwd=Path("/"))
     assert done.returncode == 0 and done.stdout.strip().endswith(".so"), done
     assert "there is no home folder for a cache" in done.stderr and not list(tmp_path.iterdir())
 
@@ -461,6 +473,8 @@ def test_a_compiler_that_hangs_is_given_up_and_not_tried_again_at_once(
 def test_the_libraries_of_a_wheel_agree_with_torch_at_each_level_of_this_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    quick = 'case "$*" in *-fopenmp*) exec cc "$@";; esac; exec cc "$@" -O0'  # without threads it is the same code
+    monkeypatch.setenv("CC", fake_compiler(tmp_path, quick))
     warnings: list[str] = []
     built = wheel_hook._compiled(tmp_path, warnings.append)
     assert len(built) + len(warnings) == len(THREADS) * len(levels())
@@ -499,7 +513,8 @@ def test_the_library_of_a_wheel_is_used_without_a_compiler_and_a_cache(
 ) -> None:
     level = list(levels())[-1]
     output = tmp_path / installed_name(level, "")
-    compile_library(find_compiler(), (*level_flags(level), *THREADS[""]), output, 60)
+    compiler = [fake_compiler(tmp_path, 'exec cc "$@" -O0')]
+    compile_library(compiler, (*level_flags(level), *THREADS[""]), output, 60)
     monkeypatch.setattr(build, "HEADER", tmp_path / "kernel.h")
     monkeypatch.setenv("PATH", "")
     assert native.__wrapped__().reason == str(output)

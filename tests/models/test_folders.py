@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from typer.testing import CliRunner
+from warm_process import WarmPython
 
 import cqr_compress as cqr
 from cqr_compress.cli.app import app
@@ -138,15 +137,13 @@ def test_a_folder_loads_in_half_precision(bert: Path, tmp_path: Path) -> None:
     assert model.eval()(IDS)[0].dtype == torch.bfloat16
 
 
-def test_loading_without_this_package_fails(bert: Path, tmp_path: Path) -> None:
+def test_loading_without_this_package_fails(bert: Path, tmp_path: Path, python: WarmPython) -> None:
     cqr.convert_folder(bert, tmp_path / "small", method="pq", ratio=8)
     code = f"import transformers; transformers.BertForMaskedLM.from_pretrained({str(tmp_path / 'small')!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python("-c", code)
     assert done.returncode == 1 and "cqr_compress" in done.stderr and "mismatch" in done.stderr
     for first, second in (("cqr_compress", "transformers"), ("transformers.quantizers.auto", "cqr_compress")):
-        both = subprocess.run(
-            [sys.executable, "-c", f"import {first}, {second}, transformers\n{code}"], capture_output=True
-        )
+        both = python("-c", f"import {first}, {second}, transformers\n{code}")
         assert both.returncode == 0, both.stderr
 
 
