@@ -3,7 +3,6 @@
 import json
 import resource
 import signal
-import subprocess
 import sys
 import time
 import zipfile
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hostile_pickles import PICKLES, SAVERS, beside
+from warm_process import WarmPython
 
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import CheckpointError
@@ -37,12 +37,12 @@ def measure() -> None:
     print(json.dumps(found))
 
 
-def test_each_hostile_pickle_is_refused_within_seconds_and_200_mb(tmp_path: Path) -> None:
+def test_each_hostile_pickle_is_refused_within_seconds_and_200_mb(tmp_path: Path, python: WarmPython) -> None:
     for kind, saver in SAVERS.items():
         for name, pickled in PICKLES.items():
             if kind == "zip" or len(pickled) < 2**18:  # a file of its size, if it is not compressed
                 saver(tmp_path / f"{name} {kind}.pt", pickled)
-    ran = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True)
+    ran = python(__file__, tmp_path)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     assert len(found) > 1.5 * len(PICKLES)

@@ -473,7 +473,8 @@ def test_a_compiler_that_hangs_is_given_up_and_not_tried_again_at_once(
 def test_the_libraries_of_a_wheel_agree_with_torch_at_each_level_of_this_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick = 'case "$*" in *-fopenmp*) exec cc "$@";; esac; exec cc "$@" -O0'  # without threads it is the same code
+    # what is not looked up here, and what is the same code without threads, needs no optimizing
+    quick = 'case "$*" in *-fopenmp*lookup.c*) exec cc "$@";; esac; exec cc "$@" -O0'
     monkeypatch.setenv("CC", fake_compiler(tmp_path, quick))
     warnings: list[str] = []
     built = wheel_hook._compiled(tmp_path, warnings.append)
