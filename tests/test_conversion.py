@@ -32,6 +32,8 @@ from cqr_compress.errors import (
 )
 
 State = dict[str, torch.Tensor]
+PQ: dict[str, Any] = {"method": "pq", "num_columns": 4, "n_bits": 4}
+"""A layout without a search, where any will do."""
 REQUESTS = {
     "auto": cqr.ConvertOptions(ratio=8, effort="fast"),
     "pq": cqr.ConvertOptions(method="pq", ratio=8),
@@ -50,12 +52,20 @@ REQUESTS = {
 }
 
 
+@pytest.fixture
+def few_rows(tmp_path: Path, model_state: State) -> Path:
+    """The checkpoint with tables of few rows, for searches."""
+    state = {name: value[:1100].clone() if "embedding" in name else value for name, value in model_state.items()}
+    torch.save(state, tmp_path / "ckpt.pt")
+    return tmp_path / "ckpt.pt"
+
+
 @pytest.mark.parametrize("name", REQUESTS)
-def test_predicted_bytes_are_the_bytes_on_disk(tmp_path: Path, ckpt: Path, name: str) -> None:
+def test_predicted_bytes_are_the_bytes_on_disk(tmp_path: Path, few_rows: Path, name: str) -> None:
     out = tmp_path / "small.safetensors"
-    plan = cqr.convert(ckpt, out, REQUESTS[name], dry_run=True)
+    plan = cqr.convert(few_rows, out, REQUESTS[name], dry_run=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt"]
-    report = cqr.convert(ckpt, out, REQUESTS[name])
+    report = cqr.convert(few_rows, out, REQUESTS[name])
     assert plan.file_bytes_after == report.file_bytes_after == out.stat().st_size
     assert [t.bytes_after for t in plan.tables] == [t.bytes_after for t in report.tables]
     with safe_open(out, "pt") as file:
@@ -68,10 +78,9 @@ def test_predicted_bytes_are_the_bytes_on_disk(tmp_path: Path, ckpt: Path, name:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_export_restores_everything_but_the_tables_bit_for_bit(
-    tmp_path: Path, ckpt: Path, model_state: State, name: str
-) -> None:
-    report = cqr.convert(ckpt, tmp_path / "small.safetensors", REQUESTS[name])
+def test_export_restores_everything_but_the_tables_bit_for_bit(tmp_path: Path, few_rows: Path, name: str) -> None:
+    model_state = torch.load(few_rows, weights_only=True)
+    report = cqr.convert(few_rows, tmp_path / "small.safetensors", REQUESTS[name])
     cqr.export(tmp_path / "small.safetensors", tmp_path / "dense.pt")
     dense = torch.load(tmp_path / "dense.pt", weights_only=True)
     assert list(dense) == list(model_state)
@@ -113,7 +122,7 @@ def test_nesting_plain_values_and_shared_tensors_come_back(tmp_path: Path, table
     }  # fmt: skip
     torch.save(content, tmp_path / "m.pt")
     with pytest.warns(CqrCompressWarning, match="'lm_head.weight' shares its values with 'wte.weight'"):
-        report = cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", effort="fast")
+        report = cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", **PQ)
     assert report.optimizer_bytes == table.nbytes
     assert report.tables[0].name == "wte.weight" and report.tables[0].aliases == ("lm_head.weight",)
     cqr.export(tmp_path / "s.safetensors", tmp_path / "d.pt")
@@ -129,7 +138,7 @@ def test_nesting_plain_values_and_shared_tensors_come_back(tmp_path: Path, table
 
 def test_untie_keeps_the_other_name_dense(tmp_path: Path, table: torch.Tensor) -> None:
     torch.save({"wte.weight": table, "lm_head.weight": table}, tmp_path / "m.pt")
-    cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", untie=True, effort="fast")
+    cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", untie=True, **PQ)
     dense = cqr.load_dense_state_dict(tmp_path / "s.safetensors")
     assert torch.equal(dense["lm_head.weight"], table) and not torch.equal(dense["wte.weight"], table)
 
@@ -137,9 +146,7 @@ def test_untie_keeps_the_other_name_dense(tmp_path: Path, table: torch.Tensor) -
 def test_a_bare_tensor_and_a_lone_weight_get_names(tmp_path: Path, table: torch.Tensor) -> None:
     for source, stored in (("embeddings", "embeddings.codes"), ("weight", "codes")):
         save_file({source: table}, tmp_path / "m.safetensors")
-        cqr.convert(
-            tmp_path / "m.safetensors", tmp_path / "s.safetensors", tables=[source], force=True, effort="fast"
-        )
+        cqr.convert(tmp_path / "m.safetensors", tmp_path / "s.safetensors", tables=[source], force=True, **PQ)
         assert stored in load_file(tmp_path / "s.safetensors")
         assert list(cqr.load_dense_state_dict(tmp_path / "s.safetensors")) == [source]
 
@@ -189,8 +196,8 @@ def test_magnitudes_that_float16_cannot_hold_get_float32_codebooks(
 
 
 def test_shards_hold_the_same_model(tmp_path: Path, ckpt: Path) -> None:
-    whole = cqr.convert(ckpt, tmp_path / "one.safetensors", effort="fast")
-    report = cqr.convert(ckpt, tmp_path / "many.safetensors", shard_bytes=9000, effort="fast")
+    whole = cqr.convert(ckpt, tmp_path / "one.safetensors", **PQ)
+    report = cqr.convert(ckpt, tmp_path / "many.safetensors", shard_bytes=9000, **PQ)
     index = tmp_path / "many.safetensors.index.json"
     shards = sorted(tmp_path.glob("many-*.safetensors"))
     assert report.file == str(index) and len(shards) > 1
@@ -204,11 +211,11 @@ def test_shards_hold_the_same_model(tmp_path: Path, ckpt: Path) -> None:
 
 
 def test_small_tables_stay_dense_and_say_why(tmp_path: Path, ckpt: Path) -> None:
-    report = cqr.convert(ckpt, tmp_path / "s.safetensors", cqr.ConvertOptions(min_rows=2000))
+    report = cqr.convert(ckpt, tmp_path / "s.safetensors", min_rows=2000, **PQ)
     assert [t.name for t in report.tables] == ["item_embedding.weight"]
     assert report.left_dense[0].reason == "1500 rows are fewer than min_rows = 2000"
     with pytest.raises(TableNotFoundError, match="3000 rows are fewer than min_rows = 9999"):
-        cqr.convert(ckpt, tmp_path / "t.safetensors", cqr.ConvertOptions(min_rows=9999))
+        cqr.convert(ckpt, tmp_path / "t.safetensors", min_rows=9999, **PQ)
 
 
 def test_an_impossible_budget_says_what_is_possible_for_every_table(tmp_path: Path, ckpt: Path) -> None:
@@ -247,9 +254,9 @@ def test_a_request_that_contradicts_itself_is_refused(fields: dict[str, Any]) ->
     ],
 )  # fmt: skip
 def test_ranks_that_a_table_cannot_have_are_left_out(
-    tmp_path: Path, ckpt: Path, request_: cqr.ConvertOptions
+    tmp_path: Path, few_rows: Path, request_: cqr.ConvertOptions
 ) -> None:
-    report = cqr.convert(ckpt, tmp_path / "s.safetensors", request_)
+    report = cqr.convert(few_rows, tmp_path / "s.safetensors", request_)
     assert len(report.tables) == 2 and all(table.ratio_bytes >= 6 for table in report.tables)
     if request_.rank == 4:
         assert all("rank 4" in table.layout for table in report.tables)
@@ -265,22 +272,22 @@ def test_nothing_is_overwritten_without_force_and_never_the_source(tmp_path: Pat
     for existing in (out, tmp_path / "s.report.json"):
         existing.write_bytes(b"precious")
         with pytest.raises(OutputExistsError, match="already exists. Pass --force"):
-            cqr.convert(ckpt, out, effort="fast")
+            cqr.convert(ckpt, out, **PQ)
         assert existing.read_bytes() == b"precious"
         existing.unlink()
     with pytest.raises(OutputError, match="is the checkpoint itself"):
-        cqr.convert(ckpt, ckpt, force=True, effort="fast")
+        cqr.convert(ckpt, ckpt, force=True, **PQ)
     with pytest.raises(OutputError, match="no such folder"):
-        cqr.convert(ckpt, tmp_path / "nowhere" / "s.safetensors", effort="fast")
+        cqr.convert(ckpt, tmp_path / "nowhere" / "s.safetensors", **PQ)
 
 
 def test_what_is_compressed_already_or_has_no_table_is_refused(tmp_path: Path, ckpt: Path) -> None:
-    cqr.convert(ckpt, tmp_path / "s.safetensors", effort="fast")
+    cqr.convert(ckpt, tmp_path / "s.safetensors", **PQ)
     with pytest.raises(CheckpointError, match="already compressed"):
-        cqr.convert(tmp_path / "s.safetensors", tmp_path / "t.safetensors", effort="fast")
+        cqr.convert(tmp_path / "s.safetensors", tmp_path / "t.safetensors", **PQ)
     torch.save({"fc.weight": torch.zeros(5, 5), "fc.bias": torch.zeros(5)}, tmp_path / "n.pt")
     with pytest.raises(TableNotFoundError, match="found no embedding table in .* fc.weight 5 x 5"):
-        cqr.convert(tmp_path / "n.pt", tmp_path / "t.safetensors", effort="fast")
+        cqr.convert(tmp_path / "n.pt", tmp_path / "t.safetensors", **PQ)
     with pytest.raises(FormatError, match="not a compressed checkpoint"):
         cqr.load_dense_state_dict(ckpt)
 
@@ -290,7 +297,7 @@ def test_a_name_that_is_taken_is_refused(tmp_path: Path, table: torch.Tensor) ->
     with pytest.raises(
         ShapeError, match="has a tensor 'emb.codes', a name that is reserved for a compressed table 'emb.weight'"
     ):
-        cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", effort="fast")
+        cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", **PQ)
 
 
 def corrupt(path: Path, change: Callable[[dict[str, Any], State], None]) -> None:
@@ -344,7 +351,7 @@ def test_a_change_between_writing_and_verifying_fails_and_leaves_nothing(
 
     monkeypatch.setattr(writer.SafetensorsWriter, "finish", finish_and_flip)
     with pytest.raises(VerificationError, match="differs when read back"):
-        cqr.convert(ckpt, tmp_path / "s.safetensors", effort="fast")
+        cqr.convert(ckpt, tmp_path / "s.safetensors", **PQ)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt"]
 
 
@@ -353,7 +360,7 @@ def test_a_file_that_may_not_grow_fails_and_leaves_nothing(tmp_path: Path, ckpt:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(OutputError, match=r"cannot write .* the file size limit is exceeded"):
-            cqr.convert(ckpt, tmp_path / "s.safetensors", effort="fast")
+            cqr.convert(ckpt, tmp_path / "s.safetensors", **PQ)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt"]
@@ -471,7 +478,7 @@ def test_a_tensor_that_cannot_be_carried_over_is_named(
 ) -> None:
     torch.save({"emb.weight": table, **state}, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match=message):
-        cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", dry_run=True)
+        cqr.convert(tmp_path / "m.pt", tmp_path / "s.safetensors", dry_run=True, **PQ)
 
 
 def test_names_with_markup_and_brackets_are_shown_and_matched(
