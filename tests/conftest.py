@@ -62,6 +62,13 @@ def ckpt(tmp_path: Path, model_state: dict[str, torch.Tensor]) -> Path:
 
 
 @pytest.fixture
+def few_rows(ckpt: Path, model_state: dict[str, torch.Tensor]) -> Path:
+    """The same file with tables of 1100 rows, for searches among layouts."""
+    torch.save({name: rows[:1100].clone() if rows.dim() else rows for name, rows in model_state.items()}, ckpt)
+    return ckpt
+
+
+@pytest.fixture
 def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command line in this process, in `tmp_path`; tests of signals and of start-up begin a process."""
 

@@ -52,14 +52,6 @@ REQUESTS = {
 }
 
 
-@pytest.fixture
-def few_rows(tmp_path: Path, model_state: State) -> Path:
-    """The checkpoint with tables of few rows, for searches."""
-    state = {name: value[:1100].clone() if "embedding" in name else value for name, value in model_state.items()}
-    torch.save(state, tmp_path / "ckpt.pt")
-    return tmp_path / "ckpt.pt"
-
-
 @pytest.mark.parametrize("name", REQUESTS)
 def test_predicted_bytes_are_the_bytes_on_disk(tmp_path: Path, few_rows: Path, name: str) -> None:
     out = tmp_path / "small.safetensors"
@@ -249,8 +241,8 @@ def test_a_request_that_contradicts_itself_is_refused(fields: dict[str, Any]) ->
 @pytest.mark.parametrize(
     "request_",
     [
-        cqr.ConvertOptions(num_columns=8, ratio=6, effort="fast"), cqr.ConvertOptions(method="rq", rotation="opq", rank=64, ratio=6, effort="fast"),
-        cqr.ConvertOptions(rank=64, ratio=6, effort="fast"), cqr.ConvertOptions(rank=4, ratio=6, effort="fast"), cqr.ConvertOptions(method="prq", rotation="pca", rank="auto", num_columns=4, ratio=6, effort="fast"),
+        cqr.ConvertOptions(num_columns=8, ratio=6, effort="fast", refine_rounds=0), cqr.ConvertOptions(method="rq", rotation="opq", rank=64, ratio=6, effort="fast", refine_rounds=0),
+        cqr.ConvertOptions(rank=64, ratio=6, effort="fast", refine_rounds=0), cqr.ConvertOptions(rank=4, ratio=6, effort="fast", refine_rounds=0), cqr.ConvertOptions(method="prq", rotation="pca", rank="auto", num_columns=4, ratio=6, effort="fast", refine_rounds=0),
     ],
 )  # fmt: skip
 def test_ranks_that_a_table_cannot_have_are_left_out(

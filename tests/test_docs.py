@@ -40,10 +40,10 @@ def first_words(output: str) -> set[str]:
     return {line.split()[0].replace("─", "") or "rule" for line in output.splitlines() if line.strip()}
 
 
-def test_the_session_of_the_readme_runs_and_prints_what_is_shown(cli: Cli, ckpt: Path, tmp_path: Path) -> None:
+def test_the_session_of_the_readme_runs_and_prints_what_is_shown(cli: Cli, few_rows: Path, tmp_path: Path) -> None:
     (session,) = [block for block in blocks("console") if block.startswith("$")]
     (tmp_path / "quickstart").mkdir()
-    torch.save(torch.load(ckpt), tmp_path / "quickstart" / "ckpt.pt")
+    torch.save(torch.load(few_rows), tmp_path / "quickstart" / "ckpt.pt")
     parts = re.split(r"^\$ ", session, flags=re.M)[1:]
     assert [part.split()[1] for part in parts] == ["inspect", "convert", "export"]
     for part in parts:
@@ -56,15 +56,15 @@ def test_the_session_of_the_readme_runs_and_prints_what_is_shown(cli: Cli, ckpt:
         assert all(set(line.split()) <= set(printed.split()) for line in headings)
 
 
-def test_the_python_of_the_readme_runs(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_the_readme_runs(few_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert len(blocks("python")) == 3
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.item_embedding = torch.nn.Embedding(3000, 16)
-            self.user_embedding = torch.nn.Embedding(1500, 16)
+            self.item_embedding = torch.nn.Embedding(1100, 16)
+            self.user_embedding = torch.nn.Embedding(1100, 16)
             self.out = torch.nn.Linear(16, 4)
             self.register_buffer("steps", torch.tensor(0))
 
@@ -72,14 +72,14 @@ def test_the_python_of_the_readme_runs(ckpt: Path, tmp_path: Path, monkeypatch: 
         exec(block, {"model": Model(), "Model": Model})
 
 
-def test_the_commands_for_fine_tuning_run(cli: Cli, ckpt: Path, tmp_path: Path) -> None:
+def test_the_commands_for_fine_tuning_run(cli: Cli, few_rows: Path, tmp_path: Path) -> None:
     section = README.split("## Fine-tune")[1].split("## Train small")[0]
     lines = [line for block in re.findall(r"```console\n(.*?)```", section, re.S) for line in block.splitlines()]
     assert len(lines) == 5
-    state = {name: value for name, value in torch.load(ckpt).items() if "embedding" in name}
-    torch.save(state, ckpt)
-    cli("convert", ckpt, "-o", "small.safetensors", "--ratio", 8)
-    events = torch.stack([torch.randint(1500, (3000,)), torch.randint(3000, (3000,))], 1).tolist()
+    state = {name: value for name, value in torch.load(few_rows).items() if "embedding" in name}
+    torch.save(state, few_rows)
+    cli("convert", few_rows, "-o", "small.safetensors", "--ratio", 8)
+    events = torch.randint(1100, (3000, 2)).tolist()
     rows = [f"{user},{item},{user % 2}" for user, item in events]
     (tmp_path / "clicks.csv").write_text("\n".join(["user,item,label", *rows]))
     for line in lines:
@@ -98,11 +98,11 @@ mode = "min"
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.item_embedding, self.user_embedding = nn.Embedding(3000, 16), nn.Embedding(1500, 16)
+        self.item_embedding, self.user_embedding = nn.Embedding(1100, 16), nn.Embedding(1100, 16)
 def model():
     return Model()
 def train_batches(epoch):
-    return [torch.randint(1500, (64, 2)) for _ in range(4)]
+    return [torch.randint(1100, (64, 2)) for _ in range(4)]
 def loss(model, batch):
     rows = model.user_embedding(batch[:, 0]) * model.item_embedding(batch[:, 1])
     return (rows.sum(1) - 1) ** 2
