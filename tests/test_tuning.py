@@ -7,16 +7,19 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from warm_process import WarmPython
 
 import cqr_compress as cqr
 from cqr_compress.checkpoint.formats.open import open_checkpoint
@@ -877,6 +880,7 @@ def task_file(tmp_path: Path) -> Path:
         "from typing import Iterator\nimport torch\nfrom torch import Tensor, nn\nUSERS, ITEMS, D = 300, 400, 16\n"
     )
     (tmp_path / "ratings_model.py").write_text(f"{head}class Ratings{source}TRAINING, HELD_OUT{body}")
+    sys.modules.pop("ratings_model", None)  # of another test in this process
     path = tmp_path / "my_task.py"
     path.write_text(TASK_FILE)
     return path
@@ -1126,9 +1130,25 @@ assert group() is None
     assert done.returncode == 0, done.stderr
 
 
+def two_processes(python: WarmPython, folder: Path, *args: object) -> None:
+    """Start two processes with what torchrun tells them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def start(rank: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, **common, "OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank}
+        return python("-m", "cqr_compress", "finetune", *args, cwd=folder, env=env)
+
+    with ThreadPoolExecutor() as pool:
+        for done in pool.map(start, "01"):
+            assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("codes", ["reassign", "recluster", "train"])
 def test_two_processes_train_as_one_with_the_same_global_batch(
-    codes: str, task_file: Path, dense: Path, small: Path, tmp_path: Path, cli: Cli
+    codes: str, task_file: Path, dense: Path, small: Path, tmp_path: Path, cli: Cli, python: WarmPython
 ) -> None:
     model = (tmp_path / "ratings_model.py").read_text().replace("nn.Dropout(0.1)", "nn.Dropout(0.0)")
     (tmp_path / "ratings_model.py").write_text(model)
@@ -1148,7 +1168,10 @@ def evaluate(model):
     task_file.write_text(spy)
     common = ["--task", task_file, "--epochs", 3, "--codes", codes, "--learning-rate", "3e-3", "--original", dense,
               "--option", "evaluate_original=false"]  # fmt: skip
-    torchrun(tmp_path, 2, small, "-o", "two.safetensors", *common)
+    if codes == "reassign":
+        torchrun(tmp_path, 2, small, "-o", "two.safetensors", *common)
+    else:
+        two_processes(python, tmp_path, small, "-o", "two.safetensors", *common)
     cli("finetune", small, "-o", "one.safetensors", "--option", "gradient_accumulation_steps=2", *common)
     first, second = ((tmp_path / f"codes-{rank}.txt").read_text() for rank in (0, 1))
     assert first == second and len(set(first.split())) > 3
@@ -1160,7 +1183,7 @@ def evaluate(model):
 
 
 def test_a_run_that_was_killed_in_the_middle_of_an_epoch_ends_in_the_same_file(
-    task_file: Path, small: Path, tmp_path: Path, cli: Cli
+    task_file: Path, small: Path, tmp_path: Path, cli: Cli, python: WarmPython
 ) -> None:
     """SIGKILL, not an exception: nothing of the first process has a chance to clean up."""
     task_file.write_text(
@@ -1169,7 +1192,8 @@ def test_a_run_that_was_killed_in_the_middle_of_an_epoch_ends_in_the_same_file(
             "import os, pathlib, time\n"
             "    for index, batch in enumerate(train(epoch)):\n"
             "        if (epoch, index) == (1, 11) and 'STOP_HERE' in os.environ:\n"
-            "            pathlib.Path(os.environ['STOP_HERE']).touch()\n"
+            "            pathlib.Path('pid').write_text(str(os.getpid()))\n"
+            "            pathlib.Path('pid').rename(os.environ['STOP_HERE'])\n"
             "            time.sleep(300)\n"
             "        yield batch",
         )
@@ -1177,20 +1201,15 @@ def test_a_run_that_was_killed_in_the_middle_of_an_epoch_ends_in_the_same_file(
     common = ["--task", task_file, "--epochs", 3, "--option", "save_every=4", "--learning-rate", "3e-3",
               "--codes", "frozen"]  # fmt: skip
     cli("finetune", small, "-o", "whole.safetensors", *common)
-    command = [sys.executable, "-m", "cqr_compress", "finetune", small, "-o", "cut.safetensors", *common]
+    command = ["-m", "cqr_compress", "finetune", small, "-o", "cut.safetensors", *common]
     stopped = tmp_path / "stopped"
-    process = subprocess.Popen(
-        list(map(str, command)),
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "STOP_HERE": str(stopped)},
-    )
-    deadline = time.monotonic() + 120
-    while not stopped.exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with ThreadPoolExecutor() as pool:
+        process = pool.submit(python, *command, cwd=tmp_path, env={**os.environ, "STOP_HERE": str(stopped)})
+        while not stopped.exists():
+            assert not process.done(), process.result()
+            time.sleep(0.01)
+        os.kill(int(stopped.read_text()), signal.SIGKILL)
+        assert process.result().returncode == -signal.SIGKILL
     assert torch.load(tmp_path / "cut.resume.pt")["position"]["step_of_epoch"] in range(1, 11)
     assert not (tmp_path / "cut.safetensors").exists()
     cli("finetune", small, "-o", "cut.safetensors", *common, "--resume")

@@ -31,6 +31,7 @@ class WarmPython:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._address = str(Path(self._folder.name) / "socket")
+        self._starting = threading.Lock()
         self._server: subprocess.Popen[bytes] | None = None
 
     def __call__(
@@ -41,10 +42,11 @@ class WarmPython:
         if not sys.platform.startswith("linux"):
             command = [sys.executable, *args]
             return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
-        if self._server is None:
-            command = [sys.executable, __file__, self._address]
-            self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            assert self._server.stdout is not None and self._server.stdout.readline() == b"ready\n"
+        with self._starting:
+            if self._server is None:
+                command = [sys.executable, __file__, self._address]
+                self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                assert self._server.stdout is not None and self._server.stdout.readline() == b"ready\n"
         with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as connection:
             outputs = [Path(folder) / name for name in ("out", "err")]
             request = [args, str(cwd or Path.cwd()), dict(env), *map(str, outputs)]
