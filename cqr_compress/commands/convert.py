@@ -47,7 +47,7 @@ from cqr_compress.planning.quality_budget import QualityTarget
 from cqr_compress.planning.rate_distortion import rate_distortion
 from cqr_compress.planning.rest import plan_rest
 from cqr_compress.planning.rules import Rules, read_rules
-from cqr_compress.planning.size_budget import SizePlanner
+from cqr_compress.planning.size_budget import Curves, SizePlanner
 from cqr_compress.planning.token_frequencies import token_frequencies
 from cqr_compress.progress import Progress, shown
 from cqr_compress.quantize.base import row_weights
@@ -90,6 +90,7 @@ def convert(
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    measured: Curves | None = None,
     **option_fields: Any,
 ) -> SizeReport:
     """Compress a checkpoint's embedding tables into a safetensors file, with a JSON report next to it.
@@ -117,6 +118,8 @@ def convert(
         force: replace existing output.
         dry_run: plan and predict sizes; nothing is written.
         progress: receives the progress of the work; if None, bars if stderr is a terminal.
+        measured: a dict that several conversions of one checkpoint, with options that differ in the budget only,
+            share: errors at several sizes of tables that share a budget are measured by the first one only.
         **option_fields: fields of `ConvertOptions`, such as `ratio=16`; they override those of `options`.
 
     Returns:
@@ -163,7 +166,9 @@ def convert(
             raise SpecError("weight is 'task' without a task: give the task whose loss compares tables")
         by_tokenizer = options.prior == "tokenizer" and not frequencies and task is None
         estimated = token_frequencies(source, num_rows) if by_tokenizer else {}
-        work = _Conversion(checkpoint, candidates, options, estimated, destination, progress, sensitivity, earlier)
+        work = _Conversion(
+            checkpoint, candidates, options, estimated, destination, progress, sensitivity, earlier, measured
+        )
         planned = work.plan(sensitivity.counts | counts | estimated, estimated=dry_run)
         _check_names(checkpoint, planned)
         if plan_path is not None and earlier is None:
@@ -190,6 +195,7 @@ class _Conversion:
         progress: receives the progress of the work.
         sensitivity: that of a task's loss to the tables, if there is one.
         earlier: a plan to follow.
+        measured: errors at several sizes, by table, that were measured before.
         meters: quality of the tables, known once they are written.
         rests: dtypes of the other tensors, by the names of the compressed tables.
     """
@@ -202,6 +208,7 @@ class _Conversion:
     progress: Progress
     sensitivity: Sensitivity = field(default_factory=Sensitivity)
     earlier: PlanFile | None = None
+    measured: Curves | None = None
     meters: dict[str, QualityMeter] = field(default_factory=dict)
     rests: dict[frozenset[str], RestRecord | None] = field(default_factory=dict)
 

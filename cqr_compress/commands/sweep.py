@@ -35,6 +35,7 @@ from cqr_compress.option_fields import merged
 from cqr_compress.planning.find import find_tables, with_table_names
 from cqr_compress.planning.frequencies import Frequencies
 from cqr_compress.planning.rules import Rules, read_rules
+from cqr_compress.planning.size_budget import Curves
 from cqr_compress.progress import Progress, shown
 from cqr_compress.quantize.options import BUDGETS, ConvertOptions
 
@@ -159,7 +160,7 @@ class _Sweep:
     dense_bytes: int
     dense: dict[str, Tensor] | None
     state: dict[str, Any]
-    began: float = field(default_factory=time.monotonic)
+    measured: Curves = field(default_factory=dict)
 
     @classmethod
     def prepare(
@@ -247,7 +248,16 @@ class _Sweep:
         progress = _Prefixed(self.progress, f"{ratio:g}x: ")
         options = replace(self.options, ratio=ratio)
         task: Any = self.sensitivity if self.task is not None else None
-        report = convert(self.source, file, options, task=task, force=True, progress=progress, **self.selection)
+        report = convert(
+            self.source,
+            file,
+            options,
+            task=task,
+            force=True,
+            progress=progress,
+            measured=self.measured,
+            **self.selection,
+        )
         examples = None
         if self.task is not None and self.finetune_options is not None:
             tuned = file.with_suffix(".tuned.safetensors")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cqr_compress.errors import BudgetError, SpecError, TableRefusedError
 from cqr_compress.planning.scan import ScannedTable
-from cqr_compress.planning.search import BRIEF, Trial, estimate, search, worth_trying
+from cqr_compress.planning.search import BRIEF, Trial, estimate, kind_of, search, worth_trying
 from cqr_compress.planning.trial_fit import TrialFit, trial_fit
 from cqr_compress.progress import NoProgress, Progress
 from cqr_compress.quantize.base import FitEffort
@@ -84,6 +84,27 @@ def plan_table(
         spec, error, trials = found.spec, found.error, found.trials
         reason = f"least error on a sample ({error:.4f} relative) of {found.num_layouts} layouts that fit"
     return TablePlan(name, spec, reason, method.effort(spec, options.refine_rounds), error, trials)
+
+
+def resize_plan(table: ScannedTable, plan: TablePlan, options: ConvertOptions) -> TablePlan:
+    """Return a plan of the same kind of layout with the bytes of other options; the same plan if there is none.
+
+    Args:
+        table: the scanned table.
+        plan: a plan with a spec.
+        options: the options of the plan with another budget.
+    """
+    spec, method = plan.spec, method_of(options.method)
+    assert spec is not None
+    budget = budget_bytes(table.facts, options) or 0
+    layouts = method.layouts(options, table.facts)
+    same = [each for each in layouts if each.method == spec.method and kind_of(each) == kind_of(spec)]
+    largest = max((s for s in same if s.nbytes <= budget), key=lambda each: each.nbytes, default=spec)
+    if largest.nbytes <= spec.nbytes:
+        return plan
+    fit = estimate(table, largest, options)
+    effort = method.effort(largest, options.refine_rounds)
+    return replace(plan, spec=largest, effort=effort, error=plan.error if fit is None else fit.error)
 
 
 def _check_magnitude(table: ScannedTable) -> None:

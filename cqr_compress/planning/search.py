@@ -110,12 +110,7 @@ def worth_trying(specs: Sequence[AnySpec]) -> list[AnySpec]:
     """
     best: dict[tuple[object, ...], AnySpec] = {}
     for spec in specs:
-        key: tuple[object, ...] = (spec.method,)
-        if isinstance(spec, CodebookSpec):
-            sources = spec.code_sources if spec.method == "cqr" else ()
-            key = (spec.num_columns, spec.codebook_size, spec.rotation, spec.rank, sources)
-        elif isinstance(spec, TrellisSpec):
-            key = (spec.rotation, spec.gain_bits, spec.has_tiers)
+        key = kind_of(spec)
         if key not in best or spec.nbytes > best[key].nbytes:
             best[key] = spec
     most = max(spec.nbytes for spec in best.values())
@@ -130,6 +125,16 @@ def worth_trying(specs: Sequence[AnySpec]) -> list[AnySpec]:
         )
 
     return [spec for spec in large if not is_dominated(spec)]
+
+
+def kind_of(spec: AnySpec) -> tuple[object, ...]:
+    """Return what layouts share that differ in the number of levels, or in the bytes of a trellis's rows, only."""
+    if isinstance(spec, CodebookSpec):
+        sources = spec.code_sources if spec.method == "cqr" else ()
+        return spec.num_columns, spec.codebook_size, spec.rotation, spec.rank, sources
+    if isinstance(spec, TrellisSpec):
+        return spec.rotation, spec.gain_bits, spec.has_tiers
+    return (spec.method,)
 
 
 def search(table: ScannedTable, specs: Sequence[AnySpec], options: ConvertOptions, progress: Progress) -> Found:

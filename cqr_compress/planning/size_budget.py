@@ -11,7 +11,7 @@ from torch import Tensor
 from cqr_compress.checkpoint.base import Checkpoint
 from cqr_compress.errors import BudgetError
 from cqr_compress.planning.allocate import RatePoint, allocate_bytes, refined
-from cqr_compress.planning.choose import plan_table
+from cqr_compress.planning.choose import plan_table, resize_plan
 from cqr_compress.planning.curves import measure_sizes, options_of_size
 from cqr_compress.planning.find import Candidate
 from cqr_compress.planning.plan_tables import (
@@ -28,6 +28,8 @@ from cqr_compress.progress import Progress
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.table.defaults import CPU_FLOAT
 
+Curves = dict[str, list[RatePoint]]
+"""Sizes and errors by table."""
 _UNUSED_SHARE = 0.002
 """Share of the bytes of all tables that may stay unused."""
 _ROUNDS = 4
@@ -53,7 +55,7 @@ class SizePlanner:
     candidates: dict[str, Candidate] = field(default_factory=dict)
     scans: dict[str, ScannedTable] = field(default_factory=dict)
     fixed: Planned = field(default_factory=lambda: Planned({}, []))
-    curves: dict[str, list[RatePoint]] = field(default_factory=dict)
+    curves: Curves = field(default_factory=dict)
     importance: dict[str, float] = field(default_factory=dict)
     _plans: dict[tuple[str, int], PlannedTable] = field(default_factory=dict)
 
@@ -66,6 +68,7 @@ class SizePlanner:
         weights: Mapping[str, Tensor],
         importance: Mapping[str, float],
         progress: Progress,
+        measured: Curves | None = None,
     ) -> SizePlanner:
         """Scan all tables and measure their errors at several sizes.
 
@@ -76,6 +79,8 @@ class SizePlanner:
             weights: (N,) weights of the rows' squared errors, by table.
             importance: factors on the tables' relative errors; those that `options.weight` means for other tables.
             progress: receives the progress of the work.
+            measured: curves that were measured before with these options, which are not measured again; new ones
+                are added.
 
         Raises:
             TableRefusedError: values whose squares overflow or underflow float32.
@@ -86,7 +91,7 @@ class SizePlanner:
             own = candidate.options(options)
             scan = replace(scan_entry(checkpoint.entries[name], own, progress), weights=weights.get(name))
             planner.candidates[name] = candidate
-            planner._measure_one(candidate, scan, own)
+            planner._measure_one(candidate, scan, own, {} if measured is None else measured)
             planner.importance[name] = importance.get(name) or _importance(scan, options.weight or "energy")
             held += scan.sample.nbytes
             if held > HELD_SAMPLE_BYTES:
@@ -141,10 +146,12 @@ class SizePlanner:
             unused = budget - self.nbytes(Planned({**self.fixed.tables, **tables}, left))
             if unused <= _UNUSED_SHARE * budget:
                 break
-            tables[name] = self._planned(name, tables[name].spec.nbytes + int(unused))
+            tables[name] = self._grown(tables[name], tables[name].spec.nbytes + int(unused))
         return Planned({**self.fixed.tables, **tables}, left)
 
-    def _measure_one(self, candidate: Candidate, scan: ScannedTable, own: ConvertOptions) -> None:
+    def _measure_one(
+        self, candidate: Candidate, scan: ScannedTable, own: ConvertOptions, measured: Curves
+    ) -> None:
         """Measure a table's error at several sizes; plan it at once if a rule determines its size."""
         name, rule = candidate.name, candidate.rule
         if rule is not None and not own.shares_budget:
@@ -157,8 +164,10 @@ class SizePlanner:
             self.fixed = Planned(tables, left)
             return
         dense = [RatePoint(scan.facts.nbytes, 0.0)] if rule is None else []
-        measured = measure_sizes(scan, own, self.progress)
-        points = [RatePoint(m.nbytes, m.fit.error) for m in measured]
+        if name not in measured:
+            sizes = measure_sizes(scan, own, self.progress)
+            measured[name] = [RatePoint(size.nbytes, size.fit.error) for size in sizes]
+        points = measured[name]
         if not points and not dense:
             raise BudgetError(f"no size of {own.method} fits {name!r}, which rule {rule and rule.text!r} names")
         self.curves[name] = refined([*points, *dense])
@@ -169,15 +178,28 @@ class SizePlanner:
             scan, entry = self.scans[name], self.checkpoint.entries[name]
             own = self.candidates[name].options(self.options)
             options = options_of_size(scan, own, nbytes)
-            if len(scan.sample) == 0:
-                scan = replace(scan_entry(entry, own, self.progress), weights=scan.weights)
-            plan = plan_table(scan, options, self.progress, estimated=True)
+            plan = plan_table(self._with_sample(name, scan), options, self.progress, estimated=True)
             assert plan.spec is not None
             spec, curve = plan.spec, tuple((point.nbytes, point.error) for point in self.curves[name])
             self._plans[name, nbytes] = PlannedTable(
                 entry, replace(plan, curve=curve), spec, self.scans[name], options
             )
         return self._plans[name, nbytes]
+
+    def _grown(self, table: PlannedTable, nbytes: int) -> PlannedTable:
+        """Return a plan of the same kind of layout within more bytes."""
+        name, scan = table.entry.name, table.scan
+        options = options_of_size(scan, self.candidates[name].options(self.options), nbytes)
+        plan = resize_plan(self._with_sample(name, scan), table.plan, options)
+        assert plan.spec is not None
+        return PlannedTable(table.entry, plan, plan.spec, scan, options)
+
+    def _with_sample(self, name: str, scan: ScannedTable) -> ScannedTable:
+        """Return a scan with its sample, which is read again where it is no longer held."""
+        if len(scan.sample):
+            return scan
+        own = self.candidates[name].options(self.options)
+        return replace(scan_entry(scan.entry, own, self.progress), weights=scan.weights)
 
 
 def _importance(scan: ScannedTable, weight: str) -> float:
