@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from cqr_compress.commands.inspect import DenseReport as DenseReport
     from cqr_compress.commands.inspect import DenseTable as DenseTable
     from cqr_compress.commands.inspect import inspect as inspect
+    from cqr_compress.commands.page import write_page as write_page
     from cqr_compress.commands.refit import refit as refit
     from cqr_compress.commands.sweep import sweep as sweep
     from cqr_compress.commands.sweep_report import SweepPoint as SweepPoint
@@ -82,6 +83,7 @@ _HOMES = {
     "commands.export_onnx": ("export_onnx",),
     "commands.finetune": ("finetune",),
     "commands.inspect": ("DenseReport", "DenseTable", "inspect"),
+    "commands.page": ("write_page",),
     "commands.refit": ("refit",),
     "commands.sweep": ("sweep",),
     "commands.sweep_report": ("SweepPoint", "SweepReport"),

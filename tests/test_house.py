@@ -20,7 +20,7 @@ RANKS = {
     "table": 1, "vectors": 1,
     "kernel": 2,
     "quantize": 3, "checkpoint": 3, "nn": 3,
-    "planning": 4, "clustering": 4,
+    "planning": 4, "clustering": 4, "pages": 4,
     "model": 5,
     "finetuning": 6, "integrations": 6,
     "commands": 7, "tasks": 7,

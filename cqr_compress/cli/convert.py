@@ -27,6 +27,7 @@ from cqr_compress.cli.options import (
     print_json,
     run,
 )
+from cqr_compress.cli.page_options import HtmlOption, LabelsOption, PlotsOption
 from cqr_compress.cli.task_options import (
     BatchSizeOption,
     EvalFileOption,
@@ -71,6 +72,9 @@ def convert(
     ] = False,
     shard_size: ShardOption = None,
     force: ForceOption = False,
+    html: HtmlOption = None,
+    plots: PlotsOption = None,
+    labels: LabelsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **option_fields: Any,
@@ -85,6 +89,7 @@ def convert(
     """
 
     def work() -> None:
+        from cqr_compress.cli.page_options import check_pages, write_pages
         from cqr_compress.cli.render import print_folder_hint, print_load_hint, print_size_report
         from cqr_compress.commands.convert import convert as convert_file
         from cqr_compress.commands.convert_folder import convert_folder, is_folder_conversion
@@ -97,9 +102,14 @@ def convert(
             "task": None if task is None else choice.task(checkpoint), "untie": untie,
             "shard_bytes": parse_size(shard_size), "force": force, "dry_run": dry_run,
         }  # fmt: skip
+        check_pages(html, plots, labels=labels, original=checkpoint, force=force, reading=[checkpoint])
+        pages: dict[str, Any] = {
+            "original": checkpoint, "labels": labels, "frequencies": frequencies, "force": force
+        }  # fmt: skip
         if output is not None and is_folder_conversion(checkpoint, output):
             with ProgressBars() as progress:
                 folder = convert_folder(checkpoint, output, progress=progress, **options)
+            write_pages(folder.to_json(), html, plots, **pages)
             if as_json:
                 print_json(folder.to_json())
                 return
@@ -109,6 +119,7 @@ def convert(
             return
         with ProgressBars() as progress:
             report = convert_file(checkpoint, output, progress=progress, **options)
+        write_pages(report.to_json(), html, plots, **pages)
         if as_json:
             print_json(report.to_json())
             return

@@ -21,6 +21,7 @@ from cqr_compress.cli.options import (
     run,
     split_setting,
 )
+from cqr_compress.cli.page_options import HtmlOption, LabelsOption, PlotsOption
 from cqr_compress.cli.task_options import (
     BatchSizeOption,
     EvalFileOption,
@@ -74,6 +75,9 @@ def finetune(
         typer.Option("--resume", help="Resume an interrupted run exactly.", rich_help_panel=OUTPUT),
     ] = False,
     force: ForceOption = False,
+    html: HtmlOption = None,
+    plots: PlotsOption = None,
+    labels: LabelsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **option_fields: Any,
@@ -88,6 +92,7 @@ def finetune(
 
     def work() -> None:
         from cqr_compress import distributed
+        from cqr_compress.cli.page_options import check_pages, write_pages
         from cqr_compress.cli.render import print_load_hint, print_tuning_report
         from cqr_compress.commands.finetune import finetune as finetune_file
         from cqr_compress.finetuning.task_file import write_template
@@ -100,6 +105,7 @@ def finetune(
             return
         if compressed is None:
             raise typer.BadParameter("COMPRESSED is missing: give a compressed file")
+        check_pages(html, plots, labels=labels, original=original, force=force, reading=[compressed])
         given = dict(split_setting(text, "--option") for text in more or ())
         if twice := sorted(set(given) & set(_OWN)):
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in twice)
@@ -115,6 +121,7 @@ def finetune(
             first = distributed.rank() == 0
         if not first or report.size is None:
             return
+        write_pages(report.to_json(), html, plots, original=original, labels=labels, force=force)
         if as_json:
             print_json(report.to_json())
             return

@@ -1,0 +1,1 @@
+"""Pages of reports: self-contained HTML with charts, from the JSON of a report."""
