@@ -8,7 +8,7 @@ from typing import Any
 from cqr_compress.pages.bars import draw_bands
 from cqr_compress.pages.elements import Chart, Column, Section, Table
 from cqr_compress.pages.size_sections import slug
-from cqr_compress.pages.text import clean, file_name, number, plural, size, times
+from cqr_compress.pages.text import file_name, number, plural, size, times
 
 Report = Mapping[str, Any]
 
@@ -22,17 +22,17 @@ def evaluation_sections(evaluation: Report, files: Sequence[Report], prefix: str
     names = list(dict.fromkeys(name for _, _, metrics in rows for name in metrics or ()))
     if names or len(files) > 1:
         columns = [Column("file"), Column("bytes", True), Column("ratio", True)]
-        columns += [Column(clean(name), True) for name in names]
+        columns += [Column(name, True) for name in names]
         dense_bytes = evaluation["dense_bytes"]
         cells = [
             [
-                clean(file_name(file)), size(nbytes or 0),
+                file_name(file), size(nbytes or 0),
                 times(dense_bytes, nbytes) if dense_bytes and nbytes else "",
                 *(number(metrics[name]) if name in (metrics or {}) else "" for name in names),
             ]
             for file, nbytes, metrics in rows
         ]  # fmt: skip
-        task = f"Task: {clean(evaluation['task'])}." if evaluation["task"] else ""
+        task = f"Task: {evaluation['task']}." if evaluation["task"] else ""
         found.append(Section("Metrics", task, table=Table(columns, cells).filled()))
     if len(files) > 1 and any(file["tables"] for file in files):
         found.append(_quality_section(files))
@@ -51,7 +51,7 @@ def evaluation_sections(evaluation: Report, files: Sequence[Report], prefix: str
 
 def _bands_chart(name: str, title: str, bands: Sequence[Report]) -> Chart:
     sizes = "; ".join(f"{band['name']}: {plural(band['num_ids'], 'id')}" for band in bands)
-    return Chart(name, clean(title), lambda width: draw_bands(bands, width), f"{sizes}.")
+    return Chart(name, title, lambda width: draw_bands(bands, width), f"{sizes}.")
 
 
 _QUALITY = {
@@ -65,7 +65,7 @@ def _quality_section(files: Sequence[Report]) -> Section:
     columns = [Column("file"), Column("table"), *(Column(title, True) for title in _QUALITY.values())]
     rows = [
         [
-            clean(file_name(file["file"])), clean(table["name"]),
+            file_name(file["file"]), table["name"],
             *(number(table["quality"][key]) if key in table["quality"] else "" for key in _QUALITY),
         ]
         for file in files
@@ -76,23 +76,23 @@ def _quality_section(files: Sequence[Report]) -> Section:
 
 def neighbours_section(found: Report) -> Section:
     """Return the section of the nearest rows of sampled ids before and after."""
-    base = f"among {found['base']:,} of its {found['num_rows']:,} rows"
+    base, rows = found["base"], found["num_rows"]
+    among = f"all {rows:,}" if base == rows else f"{base:,} of its {rows:,}"
     kept = [
         sum(item[0] in {i for i, *_ in query["before"]} for item in query["after"]) for query in found["queries"]
     ]
     k = max((len(query["before"]) for query in found["queries"]), default=0)
     share = f"{sum(kept)} of {k * len(kept)} neighbours are kept. " if kept else ""
-    lead = f"{share}By cosine, of rows of {clean(found['table'])}, {base}."
+    lead = f"{share}By cosine, among {among} rows of {found['table']}."
     queries = []
     for query, same in zip(found["queries"], kept, strict=True):
         sides = {}
         for side, other in (("before", "after"), ("after", "before")):
             ids = {item[0] for item in query[other]}
             sides[side] = [
-                {"label": clean(label), "cosine": f"{cosine:.3f}", "shared": i in ids}
-                for i, label, cosine in query[side]
+                {"label": label, "cosine": f"{cosine:.3f}", "shared": i in ids} for i, label, cosine in query[side]
             ]
-        queries.append({"label": clean(query["label"]), "id": query["id"], "kept": same, "of": k, **sides})
+        queries.append({"label": query["label"], "id": query["id"], "kept": same, "of": k, **sides})
     return Section("Nearest neighbours", lead, queries=queries)
 
 

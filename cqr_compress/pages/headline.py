@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cqr_compress.pages.elements import Stat
-from cqr_compress.pages.text import change_for_the_worse, clean, metric_of, number, percent, plural, size, times
+from cqr_compress.pages.text import change_for_the_worse, metric_of, number, percent, plural, size, times
 
 Report = Mapping[str, Any]
 
@@ -71,18 +71,16 @@ def size_summary(report: Report) -> list[str]:
     methods: dict[str, int] = {}
     for table in report["tables"]:
         methods[table["method"]] = methods.get(table["method"], 0) + 1
-    done = ", ".join(f"{plural(count, 'table')} with {clean(method)}" for method, count in methods.items())
+    done = ", ".join(f"{plural(count, 'table')} with {method}" for method, count in methods.items())
     found = [f"{'Compressed' if report['measured'] else 'To be compressed'}: {done or 'no table'}."]
     if report["left_dense"]:
         found.append(f"Left dense: {plural(len(report['left_dense']), 'table')}.")
     rest = report.get("rest")
-    found.append(
-        "Other tensors as in the source." if rest is None else f"Other tensors in {clean(rest['dtype'])}."
-    )
+    found.append("Other tensors as in the source." if rest is None else f"Other tensors in {rest['dtype']}.")
     if report["optimizer_bytes"]:
         found.append(f"{size(report['optimizer_bytes'])} of optimizer state not carried over, and not counted.")
     if report.get("tuning") is not None:
-        found.append(f"Fine-tuned on {clean(report['tuning']['task'])}: {clean(report['tuning']['summary'])}.")
+        found.append(f"Fine-tuned on {report['tuning']['task']}: {report['tuning']['summary']}.")
     return found
 
 
@@ -94,4 +92,4 @@ TERMS = (
 
 def made_by(report: Report) -> str:
     """Return the footer of a page: what made the file, and the terms."""
-    return f"cqr-compress {clean(report['version'])}, seed {report['seed']}. {TERMS}"
+    return f"cqr-compress {report['version']}, seed {report['seed']}. {TERMS}"

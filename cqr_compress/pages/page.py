@@ -20,6 +20,7 @@ from cqr_compress.pages.style import (
     inline_svg,
     require_report_extra,
 )
+from cqr_compress.pages.text import clean
 
 Report = Mapping[str, Any]
 _HALF = 372
@@ -89,6 +90,7 @@ def page_of(report: Report, neighbours: Sequence[Report] = (), has_words: bool =
         "sweep_report": sweep_page,
         "checkpoint_report": checkpoint_page,
     }
+    report, neighbours = clean(report), clean(neighbours)
     make = kinds.get(report.get("kind"))
     if make is None:
         raise FormatError(

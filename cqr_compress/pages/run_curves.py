@@ -59,7 +59,7 @@ def draw_sweep(report: Mapping[str, Any], width: int) -> Figure:
             textcoords="offset points", color=light("muted"),
         )  # fmt: skip
     axes.set_xscale("log")
-    axes.margins(0.07, 0.14)
+    axes.margins(0.07 if width > NARROW else 0.12, 0.14)
     bytes_axis(axes, [point["file_bytes"] for point, _ in measured], width)
     better = "higher is better" if sign < 0 else "lower is better"
     axes.set_title(f"{metric} ({better})" if by_metric else "relative MSE", loc="left", color=light("muted"))

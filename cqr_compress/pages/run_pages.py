@@ -10,7 +10,7 @@ from cqr_compress.pages.evaluation_sections import evaluation_sections, recorded
 from cqr_compress.pages.headline import TERMS, bytes_stat, made_by, metric_stat, size_stats, size_summary
 from cqr_compress.pages.run_sections import sweep_section, tuning_section
 from cqr_compress.pages.size_sections import load_section, size_sections
-from cqr_compress.pages.text import clean, file_name, metric_of, number, percent, plural
+from cqr_compress.pages.text import file_name, metric_of, number, percent, plural
 
 Report = Mapping[str, Any]
 
@@ -26,8 +26,8 @@ def evaluation_page(report: Report, neighbours: list[Section], has_words: bool) 
         value, dense = (metric_of(m, report["metric"]) for m in (files[0]["metrics"], report["dense"]))
         if value is not None:
             stats.append(metric_stat(report["metric"], dense, value, None))
-    names = ", ".join(clean(file_name(file["file"])) for file in files)
-    original = f"compared with {clean(file_name(report['original']))}" if report["original"] else "evaluated"
+    names = ", ".join(file_name(file["file"]) for file in files)
+    original = f"compared with {file_name(report['original'])}" if report["original"] else "evaluated"
     sections = evaluation_sections(report, files)
     if len(files) == 1 and sizes:
         sections += size_sections(sizes[0])
@@ -51,11 +51,11 @@ def tuning_page(report: Report, neighbours: list[Section], has_words: bool) -> P
                  "given file → written file")  # fmt: skip
     stats = [given] if dense is None else [stat, given]
     if written is None:
-        return Page(f"Fine-tuning on {clean(report['task'])}", "nothing was written", [], stats,
+        return Page(f"Fine-tuning on {report['task']}", "nothing was written", [], stats,
                     [tuning_section(report)], f"cqr-compress. {TERMS}")  # fmt: skip
     return Page(
-        title=clean(file_name(written["file"])),
-        subtitle=f"compressed from {clean(file_name(written['source']))}, fine-tuned on {clean(report['task'])}",
+        title=file_name(written["file"]),
+        subtitle=f"compressed from {file_name(written['source'])}, fine-tuned on {report['task']}",
         summary=[line for line in size_summary(written) if not line.startswith("Fine-tuned")],
         stats=[*size_stats(written)[:1], *stats, *size_stats(written)[2:]],
         sections=[
@@ -72,7 +72,7 @@ def sweep_page(report: Report, neighbours: list[Section], has_words: bool) -> Pa
     dense = metric_of(report.get("dense"), metric)
     stats, summary = [], [f"{plural(len(points), 'size')} tried."]
     if report.get("max_loss") is not None:
-        summary.append(f"Allowed loss: {percent(report['max_loss'])} of {clean(metric)}.")
+        summary.append(f"Allowed loss: {percent(report['max_loss'])} of {metric}.")
     if chosen is None:
         summary.append("None was chosen.")
     else:
@@ -93,9 +93,9 @@ def sweep_page(report: Report, neighbours: list[Section], has_words: bool) -> Pa
         summary += size_summary(written)
         sections += [*size_sections(written), *recorded_evaluation(written)]
         neighbours = [*neighbours, load_section(written, has_words)]
-    task = f" on {clean(report['task'])}" if report.get("task") else ""
+    task = f" on {report['task']}" if report.get("task") else ""
     return Page(
-        title=f"Sizes of {clean(file_name(report['source']))}",
+        title=f"Sizes of {file_name(report['source'])}",
         subtitle=f"bytes and quality compared{task}",
         summary=summary,
         stats=stats,

@@ -7,7 +7,7 @@ from typing import Any
 
 from cqr_compress.pages.elements import Chart, Column, Section, Table
 from cqr_compress.pages.run_curves import draw_history, draw_sweep
-from cqr_compress.pages.text import clean, number, percent, plural, size
+from cqr_compress.pages.text import number, percent, plural, size
 
 Report = Mapping[str, Any]
 
@@ -17,8 +17,8 @@ def sweep_section(report: Report) -> Section:
     points, metric = report["points"], report.get("metric")
     names = list(dict.fromkeys(name for point in points for name in point["metrics"] or ()))
     columns = [
-        Column("ratio", True), Column("file", True), Column("relative MSE", True), Column("recall@10", True),
-        *(Column(clean(name), True) for name in names), Column("loss", True), Column("interval", True),
+        Column("ratio", True), Column("file", True), *(Column(name, True) for name in names),
+        Column("loss", True), Column("interval", True), Column("relative MSE", True), Column("recall@10", True),
         Column("fine-tuned"), Column("seconds", True),
     ]  # fmt: skip
     rows = []
@@ -27,11 +27,11 @@ def sweep_section(report: Report) -> Section:
         rows.append(
             [
                 f"{point['ratio']:g}×" + (" ★" if i == report.get("chosen") else ""), size(point["file_bytes"]),
-                number(point["relative_mse"]), number(point["recall_at_10"]),
                 *(number((point["metrics"] or {}).get(name)) for name in names),
                 "" if point["loss"] is None else percent(point["loss"]),
                 "" if not interval else f"{percent(interval[0])} to {percent(interval[1])}",
-                "yes" if point["finetuned"] else "", f"{point['seconds']:.0f}",
+                number(point["relative_mse"]), number(point["recall_at_10"]), "yes" if point["finetuned"] else "",
+                f"{point['seconds']:,.0f}",
             ]
         )  # fmt: skip
     chosen = frozenset() if report.get("chosen") is None else frozenset([report["chosen"]])
@@ -48,7 +48,7 @@ def tuning_section(report: Report) -> Section:
     metric = report["metric"]
     chart = Chart("fine-tuning", f"{metric} by step", lambda width: draw_history(report, width))
     names = [metric, *(name for name in report["before"] if name != metric)]
-    columns = [Column("weights"), Column("step", True), *(Column(clean(name), True) for name in names)]
+    columns = [Column("weights"), Column("step", True), *(Column(name, True) for name in names)]
     rows, marked = [], set()
     if report["dense"] is not None:
         rows.append(["dense", "", *(number(report["dense"].get(name)) for name in names)])
@@ -56,7 +56,7 @@ def tuning_section(report: Report) -> Section:
         if one["step"] == report["best_step"] and one["metrics"] == report["after"]:
             marked.add(len(rows))
         values = [number(one["metrics"].get(name)) for name in names]
-        rows.append([clean(one["stage"]) + (" ★" if len(rows) in marked else ""), f"{one['step']:,}", *values])
-    lead = f"{clean(report['summary'])}. {plural(report['steps'], 'step')} in {report['seconds']:,.0f} s."
+        rows.append([one["stage"] + (" ★" if len(rows) in marked else ""), f"{one['step']:,}", *values])
+    lead = f"{report['summary']}. {plural(report['steps'], 'step')} in {report['seconds']:,.0f} s."
     return Section("Fine-tuning", lead, [chart], Table(columns, rows, frozenset(marked)),
                    notes=["★ written to the file"])  # fmt: skip

@@ -13,7 +13,6 @@ from cqr_compress.pages.elements import Chart, Record, Records, Section
 from cqr_compress.pages.headline import model_bytes
 from cqr_compress.pages.style import SERIES
 from cqr_compress.pages.text import (
-    clean,
     finite_points,
     number,
     percent,
@@ -68,19 +67,19 @@ def tables_section(report: Report) -> Section | None:
     """Return the section with a row for each table."""
     rows = [
         Record(
-            " = ".join(map(clean, (table["name"], *table["aliases"]))),
-            f"{dimensions(table['shape'])}, {clean(table['method'])} {clean(table['layout'])}",
+            " = ".join((table["name"], *table["aliases"])),
+            f"{dimensions(table['shape'])}, {table['method']} {table['layout']}",
             [
-                size(table["bytes_before"]), size(table["bytes_after"]), f"{table['ratio_bytes']:.4g}×",
+                size(table["bytes_before"]), size(table["bytes_after"]), f"{table['ratio_bytes']:.3g}×",
                 *("" if table.get(key) is None else number(table[key]) for key in _QUALITY),
             ],
-            clean(table["reason"]),
+            table["reason"],
         )
         for table in report["tables"]
     ]  # fmt: skip
     for left in report["left_dense"]:
         detail = f"{dimensions(left['shape'])}, left dense"
-        rows.append(Record(clean(left["name"]), detail, [""] * len(_HEADINGS), clean(left["reason"])))
+        rows.append(Record(left["name"], detail, [""] * len(_HEADINGS), left["reason"]))
     return Section("Tables", records=Records(_HEADINGS, rows).filled()) if rows else None
 
 
@@ -99,13 +98,13 @@ def curves_section(report: Report, prefix: str) -> Section | None:
             continue
         error = table["relative_mse"]
         chosen = None if error is None else (table["bytes_after"], error)
-        caption = f"Chosen: {clean(table['method'])} {clean(table['layout'])}, {size(table['bytes_after'])}."
+        caption = f"Chosen: {table['method']} {table['layout']}, {size(table['bytes_after'])}."
 
         def draw(width: int, curves: Any = curves, chosen: Any = chosen) -> Any:
             return draw_rate_distortion(curves, chosen, width)
 
         name = f"{prefix}rate-distortion-{len(charts) + 1}-{slug(table['name'])}"
-        charts.append(Chart(name, clean(table["name"]), draw, caption, wide=False))
+        charts.append(Chart(name, table["name"], draw, caption, wide=False))
     if not charts:
         return None
     if len(charts) == 1:
@@ -126,10 +125,10 @@ def rest_section(report: Report) -> Section | None:
     rest = report.get("rest")
     if rest is None:
         return None
-    before, after, dtype = rest["bytes_before"], rest["bytes_after"], clean(rest["dtype"])
+    before, after, dtype = rest["bytes_before"], rest["bytes_after"], rest["dtype"]
     narrowed = sum(len(names) for names in rest["narrowed"].values())
     lead = f"{plural(narrowed, 'tensor')} stored in {dtype}: {size(before)} → {size(after)} in all."
-    kept = [f"{clean(name)} keeps its dtype: {clean(reason)}" for name, reason in rest["kept"].items()]
+    kept = [f"{name} keeps its dtype: {reason}" for name, reason in rest["kept"].items()]
     if len(kept) > _SHOWN_NAMES:
         kept = [*kept[:_SHOWN_NAMES], f"and {len(kept) - _SHOWN_NAMES} more"]
     return Section("Other tensors", lead, notes=kept)

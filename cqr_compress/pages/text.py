@@ -13,16 +13,22 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _DIGITS = 4
 
 
-def clean(text: object) -> str:
-    """Escape what a page must not hold: control characters, marks that reorder text, lone surrogates."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text)
-    )
+def clean(value: Any) -> Any:
+    """Escape, in all strings of a JSON value, what a page must not hold.
+
+    That is control characters, marks that reorder text, and lone surrogates.
+    """
+    if isinstance(value, str):
+        return "".join(
+            letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in value
+        )
+    if isinstance(value, Mapping):
+        return {clean(key): clean(item) for key, item in value.items()}
+    return [clean(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def shorten(name: str, length: int) -> str:
     """Keep the end of a name, which tells tensors of one model apart."""
-    name = clean(name)
     return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
