@@ -35,6 +35,7 @@ from cqr_compress.pages.text import clean, number, percent, shorten, size, times
 pytest.importorskip("matplotlib", reason="pages need cqr-compress[report]")
 pytest.importorskip("jinja2", reason="pages need cqr-compress[report]")
 from cqr_compress.pages.page import render_page, render_plots
+from cqr_compress.pages.style import COLOURS, SERIES
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 HOSTILE = "a</svg><script>alert('1')</script>$x_1$\u202e\x07"
@@ -73,7 +74,7 @@ def tuning_report() -> Json:
         "kind": "tuning_report", "schema_version": 2, "task": "dlrm", "metric": "auc", "mode": "max",
         "dense": {"auc": 0.75, "logloss": 0.49}, "before": history[0]["metrics"], "after": history[-1]["metrics"],
         "improved": True, "summary": "auc 0.71 -> 0.7441", "best_step": 200, "steps": 300, "history": history,
-        "log": [], "options": {}, "seconds": 12.0, "size": size_report(),
+        "log": [], "options": {}, "seconds": 12.0, "size": size_report(rate_distortion=None),
     }  # fmt: skip
 
 
@@ -108,7 +109,8 @@ def sweep_report(with_task: bool = True) -> Json:
     return {"kind": "sweep_report", "schema_version": 1, "source": "ckpt.pt", "task": "dlrm" if with_task else None,
             "metric": "auc" if with_task else "relative_mse", "mode": "max" if with_task else "min",
             "dense_bytes": 300_000, "dense": {"auc": 0.75} if with_task else None,
-            "max_loss": 0.01 if with_task else None, "points": points, "chosen": 2, "report": size_report()}  # fmt: skip
+            "max_loss": 0.01 if with_task else None, "points": points, "chosen": 2,
+            "report": size_report() if with_task else None}  # fmt: skip
 
 
 def checkpoint_report() -> Json:
@@ -125,7 +127,7 @@ def checkpoint_report() -> Json:
 
 
 def folder_report() -> Json:
-    reports = [size_report(), size_report(file="out/2/small.safetensors")]
+    reports = [size_report(rate_distortion=None) for _ in range(2)]
     return {"kind": "folder_report", "folder": "out", "source": "in", "measured": True, "reports": reports,
             "copied": ["config.json"], "left_out": []}  # fmt: skip
 
@@ -136,7 +138,7 @@ NEIGHBOURS = [{
                  "after": [[2, "Ran", 0.88], [3, "Alien", 0.87]]}],
 }]  # fmt: skip
 REPORTS: dict[str, Callable[[], Json]] = {
-    "size": size_report, "plan": lambda: size_report(measured=False), "tuning": tuning_report,
+    "size": size_report, "plan": lambda: size_report(measured=False, rate_distortion=None), "tuning": tuning_report,
     "evaluation": evaluation_report, "evaluations": lambda: evaluation_report(3), "sweep": sweep_report,
     "sweep without a task": lambda: sweep_report(False), "checkpoint": checkpoint_report, "folder": folder_report,
 }  # fmt: skip
@@ -169,7 +171,7 @@ def test_a_page_says_what_the_report_says(name: str) -> None:
 
 
 def test_a_page_is_the_same_at_each_writing() -> None:
-    assert page_of("sweep") == render_page(json.loads(json.dumps(sweep_report())), NEIGHBOURS)
+    assert page_of("evaluation") == render_page(json.loads(json.dumps(evaluation_report())), NEIGHBOURS)
 
 
 class Parser(HTMLParser):
@@ -219,10 +221,8 @@ def test_names_are_text_and_never_markup() -> None:
     assert "\u202e" not in page and "\x07" not in page
     assert "&lt;script&gt;alert" in page and "$x_1$" in page, "names are shown as they are"
     assert page.count("<svg") == page.count("</svg>")
-    assert set(render_plots(report)) == {
-        f"{stem}{suffix}" for stem in ("bytes", "rate-distortion-1-a-svg-script-alert-1-script-x-1")
-        for suffix in (".png", ".svg")
-    }  # fmt: skip
+    names = {"bytes", "rate-distortion-1-svg-script-alert-1-script-x-1-u202e-x07"}
+    assert set(render_plots(report)) == {f"{name}{suffix}" for name in names for suffix in (".png", ".svg")}
 
 
 def test_old_reports_and_reports_with_gaps_have_pages() -> None:
@@ -272,6 +272,23 @@ def test_numbers_are_written_for_people() -> None:
     assert clean("a\ud800\n\u200fb") == r"a\ud800\n\u200fb" and shorten("model.embed.weight", 8) == "….weight"
 
 
+def contrast(a: str, b: str) -> float:
+    """Contrast of two colours by WCAG 2, section 1.4.3."""
+    channels = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in (a, b)])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    low, high = sorted(linear @ [0.2126, 0.7152, 0.0722])
+    return float((high + 0.05) / (low + 0.05))
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_text_and_lines_have_the_contrast_that_accessibility_asks_for(scheme: int) -> None:
+    colours = {name: both[scheme] for name, both in COLOURS.items()}
+    text = ["ink", "muted", "accent", "warm", "rest", *SERIES]
+    assert [name for name in text if contrast(colours[name], colours["surface"]) < 4.5] == []
+    assert contrast(colours["ink"], colours["panel"]) > 4.5 and contrast(colours["faint"], colours["surface"]) > 3
+    assert len(set(COLOURS.values())) == len(COLOURS), "a colour of a chart names one variable"
+
+
 def test_commands_write_pages_and_charts(cli: Cli, ckpt: Path, tmp_path: Path) -> None:
     (tmp_path / "items.csv").write_text("id,name\n" + "".join(f"{i},Film number {i}\n" for i in range(3000)))
     np.save(tmp_path / "counts.npy", np.arange(3000))
@@ -304,6 +321,8 @@ def test_commands_write_pages_and_charts(cli: Cli, ckpt: Path, tmp_path: Path) -
     assert "already has files" in cli("convert", ckpt, "-o", "t.safetensors", "--plots", "plots", code=1).stderr
     assert "ends with .html" in cli("convert", ckpt, "-o", "t.safetensors", "--html", "t.txt", code=1).stderr
     assert "--html" in cli("convert", ckpt, "-o", "t.safetensors", "--labels", "items.csv", code=2).stderr
+    both = ("evaluate", "s.safetensors", "s.safetensors", "--original", ckpt, "--labels", "items.csv")
+    assert "compare one file" in cli(*both, "--html", "x.html", code=2).stderr.replace("\n", " ")
     assert set(tmp_path.iterdir()) == before, "refused before the work"
 
 

@@ -71,6 +71,8 @@ def evaluate(
 
         if original is None and task is None:
             raise typer.BadParameter("--original and --task are missing: give one or both")
+        if labels and len(compressed) > 1:
+            raise typer.BadParameter(f"--labels compare one file with the original: {len(compressed)} are given")
         reading = [*compressed, *([] if original is None else [original])]
         check_pages(html, plots, labels=labels, original=original, force=force, reading=reading)
         choice = TaskChoice(task, train_file, eval_file, batch_size, settings)

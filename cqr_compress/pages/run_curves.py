@@ -24,7 +24,7 @@ def draw_sweep(report: Mapping[str, Any], width: int) -> Figure:
     for is_tuned, marker, label in ((False, "o", "converted"), (True, "D", "fine-tuned")):
         mine = sorted((p["file_bytes"], v) for p, v in measured if bool(p["finetuned"]) is is_tuned)
         if mine:
-            colour = light("c2" if is_tuned else "c1")
+            colour = light("c4" if is_tuned else "c1")
             axes.plot(*columns(mine), "-", color=colour, linewidth=1.4)
             axes.plot(
                 *columns(mine),
