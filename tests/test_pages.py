@@ -102,15 +102,15 @@ def evaluation_report(num_files: int = 1) -> Json:
 def sweep_report(with_task: bool = True) -> Json:
     points = [
         {"ratio": ratio, "file_bytes": int(300_000 / ratio), "relative_mse": error, "recall_at_10": 0.9,
-         "metrics": {"auc": 0.75 * (1 - loss)} if with_task else None, "loss": loss if with_task else None,
+         "metrics": {"auc": 0.75 * (1 - loss)} if with_task else None, "loss": loss if with_task else 0.1,
          "interval": [loss - 0.002, loss + 0.002] if with_task else None, "finetuned": tuned, "seconds": 7.0}
         for ratio, error, loss, tuned in ((4.0, 0.004, 0.001, False), (8.0, 0.03, 0.02, False), (8.0, 0.035, 0.0075, True))
     ]  # fmt: skip
     return {"kind": "sweep_report", "schema_version": 1, "source": "ckpt.pt", "task": "dlrm" if with_task else None,
-            "metric": "auc" if with_task else "relative_mse", "mode": "max" if with_task else "min",
+            "metric": "auc" if with_task else "recall@10", "mode": "max",
             "dense_bytes": 300_000, "dense": {"auc": 0.75} if with_task else None,
             "max_loss": 0.01 if with_task else None, "points": points, "chosen": 2,
-            "report": size_report() if with_task else None}  # fmt: skip
+            "report": size_report() if with_task else None, "infeasible": {} if with_task else {"64": "too small"}}  # fmt: skip
 
 
 def checkpoint_report() -> Json:
@@ -152,7 +152,7 @@ SAID = {
     "evaluation": ["0.7333", "0.003450", "half of all uses", "41 ids", "−2.2%"],
     "evaluations": ["small2.safetensors", "61,002"[:2], "3 compressed files", "0.8125"],
     "sweep": ["Allowed loss: 1.0% of auc", "0.75%", "8× ★", "0.55% to 0.95%", "allowed loss, to 0.7425", "fine-tuned"],
-    "sweep without a task": ["relative MSE", "0.03500", "8×"],
+    "sweep without a task": ["relative MSE", "0.03500", "8×", "dense 1.0000", "10% worse than the dense model", "no file of 64×: too small"],
     "checkpoint": ["t8.weight", "3 smaller tables", "11", "nn.Embedding (confidence 0.90)", "contains NaN", "estimated"],
     "folder": ["AutoModel.from_pretrained", "&#39;out&#39;", "1 other file copied", "in small.safetensors"],
 }  # fmt: skip
@@ -294,7 +294,7 @@ def test_commands_write_pages_and_charts(cli: Cli, ckpt: Path, tmp_path: Path) -
     np.save(tmp_path / "counts.npy", np.arange(3000))
     done = cli("convert", ckpt, "-o", "s.safetensors", "--method", "int8", "--html", "c.html", "--plots", "plots")
     assert "wrote c.html" in done.stderr and "wrote plots" in done.stderr
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"bytes.png", "bytes.svg"}
+    assert {"bytes.png", "bytes.svg"} <= {path.name for path in (tmp_path / "plots").iterdir()}
     labels, counts = "item_embedding.weight=items.csv", "item_embedding.weight=counts.npy"
     cli(
         "evaluate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_REACH = 4.0
+"""The bound is drawn from the smallest size / this to the largest size times this."""
+
+
 def draw_rate_distortion(curves: Mapping[str, Any], chosen: tuple[float, float] | None, width: int) -> Figure:
     """Draw a table's error by bytes: the chosen layout, those that were tried, the curve and the bound."""
     figure, axes = new_figure(width, 270)
     trials, curve, bound = (finite_points(curves.get(key) or ()) for key in ("trials", "curve", "bound"))
+    near = [nbytes for nbytes, _ in (*trials, *curve, *([chosen] if chosen else []))]
+    if near:  # the part of the bound that the points can be compared with
+        bound = [point for point in bound if min(near) / _REACH <= point[0] <= max(near) * _REACH]
     if bound:
         axes.plot(*columns(bound), color=light("faint"), linestyle=(0, (4, 2)), label="rate-distortion bound")
     if curve:
@@ -30,7 +38,7 @@ def draw_rate_distortion(curves: Mapping[str, Any], chosen: tuple[float, float] 
         ring(axes, *chosen, label="chosen")
     axes.set_yscale("log")
     axes.set_xscale("log")
-    bytes_axis(axes, [nbytes for nbytes, _ in (*trials, *curve, *bound, *([chosen] if chosen else []))], width)
+    bytes_axis(axes, [*near, *(nbytes for nbytes, _ in bound)], width)
     error_axis(axes)
     axes.set_title("relative MSE", loc="left", color=light("muted"))
     figure.legend(loc="outside lower left", ncols=2 if width < WIDE else 4, handlelength=1.6, columnspacing=1.4)
@@ -78,7 +86,7 @@ def bytes_axis(axes: Axes, values: Sequence[float], width: int) -> None:
     most = 3 if width <= NARROW else 6
     ticks = [2.0**i for i in range(64) if low / 1.15 <= 2**i <= high * 1.15]
     ticks = ticks[:: max(1, -(-len(ticks) // most))] or [low]
-    axes.set_xticks(ticks, [size(tick).replace(".00", "").replace(".0 ", " ") for tick in ticks])
+    axes.set_xticks(ticks, [re.sub(r"\.0+(?!\d)", "", size(tick)) for tick in ticks])
     axes.xaxis.minorticks_off()
 
 

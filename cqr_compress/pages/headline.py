@@ -38,7 +38,7 @@ def size_stats(report: Report) -> list[Stat]:
 
 
 def _range(values: Sequence[float]) -> str:
-    low, high = number(min(values)), number(max(values))
+    low, high = number(min(values), 3), number(max(values), 3)
     return low if low == high else f"{low} to {high}"
 
 

@@ -5,73 +5,63 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cqr_compress.pages.curves import bytes_axis, columns, error_axis, ring
+from cqr_compress.pages.curves import bytes_axis, columns, ring
 from cqr_compress.pages.style import NARROW, light, new_figure
-from cqr_compress.pages.text import number
+from cqr_compress.pages.text import dense_value, metric_of, number, sweep_value
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 def draw_sweep(report: Mapping[str, Any], width: int) -> Figure:
-    """Draw the metric of a sweep by bytes of the file, or the relative MSE where no task was given."""
+    """Draw the metric of a sweep by bytes of the file."""
     figure, axes = new_figure(width, 320)
-    points, metric = report["points"], report.get("metric")
-    dense = (report.get("dense") or {}).get(metric)
-    sign = -1 if report.get("mode") == "max" else 1
+    points, metric, dense = report["points"], report["metric"], dense_value(report)
+    sign = -1 if report["mode"] == "max" else 1
     measured = [(p, v) for p in points if (v := sweep_value(p, metric)) is not None]
-    by_metric = any(metric in (p["metrics"] or {}) for p in points)
     for is_tuned, marker, label in ((False, "o", "converted"), (True, "D", "fine-tuned")):
         mine = sorted((p["file_bytes"], v) for p, v in measured if bool(p["finetuned"]) is is_tuned)
         if mine:
             colour = light("c4" if is_tuned else "c1")
             axes.plot(*columns(mine), "-", color=colour, linewidth=1.4)
             axes.plot(
-                *columns(mine),
-                marker,
-                markersize=6.5,
-                color=colour,
-                markeredgecolor=light("surface"),
-                label=label,
-            )
-    if by_metric and dense is not None:
-        axes.axhline(
-            dense, color=light("ink"), linewidth=1.2, linestyle=(0, (4, 2)), label=f"dense {number(dense)}"
-        )
-        if report.get("max_loss") is not None:
+                *columns(mine), marker, markersize=6.5, color=colour, markeredgecolor=light("surface"), label=label
+            )  # fmt: skip
+    if dense is not None:
+        _dense_line(axes, dense)
+        if report["max_loss"] is not None:
             least = dense + sign * abs(dense) * report["max_loss"]
             axes.axhspan(min(dense, least), max(dense, least), color=light("c3"), alpha=0.12, linewidth=0)
             axes.axhline(least, color=light("c3"), linewidth=1.2, label=f"allowed loss, to {number(least)}")
         for point, _ in measured:
-            if point.get("interval"):
+            if point["interval"]:
                 ends = [dense + sign * abs(dense) * end for end in point["interval"]]
                 axes.plot([point["file_bytes"]] * 2, ends, color=light("faint"), linewidth=1.4, zorder=1.5)
-    else:
-        axes.set_yscale("log")
-        error_axis(axes)
-    chosen = report.get("chosen")
-    if chosen is not None and (value := sweep_value(points[chosen], metric)) is not None:
-        ring(axes, points[chosen]["file_bytes"], value, label=f"chosen, {points[chosen]['ratio']:g}×", hollow=True)
-    for point, value in measured:
-        below = by_metric and sign < 0  # the curve rises
+    chosen = None if report["chosen"] is None else points[report["chosen"]]
+    if chosen is not None and (value := sweep_value(chosen, metric)) is not None:
+        ring(axes, chosen["file_bytes"], value, label=f"chosen, {chosen['ratio']:g}×", hollow=True)
+    for point, value in measured:  # below a curve that rises, and above one that falls
         axes.annotate(
-            f"{point['ratio']:g}×", (point["file_bytes"], value), (9, -14 if below else 7), fontsize=11,
+            f"{point['ratio']:g}×", (point["file_bytes"], value), (10, -15 if sign < 0 else 7), fontsize=11,
             textcoords="offset points", color=light("muted"),
         )  # fmt: skip
     axes.set_xscale("log")
     axes.margins(0.07 if width > NARROW else 0.12, 0.14)
     bytes_axis(axes, [point["file_bytes"] for point, _ in measured], width)
-    better = "higher is better" if sign < 0 else "lower is better"
-    axes.set_title(f"{metric} ({better})" if by_metric else "relative MSE", loc="left", color=light("muted"))
+    _title(axes, report)
     figure.legend(loc="outside lower left", ncols=2 if width <= NARROW else 5, handlelength=1.6, columnspacing=1.4)
     return figure
 
 
-def sweep_value(point: Mapping[str, Any], metric: str | None) -> float | None:
-    """Return what a sweep compares: the metric of a point, or its relative MSE if it has none."""
-    metrics = point.get("metrics")
-    value: float | None = point.get("relative_mse") if metrics is None else metrics.get(metric)
-    return value
+def _dense_line(axes: Axes, dense: float) -> None:
+    label = f"dense {number(dense)}"
+    axes.axhline(dense, color=light("ink"), linewidth=1.2, linestyle=(0, (4, 2)), label=label)
+
+
+def _title(axes: Axes, report: Mapping[str, Any]) -> None:
+    better = "higher is better" if report["mode"] == "max" else "lower is better"
+    axes.set_title(f"{report['metric']} ({better})", loc="left", color=light("muted"))
 
 
 _STAGES = {
@@ -94,15 +84,12 @@ def draw_history(report: Mapping[str, Any], width: int) -> Figure:
             *columns(mine), marker, markersize=6.5, color=light(colour), markeredgecolor=light("surface"),
             label=stage,
         )  # fmt: skip
-    dense = (report.get("dense") or {}).get(metric)
+    dense = metric_of(report["dense"], metric)
     if dense is not None:
-        axes.axhline(
-            dense, color=light("ink"), linewidth=1.2, linestyle=(0, (4, 2)), label=f"dense {number(dense)}"
-        )
+        _dense_line(axes, dense)
     written = report["after"][metric]
     ring(axes, report["best_step"], written, label=f"written {number(written)}", hollow=True)
-    better = "higher is better" if report["mode"] == "max" else "lower is better"
-    axes.set_title(f"{metric} ({better})", loc="left", color=light("muted"))
+    _title(axes, report)
     axes.set_xlabel("optimizer step")
     axes.margins(0.05, 0.12)
     figure.legend(loc="outside lower left", ncols=2 if width <= NARROW else 6, handlelength=1.6, columnspacing=1.4)

@@ -10,7 +10,7 @@ from cqr_compress.pages.evaluation_sections import evaluation_sections, recorded
 from cqr_compress.pages.headline import TERMS, bytes_stat, made_by, metric_stat, size_stats, size_summary
 from cqr_compress.pages.run_sections import sweep_section, tuning_section
 from cqr_compress.pages.size_sections import load_section, size_sections
-from cqr_compress.pages.text import file_name, metric_of, number, percent, plural
+from cqr_compress.pages.text import dense_value, file_name, metric_of, number, percent, plural, sweep_value
 
 Report = Mapping[str, Any]
 
@@ -68,8 +68,7 @@ def tuning_page(report: Report, neighbours: list[Section], has_words: bool) -> P
 def sweep_page(report: Report, neighbours: list[Section], has_words: bool) -> Page:
     """Create the page of a sweep."""
     points, chosen, written = report["points"], report.get("chosen"), report.get("report")
-    metric = report.get("metric")
-    dense = metric_of(report.get("dense"), metric)
+    metric, dense = report["metric"], dense_value(report)
     stats, summary = [], [f"{plural(len(points), 'size')} tried."]
     if report.get("max_loss") is not None:
         summary.append(f"Allowed loss: {percent(report['max_loss'])} of {metric}.")
@@ -78,8 +77,8 @@ def sweep_page(report: Report, neighbours: list[Section], has_words: bool) -> Pa
     else:
         point = points[chosen]
         stats.append(bytes_stat("Chosen file", report["dense_bytes"], point["file_bytes"]))
-        if (value := metric_of(point["metrics"], metric)) is not None:
-            stats.append(metric_stat(str(metric), dense, value, report.get("mode")))
+        if (value := sweep_value(point, metric)) is not None:
+            stats.append(metric_stat(metric, dense, value, report["mode"]))
         stats.append(
             Stat(
                 "Relative MSE of rows",

@@ -14,7 +14,7 @@ Report = Mapping[str, Any]
 
 def sweep_section(report: Report) -> Section:
     """Return the section of a sweep: the metric by bytes, and a row for each point."""
-    points, metric = report["points"], report.get("metric")
+    points, metric = report["points"], report["metric"]
     names = list(dict.fromkeys(name for point in points for name in point["metrics"] or ()))
     columns = [
         Column("ratio", True), Column("file", True), *(Column(name, True) for name in names),
@@ -36,11 +36,10 @@ def sweep_section(report: Report) -> Section:
         )  # fmt: skip
     chosen = frozenset() if report.get("chosen") is None else frozenset([report["chosen"]])
     chart = Chart("sweep", f"{metric} by bytes of the file", lambda width: draw_sweep(report, width))
-    lead = (
-        "Loss is the relative change of the metric for the worse, compared with the dense model." if names else ""
-    )
-    return Section("Bytes and quality", lead, [chart], Table(columns, rows, chosen).filled(),
-                   notes=["★ chosen"] if chosen else [])  # fmt: skip
+    lead = f"Loss is the relative change of {metric} for the worse, compared with the dense model."
+    notes = ["★ chosen"] if chosen else []
+    notes += [f"no file of {ratio}×: {reason}" for ratio, reason in (report.get("infeasible") or {}).items()]
+    return Section("Bytes and quality", lead, [chart], Table(columns, rows, chosen).filled(), notes=notes)
 
 
 def tuning_section(report: Report) -> Section:

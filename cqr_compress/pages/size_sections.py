@@ -110,7 +110,10 @@ def curves_section(report: Report, prefix: str) -> Section | None:
     if len(charts) == 1:
         charts = [replace(charts[0], wide=True)]
     left_out = len(charts) - _SHOWN_CURVES
-    lead = "Relative MSE by bytes of the table, both on logarithmic axes. Lower and further left is better."
+    lead = (
+        "Relative MSE by bytes of the table, both on logarithmic axes; lower and further left is better. The "
+        "bound is that of Gaussian rows of the same covariance: rows of clusters can be below it."
+    )
     notes = [f"{plural(left_out, 'smaller table')} not shown."] if left_out > 0 else []
     return Section("Rate and distortion", lead, charts[:_SHOWN_CURVES], notes=notes)
 

@@ -10,7 +10,6 @@ from typing import Any
 NOTHING = "–"
 """Stands for a value that was not measured."""
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-_DIGITS = 4
 
 
 def clean(value: Any) -> Any:
@@ -48,12 +47,12 @@ def size(nbytes: float) -> str:
     return f"{value:.{digits}f}\N{NO-BREAK SPACE}{_UNITS[unit]}"
 
 
-def number(value: float | None) -> str:
-    """Format an error, a cosine or a metric with four significant digits."""
+def number(value: float | None, digits: int = 4) -> str:
+    """Format an error, a cosine or a metric with four significant digits below 1, and five from there on."""
     if value is None or not math.isfinite(value):
         return NOTHING if value is None else str(value)
     if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:#.{_DIGITS + (abs(value) >= 1)}g}".removesuffix(".")
+        return f"{value:#.{digits + (abs(value) >= 1)}g}".removesuffix(".")
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{mantissa}×10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
 
@@ -70,7 +69,7 @@ def times(before: float, after: float) -> str:
 def percent(share: float) -> str:
     """Format a share that may be small, such as 0.08%; with the sign of a negative one."""
     value = 100 * share
-    digits = 0 if abs(value) >= 10 else 1 if abs(value) >= 1 else 2
+    digits = 0 if abs(value) > 9.95 else 1 if abs(value) > 0.995 else 2
     return f"{value:.{digits}f}%".replace("-", "−")
 
 
@@ -87,6 +86,25 @@ def finite_points(points: Iterable[Iterable[Any]]) -> list[tuple[float, float]]:
         if nbytes is not None and error is not None and math.isfinite(error) and error > 0 and nbytes > 0:
             found.append((float(nbytes), float(error)))
     return sorted(found)
+
+
+RECALL = "recall@10"
+"""Metric of a sweep without a task: that of rows, which is 1 for the dense ones."""
+
+
+def sweep_value(point: Mapping[str, Any], metric: str) -> float | None:
+    """Return what a sweep compares: the metric of a point."""
+    value: float | None = (point["metrics"] or {RECALL: point["recall_at_10"]}).get(metric)
+    return value
+
+
+def dense_value(report: Mapping[str, Any]) -> float | None:
+    """Return the metric of the dense model of a sweep, if it is known."""
+    return (
+        1.0
+        if report["metric"] == RECALL and report["dense"] is None
+        else metric_of(report["dense"], report["metric"])
+    )
 
 
 def change_for_the_worse(metric: float, dense: float, mode: str) -> float | None:
