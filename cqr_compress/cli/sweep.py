@@ -25,6 +25,7 @@ from cqr_compress.cli.options import (
     run,
     split_setting,
 )
+from cqr_compress.cli.page_options import HtmlOption, LabelsOption, PlotsOption, check_pages, write_pages
 from cqr_compress.cli.task_options import (
     BatchSizeOption,
     EvalFileOption,
@@ -92,6 +93,9 @@ def sweep(
     device: DeviceOption = None,
     folder: FolderOption = None,
     output: Annotated[Path | None, output_option(help="Write the chosen file; requires --max-loss.")] = None,
+    html: HtmlOption = None,
+    plots: PlotsOption = None,
+    labels: LabelsOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -111,6 +115,7 @@ def sweep(
         from cqr_compress.finetuning.options import FinetuneOptions
         from cqr_compress.progress import ProgressBars
 
+        check_pages(html, plots, labels=labels, original=checkpoint, force=force, reading=[checkpoint])
         choice = TaskChoice(task, train_file, eval_file, batch_size, settings)
         values = dict(split_setting(text, "--option") for text in more or ())
         if values and not finetune:
@@ -123,6 +128,9 @@ def sweep(
                 ratios=_numbers(ratios), folder=folder, tables=tables or (), exclude=exclude or (),
                 rules=rules or (), frequencies=frequencies or (), device=device, force=force, progress=progress,
             )  # fmt: skip
+        write_pages(
+            report.to_json(), html, plots, original=checkpoint, labels=labels, frequencies=frequencies, force=force
+        )
         if as_json:
             print_json(report.to_json())
             return

@@ -24,7 +24,7 @@ from cqr_compress.commands.convert import convert, default_output
 from cqr_compress.commands.finetune import finetune
 from cqr_compress.commands.sweep_report import RECALL, SweepPoint, SweepReport
 from cqr_compress.commands.sweep_state import STATE_FILE, identity_of, read_state
-from cqr_compress.errors import BudgetError, SpecError
+from cqr_compress.errors import BudgetError, SpecError, TaskError
 from cqr_compress.finetuning.options import FinetuneOptions
 from cqr_compress.finetuning.paired import loss_interval, relative_loss
 from cqr_compress.finetuning.sensitivity import Sensitivity, measure_sensitivity
@@ -179,9 +179,13 @@ class _Sweep:
             state = read_state(folder, identity, force)
             sensitivity = Sensitivity()
             if task is not None and names:
-                sensitivity = measure_sensitivity(task, checkpoint, names, options.seed, device, progress)
+                try:
+                    sensitivity = measure_sensitivity(task, checkpoint, names, options.seed, device, progress)
+                except (SpecError, TaskError) as e:  # of tables that the training loss does not use, for instance
+                    _log.info("tables are compared by their energy: %s", e)
         if options.weight is None and len(names) > 1:
-            options = replace(options, weight="energy" if task is None else "task", ratio=DEFAULT_RATIOS[0])
+            weight = "task" if sensitivity.counts else "energy"
+            options = replace(options, weight=weight, ratio=DEFAULT_RATIOS[0])
         dense = None
         if task is not None:
             progress.start("evaluating the dense model", 0, "runs")
@@ -247,7 +251,7 @@ class _Sweep:
         """Convert, fine-tune and evaluate."""
         progress = _Prefixed(self.progress, f"{ratio:g}x: ")
         options = replace(self.options, ratio=ratio)
-        task: Any = self.sensitivity if self.task is not None else None
+        task = self.sensitivity if self.sensitivity.counts else None
         report = convert(
             self.source,
             file,

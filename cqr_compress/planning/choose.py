@@ -104,7 +104,8 @@ def resize_plan(table: ScannedTable, plan: TablePlan, options: ConvertOptions) -
         return plan
     fit = estimate(table, largest, options)
     effort = method.effort(largest, options.refine_rounds)
-    return replace(plan, spec=largest, effort=effort, error=plan.error if fit is None else fit.error)
+    error = plan.error if fit is None else fit.error
+    return replace(plan, spec=largest, effort=effort, error=error, reason=f"{plan.reason}; extended by bytes left")
 
 
 def _check_magnitude(table: ScannedTable) -> None:

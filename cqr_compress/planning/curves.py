@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from cqr_compress.errors import BudgetError, SpecError
@@ -13,8 +13,10 @@ from cqr_compress.planning.trial_fit import TrialFit
 from cqr_compress.progress import Progress
 from cqr_compress.quantize.options import ConvertOptions
 
-BITS_PER_DIM = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+BITS_PER_DIM = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Rates at which the error of a table is measured by a brief fit."""
+HIGH_RATES = (12.0, 16.0)
+"""Rates for errors of less than about 5e-5, of which a trellis has no less at any rate."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ def measure_sizes(
     options: ConvertOptions,
     progress: Progress,
     stop: Callable[[TrialFit], bool] = lambda fit: False,
+    rates: Sequence[float] = BITS_PER_DIM,
 ) -> list[MeasuredSize]:
     """Fit a table at several sizes, the smallest first; sizes that no layout fits are left out.
 
@@ -51,13 +54,14 @@ def measure_sizes(
         options: options of the conversion; their budget is ignored.
         progress: receives a stage with the sizes.
         stop: ends the measurement after a fit.
+        rates: bits for each value.
 
     Raises:
         SpecError: codes are hashed from ids.
         TableRefusedError: values whose squares overflow or underflow float32.
     """
     N, D = scan.shape
-    sizes = [size for bits in BITS_PER_DIM if (size := bits * N * D / 8) < scan.facts.nbytes]
+    sizes = [size for bits in rates if (size := bits * N * D / 8) < scan.facts.nbytes]
     found = []
     progress.start(f"measuring {scan.entry.name}", len(sizes), "sizes")
     for size in sizes:
@@ -71,6 +75,8 @@ def measure_sizes(
 
 
 def _fit(scan: ScannedTable, options: ConvertOptions) -> TrialFit:
+    if scan.weights is None and options.max_tiers is None and options.method in ("auto", "trellis"):
+        options = replace(options, max_tiers=1)  # tiers lower the error of rows of equal weight a little
     if options.method == "auto":
         with contextlib.suppress(BudgetError, SpecError):  # options of codebooks may be given
             return fit_briefly(scan, replace(options, method="trellis", rank=None))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from cqr_compress.errors import BudgetError, SpecError
 from cqr_compress.planning.choose import TablePlan, plan_table
-from cqr_compress.planning.curves import measure_sizes, options_of_size
+from cqr_compress.planning.curves import BITS_PER_DIM, HIGH_RATES, measure_sizes, options_of_size
 from cqr_compress.planning.scan import ScannedTable
 from cqr_compress.planning.search import estimate
 from cqr_compress.planning.trial_fit import TrialFit
@@ -84,7 +84,9 @@ def plan_quality(
     target = QualityTarget.of(options)
     if method_of(options.method).has_fixed_size(options):
         raise SpecError(f"{options.method} with these options has one size: give no max_error or min_recall")
-    measured = measure_sizes(scan, options, progress, stop=lambda fit: target.excess(fit) <= 0)
+    measured = measure_sizes(
+        scan, options, progress, rates=(*BITS_PER_DIM, *HIGH_RATES), stop=lambda fit: target.excess(fit) <= 0
+    )
     curve = tuple((m.nbytes, m.fit.error) for m in measured)
     name = scan.entry.name
     if not measured or target.excess(measured[-1].fit) > 0:

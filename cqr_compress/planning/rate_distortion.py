@@ -38,7 +38,6 @@ def _bound(scan: ScannedTable) -> list[list[float]]:
     return [
         [round(bits * N * D / 8), _rounded(rate_distortion_bound(variances, energy, bits * D))]
         for bits in BITS_PER_DIM
-        if bits <= 8
     ]
 
 

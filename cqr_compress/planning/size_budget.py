@@ -12,7 +12,7 @@ from cqr_compress.checkpoint.base import Checkpoint
 from cqr_compress.errors import BudgetError
 from cqr_compress.planning.allocate import RatePoint, allocate_bytes, refined
 from cqr_compress.planning.choose import plan_table, resize_plan
-from cqr_compress.planning.curves import measure_sizes, options_of_size
+from cqr_compress.planning.curves import HIGH_RATES, measure_sizes, options_of_size
 from cqr_compress.planning.find import Candidate
 from cqr_compress.planning.plan_tables import (
     HELD_SAMPLE_BYTES,
@@ -32,6 +32,9 @@ Curves = dict[str, list[RatePoint]]
 """Sizes and errors by table."""
 _UNUSED_SHARE = 0.002
 """Share of the bytes of all tables that may stay unused."""
+_FULL_SHARE = 0.97
+"""A table that uses less of its bytes has a layout of coarse steps: others get what it leaves."""
+_SMALL_ERROR = 1e-3
 _ROUNDS = 4
 
 
@@ -142,12 +145,22 @@ class SizePlanner:
                 left.append(left_table(candidate, "its bytes save more error than those of other tables"))
             else:
                 tables[name] = self._planned(name, int(nbytes))
+        self._use_rest(tables, given, budget - self.nbytes(Planned(self.fixed.tables, left)))
+        return Planned({**self.fixed.tables, **tables}, left)
+
+    def _use_rest(self, tables: dict[str, PlannedTable], given: Mapping[str, float], budget: float) -> None:
+        """Extend layouts by the bytes that others leave unused, whose sizes have coarse steps."""
+        used = {name: table.spec.nbytes for name, table in tables.items()}
+        full = {name: self.curves[name] for name in tables if used[name] >= _FULL_SHARE * given[name]}
+        others = sum(nbytes for name, nbytes in used.items() if name not in full)
+        if full and sum(used.values()) < (1 - _UNUSED_SHARE) * budget:
+            for name, nbytes in (allocate_bytes(full, self.importance, budget - others) or {}).items():
+                tables[name] = self._grown(tables[name], int(nbytes))
         for name in sorted(tables, key=lambda each: -tables[each].spec.nbytes)[:_ROUNDS]:
-            unused = budget - self.nbytes(Planned({**self.fixed.tables, **tables}, left))
+            unused = budget - sum(table.spec.nbytes for table in tables.values())
             if unused <= _UNUSED_SHARE * budget:
                 break
             tables[name] = self._grown(tables[name], tables[name].spec.nbytes + int(unused))
-        return Planned({**self.fixed.tables, **tables}, left)
 
     def _measure_one(
         self, candidate: Candidate, scan: ScannedTable, own: ConvertOptions, measured: Curves
@@ -166,6 +179,8 @@ class SizePlanner:
         dense = [RatePoint(scan.facts.nbytes, 0.0)] if rule is None else []
         if name not in measured:
             sizes = measure_sizes(scan, own, self.progress)
+            if not sizes or sizes[-1].fit.error > _SMALL_ERROR:  # of layouts that have many bits
+                sizes += measure_sizes(scan, own, self.progress, rates=HIGH_RATES)
             measured[name] = [RatePoint(size.nbytes, size.fit.error) for size in sizes]
         points = measured[name]
         if not points and not dense:
