@@ -23,6 +23,7 @@ from cqr_compress.checkpoint.compressed_writer import CompressedOutput, Destinat
 from cqr_compress.checkpoint.formats.nesting import is_text
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.checkpoint.header import Header, SourceRecord, TableRecord
+from cqr_compress.checkpoint.output_files import check_outputs
 from cqr_compress.checkpoint.parts import Part, Put, copied_part
 from cqr_compress.checkpoint.rest_record import RestRecord
 from cqr_compress.checkpoint.size_report import SizeReport
@@ -134,6 +135,8 @@ def convert(
         destination = Destination(path=output, shard_bytes=shard_bytes, force=force, reading=opened.files)
         if not dry_run:
             destination.check()
+        if plan is not None and not Path(plan).exists():
+            check_outputs([Path(plan)], force=False, sources=opened.files)
         if is_compressed(opened):
             raise CheckpointError(
                 f"{str(source)!r} is already compressed. Convert the checkpoint that it was made of."
