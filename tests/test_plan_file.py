@@ -61,8 +61,7 @@ def test_the_same_checkpoint_gets_the_same_file_and_the_next_one_the_same_layout
     monkeypatch.setattr(choose, "estimate", never)
     again = cqr.convert(first, tmp_path / "t.safetensors", plan=plan)
     assert layouts(again) == layouts(made) and again.rest == made.rest
-    a, b = (cqr.load_dense_state_dict(tmp_path / f"{name}.safetensors") for name in "st")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert (tmp_path / "s.safetensors").read_bytes() == (tmp_path / "t.safetensors").read_bytes()
     second = save(tmp_path / "n.pt", seed=1, rows=1731)
     later = cqr.convert(second, tmp_path / "u.safetensors", plan=plan, method="trellis", ratio=16)
     assert layouts(later) == layouts(made)
@@ -82,7 +81,7 @@ def test_a_dry_run_writes_a_plan_that_the_command_follows(tmp_path: Path, cli: R
     assert values["options"] == {"method": "int4"} and len(values["tables"]) == 3
     second = cli("convert", ckpt, "--plan", plan, "--json", "-o", tmp_path / "s.safetensors")
     one, two = json.loads(first.stdout), json.loads(second.stdout)
-    assert one["file_bytes_after"] <= two["file_bytes_after"] + 300  # reasons name the plan
+    assert one["file_bytes_after"] == two["file_bytes_after"]
     assert [t["layout"] for t in one["tables"]] == [t["layout"] for t in two["tables"]]
 
 

@@ -35,12 +35,14 @@ class TableLayout:
 
     Attributes:
         spec: its spec, of a table that may have had another number of rows.
+        budget: bytes that it was planned within.
         effort: effort of the fit.
         error: estimated relative squared error, or None.
         reason: why this layout was chosen.
     """
 
     spec: AnySpec
+    budget: int
     effort: FitEffort
     error: float | None
     reason: str
@@ -123,11 +125,9 @@ class PlanFile:
             name, layout = candidate.name, self.tables[candidate.name]
             scan = replace(scan_entry(checkpoint.entries[name], options, progress), weights=weights.get(name))
             spec = _spec_for(layout.spec, scan, str(self.path))
-            reason = layout.reason if f"plan {self.path.name}" in layout.reason else (
-                f"plan {self.path.name}: {layout.reason}"
-            )  # fmt: skip
-            plan = TablePlan(name, spec, reason, layout.effort, layout.error)
-            own = options_of_size(scan, options, spec.nbytes)
+            plan = TablePlan(name, spec, layout.reason, layout.effort, layout.error)
+            budget = max(spec.nbytes, layout.budget * scan.shape[0] // layout.spec.num_embeddings)
+            own = options_of_size(scan, options, budget)
             tables[name] = PlannedTable(scan.entry, plan, spec, scan, own)
             warn_of_aliases(checkpoint, candidate)
         return Planned(tables, [])
@@ -147,7 +147,7 @@ def write_plan(path: Path, planned: Planned, options: ConvertOptions) -> None:
                 "spec": table.spec.to_json(),
                 "effort": asdict(table.plan.effort),
                 "error": table.plan.error,
-                "bytes": table.spec.nbytes,
+                "budget": table.record().budget,
                 "reason": table.plan.reason,
             }
             for name, table in planned.tables.items()
@@ -190,7 +190,8 @@ def _layout(values: Mapping[str, Any]) -> TableLayout:
     if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= 10**6 for n in asdict(effort).values()):
         raise ValueError("an effort is not a number of iterations")
     error = None if values["error"] is None else float(values["error"])
-    return TableLayout(spec_from_json(values["spec"]), effort, error, str(values["reason"]))
+    spec, budget = spec_from_json(values["spec"]), int(values["budget"])
+    return TableLayout(spec, budget, effort, error, str(values["reason"]))
 
 
 def _spec_for(spec: AnySpec, scan: ScannedTable, where: str) -> AnySpec:
