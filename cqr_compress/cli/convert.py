@@ -17,6 +17,7 @@ from cqr_compress.cli.options import (
     ForceOption,
     FrequenciesOption,
     JsonOption,
+    OffsetsOption,
     PlanOption,
     RulesOption,
     ShardOption,
@@ -51,6 +52,7 @@ def convert(
     tables: TablesOption = None,
     exclude: ExcludeOption = None,
     rules: RulesOption = None,
+    offsets: OffsetsOption = None,
     frequencies: FrequenciesOption = None,
     task: TaskOption = None,
     train_file: TrainFileOption = None,
@@ -98,7 +100,8 @@ def convert(
         choice = TaskChoice(task, train_file, eval_file, batch_size, settings)
         options: dict[str, Any] = {
             "options": ConvertOptions(**option_fields), "tables": tables or (), "exclude": exclude or (),
-            "rules": rules or (), "frequencies": frequencies or (), "device": device, "plan": plan,
+            "rules": rules or (), "offsets": offsets or (), "frequencies": frequencies or (),
+            "device": device, "plan": plan,
             "task": None if task is None else choice.task(checkpoint), "untie": untie,
             "shard_bytes": parse_size(shard_size), "force": force, "dry_run": dry_run,
         }  # fmt: skip

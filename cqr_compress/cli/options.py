@@ -65,6 +65,14 @@ RulesOption = Annotated[
         "pq,ratio=8; or a TOML file with such lines in a table [rules]. The first match holds. Repeatable.",
     ),
 ]  # fmt: skip
+OffsetsOption = Annotated[
+    list[str] | None,
+    given(
+        "--offsets", metavar="ROWS", panel=SELECTION, default="an integer buffer named offsets near the table",
+        help="First rows of the fields of a fused table, such as 0,943,2625, or a .npy file; TABLE=ROWS for one "
+        "of several tables. Repeatable.",
+    ),
+]  # fmt: skip
 PlanOption = Annotated[
     Path | None,
     given(

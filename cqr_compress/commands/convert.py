@@ -40,6 +40,7 @@ from cqr_compress.finetuning.sensitivity import Sensitivity, measure_sensitivity
 from cqr_compress.finetuning.task import Task
 from cqr_compress.option_fields import merged
 from cqr_compress.planning.encode import exact_rows_of
+from cqr_compress.planning.fields import Offsets, with_fields
 from cqr_compress.planning.find import Candidate, find_tables, refuse_foreign, with_table_names
 from cqr_compress.planning.frequencies import Frequencies, read_frequencies
 from cqr_compress.planning.plan_file import PlanFile, read_plan, write_plan
@@ -82,6 +83,7 @@ def convert(
     tables: Sequence[str] = (),
     exclude: Sequence[str] = (),
     rules: Rules = (),
+    offsets: Offsets = (),
     frequencies: Frequencies = (),
     task: Task | Sensitivity | str | Path | None = None,
     device: torch.device | str | None = None,
@@ -107,6 +109,8 @@ def convert(
         tables: globs or "re:" patterns of tables to compress instead of the found ones.
         exclude: the same, of tables to leave dense.
         rules: options of single tables, see `read_rules`, such as `{"emb_l.0.*": "int8", "re:user": "keep"}`.
+        offsets: first rows of the fields of fused tables, see `with_fields`; those that buffers of the checkpoint
+            have are found. Fields get rows of their own sizes, and small ones are exact.
         frequencies: counts of the ids, by table or in files, see `read_frequencies`: the rows' squared errors are
             weighted by them.
         task: a task of the model, a task file, or a sensitivity that was measured: the sensitivity of the loss
@@ -153,6 +157,7 @@ def convert(
                 )
             earlier = read_plan(plan_path)
             options, candidates = earlier.options(options), earlier.select(checkpoint, candidates)
+        candidates = with_fields(checkpoint, candidates, offsets)
         selected = [candidate for candidate in candidates if candidate.selected]
         if not selected:
             raise TableNotFoundError(_nothing_found(checkpoint, candidates))

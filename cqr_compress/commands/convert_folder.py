@@ -30,6 +30,7 @@ from cqr_compress.commands.convert import convert
 from cqr_compress.errors import CheckpointError, OutputError, OutputExistsError, SpecError, TableNotFoundError
 from cqr_compress.finetuning.task import Task
 from cqr_compress.option_fields import merged
+from cqr_compress.planning.fields import Offsets
 from cqr_compress.planning.frequencies import Frequencies
 from cqr_compress.planning.rules import Rules
 from cqr_compress.progress import Progress, shown
@@ -94,6 +95,7 @@ def convert_folder(
     tables: Sequence[str] = (),
     exclude: Sequence[str] = (),
     rules: Rules = (),
+    offsets: Offsets = (),
     frequencies: Frequencies = (),
     task: Task | str | Path | None = None,
     device: torch.device | str | None = None,
@@ -122,6 +124,7 @@ def convert_folder(
         tables: globs or "re:" patterns of tables to compress instead of the found ones.
         exclude: the same, of tables to leave dense.
         rules: options of single tables, see `convert`.
+        offsets: first rows of the fields of fused tables, see `convert`.
         frequencies: counts of the ids, see `convert`.
         task: a task whose loss says which errors matter, see `convert`; for a single file of weights.
         device: device to run the task on.
@@ -164,7 +167,8 @@ def convert_folder(
                 written.parent.mkdir(parents=True, exist_ok=True)
             try:
                 report = convert(
-                    file, written, options, tables=tables, exclude=exclude, rules=rules, frequencies=frequencies,
+                    file, written, options, tables=tables, exclude=exclude, rules=rules, offsets=offsets,
+                    frequencies=frequencies,
                     task=task, device=device, plan=plan, untie=untie, shard_bytes=shard_bytes, dry_run=dry_run,
                     progress=progress,
                 )  # fmt: skip

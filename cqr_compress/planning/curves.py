@@ -75,7 +75,12 @@ def measure_sizes(
 
 
 def _fit(scan: ScannedTable, options: ConvertOptions) -> TrialFit:
-    if scan.weights is None and options.max_tiers is None and options.method in ("auto", "trellis"):
+    if (
+        scan.weights is None
+        and not scan.field_starts
+        and options.max_tiers is None
+        and options.method in ("auto", "trellis")
+    ):
         options = replace(options, max_tiers=1)  # tiers lower the error of rows of equal weight a little
     if options.method == "auto":
         with contextlib.suppress(BudgetError, SpecError):  # options of codebooks may be given

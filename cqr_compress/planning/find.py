@@ -54,6 +54,7 @@ class Candidate:
         named: whether it was named explicitly, and is compressed however few rows it has.
         aliases: other names of the same tensor.
         rule: the rule that sets its options, or None.
+        field_starts: first rows of the fields of a fused table; empty for a single field.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Candidate:
     named: bool = False
     aliases: tuple[str, ...] = ()
     rule: Rule | None = None
+    field_starts: tuple[int, ...] = ()
 
     def options(self, options: ConvertOptions) -> ConvertOptions:
         """Return the options of this table, from those of the conversion."""

@@ -19,7 +19,7 @@ from cqr_compress.errors import CqrCompressWarning, FormatError, ShapeError, Spe
 from cqr_compress.planning.choose import TablePlan
 from cqr_compress.planning.curves import options_of_size
 from cqr_compress.planning.find import Candidate
-from cqr_compress.planning.plan_tables import Planned, PlannedTable, scan_entry, warn_of_aliases
+from cqr_compress.planning.plan_tables import Planned, PlannedTable, scan_candidate, warn_of_aliases
 from cqr_compress.planning.scan import ScannedTable
 from cqr_compress.progress import Progress
 from cqr_compress.quantize.base import FitEffort
@@ -123,7 +123,7 @@ class PlanFile:
         tables: dict[str, PlannedTable] = {}
         for candidate in selected:
             name, layout = candidate.name, self.tables[candidate.name]
-            scan = replace(scan_entry(checkpoint.entries[name], options, progress), weights=weights.get(name))
+            scan = scan_candidate(checkpoint, candidate, options, weights, progress)
             spec = _spec_for(layout.spec, scan, str(self.path))
             plan = TablePlan(name, spec, layout.reason, layout.effort, layout.error)
             budget = max(spec.nbytes, layout.budget * scan.shape[0] // layout.spec.num_embeddings)

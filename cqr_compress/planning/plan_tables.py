@@ -14,12 +14,13 @@ from cqr_compress.checkpoint.header import LeftDense, TableRecord
 from cqr_compress.errors import BudgetError, CqrCompressWarning, SpecError, TableNotFoundError
 from cqr_compress.planning.choose import TablePlan, plan_table
 from cqr_compress.planning.encode import encode_table
+from cqr_compress.planning.fields import small_field_rows
 from cqr_compress.planning.find import Candidate
 from cqr_compress.planning.quality_budget import plan_quality
 from cqr_compress.planning.scan import ScannedTable, scan_table
 from cqr_compress.progress import Progress
 from cqr_compress.quantize.layouts import budget_bytes
-from cqr_compress.quantize.options import ConvertOptions
+from cqr_compress.quantize.options import DEFAULT_BITS_PER_DIM, ConvertOptions
 from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.quality import Quality, QualityMeter
 from cqr_compress.table.spec import AnySpec
@@ -56,7 +57,7 @@ class PlannedTable:
         """Fit the table and pass its tensors to `put`; see `encode_table`."""
         scan = self.scan
         if len(scan.sample) == 0:
-            scan = replace(scan_entry(self.entry, self.options, progress), weights=scan.weights)
+            scan = with_sample(scan, self.options, progress)
         return encode_table(scan, self.plan, self.options.seed, put, progress)
 
 
@@ -119,7 +120,7 @@ def plan_tables(
             )
             continue
         own = candidate.options(options)
-        scan = replace(scan_entry(entry, own, progress), weights=weights.get(candidate.name))
+        scan = scan_candidate(checkpoint, candidate, own, weights, progress)
         try:
             plan, own = plan_one(scan, own, progress, estimated)
         except BudgetError as e:
@@ -174,8 +175,34 @@ def left_dense(candidates: Sequence[Candidate]) -> list[LeftDense]:
     return [left_table(c, c.reason) for c in candidates if not c.selected and c.confidence >= 0.3]
 
 
-def scan_entry(entry: TensorEntry, options: ConvertOptions, progress: Progress) -> ScannedTable:
-    """Read a table once, and draw its sample."""
+def scan_candidate(
+    checkpoint: Checkpoint,
+    candidate: Candidate,
+    options: ConvertOptions,
+    weights: Mapping[str, Tensor],
+    progress: Progress,
+) -> ScannedTable:
+    """Read a table once, and draw its sample; rows of small fields are stored verbatim."""
+    entry, exact = checkpoint.entries[candidate.name], options.exact_rows
+    if candidate.field_starts:
+        N, D = candidate.shape
+        share = 1 / options.ratio if options.ratio else (options.bits_per_dim or DEFAULT_BITS_PER_DIM) * N * D / 8
+        budget = share * entry.nbytes if options.ratio else share
+        itemsize = entry.dtype.itemsize
+        exact = (*exact, *small_field_rows(candidate.field_starts, candidate.shape, itemsize, budget))
+    scan = _scan(entry, replace(options, exact_rows=exact), progress)
+    return replace(scan, weights=weights.get(candidate.name), field_starts=candidate.field_starts)
+
+
+def with_sample(scan: ScannedTable, options: ConvertOptions, progress: Progress) -> ScannedTable:
+    """Return a scan with its sample, which is read again if it is no longer held."""
+    if len(scan.sample):
+        return scan
+    again = _scan(scan.entry, replace(options, exact_rows=tuple(scan.exact_ids.tolist())), progress)
+    return replace(scan, sample=again.sample, sample_ids=again.sample_ids)
+
+
+def _scan(entry: TensorEntry, options: ConvertOptions, progress: Progress) -> ScannedTable:
     progress.start(f"reading {entry.name}", entry.shape[0], "rows")
     return scan_table(
         entry, options.exact_rows, options.nonfinite, options.seed, options.max_sample, progress.advance

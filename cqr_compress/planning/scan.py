@@ -15,6 +15,7 @@ from cqr_compress.planning.find import with_table_names
 from cqr_compress.progress import Progress
 from cqr_compress.quantize.base import TableFacts, importance_of, row_weights, weighted_mean
 from cqr_compress.quantize.options import MAX_SAMPLE_ROWS
+from cqr_compress.quantize.tiers import field_means
 from cqr_compress.table.blocks import row_blocks
 from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.table import CompressedTable
@@ -41,6 +42,7 @@ class ScannedTable:
         largest: largest magnitude in the finite rows.
         mean_square: mean of the squared values, those of non-finite rows taken as 0.
         weights: (N,) float32 weights of the rows' squared errors, mean about 1; None for equal weights.
+        field_starts: first rows of the fields of a fused table; empty for a single field.
     """
 
     entry: TensorEntry
@@ -52,6 +54,7 @@ class ScannedTable:
     largest: float
     mean_square: float
     weights: Tensor | None = None
+    field_starts: tuple[int, ...] = ()
 
     @property
     def stored_apart_ids(self) -> Tensor:
@@ -78,11 +81,18 @@ class ScannedTable:
             mean_square=self.mean_square,
             variances=self.variances,
             importance=self.importance,
+            num_fields=max(1, len(self.field_starts)),
         )
 
     def importance(self, power: float) -> Tensor:
-        """Compute the importance (N,) of the rows; see `TableRows.importance`."""
-        return importance_of(self._energies, power, self.weights, self.stored_apart_ids)
+        """Compute the importance (N,) of the rows; see `TableRows.importance`.
+
+        Rows of a field have the mean energy of the field, so that the borders of tiers are those of fields.
+        """
+        if not self.field_starts:
+            return importance_of(self._energies, power, self.weights, self.stored_apart_ids)
+        energies = field_means(self._energies, self.field_starts)
+        return importance_of(energies, 1.0 if power else 0.0, self.weights, self.stored_apart_ids)
 
     @cached_property
     def _energies(self) -> Tensor:

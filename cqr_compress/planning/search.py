@@ -261,7 +261,8 @@ class _Trials:
 def _margin(error: float, spec: AnySpec, table: ScannedTable) -> float:
     """Return the factor on a layout's error in the last comparison."""
     has_tiers = isinstance(spec, TrellisSpec) and spec.has_tiers
-    return 1 + _TIER_MARGIN * error if has_tiers and table.weights is None else 1.0
+    is_uniform = table.weights is None and not table.field_starts
+    return 1 + _TIER_MARGIN * error if has_tiers and is_uniform else 1.0
 
 
 def _error(pair: tuple[float, AnySpec]) -> float:

@@ -20,8 +20,9 @@ from cqr_compress.planning.plan_tables import (
     PlannedTable,
     left_table,
     plan_one,
-    scan_entry,
+    scan_candidate,
     warn_of_aliases,
+    with_sample,
 )
 from cqr_compress.planning.scan import ScannedTable
 from cqr_compress.progress import Progress
@@ -92,7 +93,7 @@ class SizePlanner:
         for candidate in selected:
             name = candidate.name
             own = candidate.options(options)
-            scan = replace(scan_entry(checkpoint.entries[name], own, progress), weights=weights.get(name))
+            scan = scan_candidate(checkpoint, candidate, own, weights, progress)
             planner.candidates[name] = candidate
             planner._measure_one(candidate, scan, own, {} if measured is None else measured)
             planner.importance[name] = importance.get(name) or _importance(scan, options.weight or "energy")
@@ -211,10 +212,7 @@ class SizePlanner:
 
     def _with_sample(self, name: str, scan: ScannedTable) -> ScannedTable:
         """Return a scan with its sample, which is read again where it is no longer held."""
-        if len(scan.sample):
-            return scan
-        own = self.candidates[name].options(self.options)
-        return replace(scan_entry(scan.entry, own, self.progress), weights=scan.weights)
+        return with_sample(scan, self.candidates[name].options(self.options), self.progress)
 
 
 def _importance(scan: ScannedTable, weight: str) -> float:

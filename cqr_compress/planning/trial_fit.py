@@ -11,6 +11,7 @@ from torch import Tensor
 from cqr_compress.planning.scan import ScannedTable
 from cqr_compress.quantize.base import FitEffort, importance_of, weighted_mean
 from cqr_compress.quantize.registry import method_of
+from cqr_compress.quantize.trellis_fit import ENERGY_POWER
 from cqr_compress.table.decode import decode_rows
 from cqr_compress.table.quality import RECALL_BASE, recall
 from cqr_compress.table.spec import AnySpec, TrellisSpec
@@ -20,11 +21,19 @@ _LIMIT = 0.75
 
 @dataclass(frozen=True)
 class SampleRows:
-    """Rows of a sample, of which the first are fitted and the others held out; `weights` (n,) are those of all."""
+    """Rows of a sample, of which the first are fitted and the others held out.
+
+    Attributes:
+        every: (n, D) float32.
+        weights: (n,) weights of all of them, or None.
+        num_fitted: number of rows that are fitted.
+        known_importance: (n,) importance of rows of a fused table, which that of their fields determines; or None.
+    """
 
     every: Tensor
     weights: Tensor | None
     num_fitted: int
+    known_importance: Tensor | None = None
 
     @property
     def sample(self) -> Tensor:
@@ -39,6 +48,8 @@ class SampleRows:
         return torch.empty(0, dtype=torch.int64, device="cpu")
 
     def importance(self, power: float) -> Tensor:
+        if self.known_importance is not None:
+            return self.known_importance
         energies = (self.every - weighted_mean(self.every, self.weights)).square().sum(1)
         return importance_of(energies, power, self.weights, self.stored_apart_ids)
 
@@ -108,7 +119,8 @@ def trial_fit(table: ScannedTable, spec: AnySpec, effort: FitEffort, num_rows: i
         order = torch.arange(len(table.sample), device="cpu")  # with the effort of the final fit, this is that fit
     order = order[: num_rows + num_rows // 2]
     weights = None if table.weights is None else table.weights[table.sample_ids[order]]
-    rows = SampleRows(table.sample[order], weights, min(num_rows, len(order)))
+    known = table.importance(ENERGY_POWER)[table.sample_ids[order]] if table.field_starts else None
+    rows = SampleRows(table.sample[order], weights, min(num_rows, len(order)), known)
     if isinstance(spec, TrellisSpec):
         small: AnySpec = spec.resized(len(order))
     else:

@@ -30,6 +30,7 @@ class TableFacts:
         variances: computes the variances (D,) of the rows along their principal directions, descending, or of
             their dimensions.
         importance: computes the importance (N,) of the rows, see `TableRows.importance`.
+        num_fields: number of fields of a fused table.
     """
 
     name: str
@@ -42,6 +43,7 @@ class TableFacts:
     mean_square: float
     variances: Callable[[bool], Tensor]
     importance: Callable[[float], Tensor]
+    num_fields: int = 1
 
 
 class TableRows(Protocol):

@@ -8,6 +8,7 @@ the marginal error of a byte is the same in all tiers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +54,19 @@ class RankedRows:
         N, grid = len(importance), torch.arange(_BINS + 1, dtype=torch.float64, device="cpu") / _BINS
         by_rows = (grid * N).round().to(torch.int64)
         by_importance = torch.searchsorted(total, grid * total[-1]).clamp_max(N)
-        return cls(total, _ascending(torch.cat([by_rows, by_importance, torch.tensor([0, N], device="cpu")])))
+        edges = [by_rows, by_importance, torch.tensor([0, N], device="cpu")]
+        steps = (ordered.diff() != 0).nonzero().flatten() + 1
+        if len(steps) <= _BINS:  # groups of equal importance
+            edges.append(steps)
+        return cls(total, _ascending(torch.cat(edges)))
+
+
+def field_means(values: Tensor, starts: Sequence[int]) -> Tensor:
+    """Replace values (N,) by the mean of each field's."""
+    sizes = torch.tensor([*starts, len(values)], device="cpu").diff()
+    ids = torch.repeat_interleave(torch.arange(len(starts), device="cpu"), sizes)
+    sums = torch.zeros(len(starts), dtype=values.dtype, device="cpu").index_add_(0, ids, values)
+    return (sums / sizes)[ids]
 
 
 def allocate_tiers(ranked: RankedRows, errors: Tensor, num_bytes: int, least: int, num_tiers: int) -> Tiers | None:

@@ -89,7 +89,7 @@ class TrellisMethod:
                 weights = facts.importance(0.0)  # without the energies of the rows
                 counted = weights[weights > 0]
                 is_weighted = len(counted) > 0 and bool(counted.max() > counted.min())
-                least = 1 if is_weighted else math.ceil(_LEAST_SHARE * spec.row_nbytes)
+                least = 1 if is_weighted or facts.num_fields > 1 else math.ceil(_LEAST_SHARE * spec.row_nbytes)
                 tiered = _with_tiers(spec, variances, ranked, budget, max_tiers, windows, least)
                 if tiered is not None:
                     yield tiered
