@@ -237,3 +237,19 @@ def test_metrics_of_examples_are_their_means() -> None:
     for wrong in ("1.5", [], ["a"], None):
         with pytest.raises(TaskError, match="have to be numbers"):
             task(wrong).measure(nn.Identity())
+
+
+def test_a_built_in_task_sweeps_a_dense_checkpoint(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    users, items = torch.randn(N, D), torch.randn(N, D)
+    torch.save({"user_embedding.weight": users, "item_embedding.weight": items}, tmp_path / "m.pt")
+    ids = torch.randint(N, (4000, 2))
+    clicks = torch.bernoulli((users[ids[:, 0]] * items[ids[:, 1]]).sum(1).sigmoid()).long()
+    rows = [f"{user},{item},{click}" for (user, item), click in zip(ids.tolist(), clicks.tolist(), strict=True)]
+    (tmp_path / "clicks.csv").write_text("\n".join(["user,item,label", *rows]))
+    task = ("--task", "gmf", "--train-file", "clicks.csv", "--effort", "fast", "--method", "trellis")
+    done = cli("sweep", "m.pt", *task, "--ratios", "8,16", "--html", "page.html")
+    assert "gmf" in done.stdout and done.stdout.count("x") > 2 and (tmp_path / "page.html").exists()
+    converted = cli("convert", "m.pt", *task, "--ratio", "16", "--weight", "task", "--json")
+    values = json.loads(converted.stdout)
+    assert all("sensitivity of the task's loss" in table["reason"] for table in values["tables"])
+    assert values["tables_bytes_after"] <= 2 * N * D * 4 / 16

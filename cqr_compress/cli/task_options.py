@@ -56,8 +56,8 @@ class TaskChoice:
     batch_size: int
     settings: list[str] | None
 
-    def task(self, compressed: Path) -> Task:
-        """Create the task for a compressed file.
+    def task(self, source: Path) -> Task:
+        """Create the task for a compressed file or a dense checkpoint.
 
         Raises:
             TaskError: no such task, or files that do not match it.
@@ -76,7 +76,7 @@ class TaskChoice:
                 raise typer.BadParameter(f"--task {name} requires --train-file")
             given = dict(split_setting(setting, "--set") for setting in self.settings or ())
             data = DataOptions(tuple(self.train_file), tuple(self.eval_file or ()), self.batch_size, given)
-            return builtin_task(name, compressed, data)
+            return builtin_task(name, source, data)
         if self.train_file or self.eval_file or self.settings:
             raise typer.BadParameter(
                 "--train-file, --eval-file and --set are for built-in tasks only; a task file defines its data"

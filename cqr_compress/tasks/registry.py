@@ -23,7 +23,7 @@ BUILTIN: dict[str, tuple[str, str]] = {
 
 
 def builtin_task(name: str, source: str | Path, options: DataOptions) -> Task:
-    """Create a built-in task for a compressed file.
+    """Create a built-in task for a compressed file or a dense checkpoint.
 
     Args:
         name: a name of BUILTIN.

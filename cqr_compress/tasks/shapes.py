@@ -1,4 +1,4 @@
-"""Build the models of built-in tasks from the shapes in a compressed file."""
+"""Build the models of built-in tasks from the shapes in a file."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from pathlib import Path
 
 from torch import nn
 
-from cqr_compress.checkpoint.compressed_file import CompressedFile
+from cqr_compress.checkpoint.compressed_file import CompressedFile, is_compressed
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import TaskError
+from cqr_compress.planning.find import with_table_names
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def model_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a compressed file's dense model, by name."""
+    """Return the shapes of the dense model of a checkpoint, or of a compressed file, by name."""
     with open_checkpoint(path) as checkpoint:
+        if not is_compressed(checkpoint):
+            named = with_table_names(checkpoint).entries.items()
+            return {n: tuple(entry.shape) for n, entry in named if n not in checkpoint.outside_model}
         opened = CompressedFile.from_checkpoint(checkpoint)
         outside_model = opened.header.outside_model
         tables = {name: (spec.num_embeddings, spec.embedding_dim) for name, spec in opened.specs.items()}
