@@ -153,7 +153,7 @@ class ConvertOptions:
     rest_dtype: str | None = option(
         None,
         "Dtype in the file of all other floating-point tensors. Running statistics, and tensors with values that "
-        "it cannot hold, keep theirs.",
+        "it cannot hold, keep theirs. Linear layers are not quantized: torchao and bitsandbytes do that.",
         panel="Budget",
         choices=REST_DTYPES,
         shown_default="that of the source",
