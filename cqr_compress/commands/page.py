@@ -45,8 +45,8 @@ def write_page(
     It needs `pip install 'cqr-compress[report]'`. The page of a report is the same at each writing.
 
     Args:
-        report: what `convert`, `convert_folder`, `inspect`, `sweep`, `evaluate` or `finetune` returned, or its JSON
-            object.
+        report: what `convert`, `convert_folder`, `inspect`, `sweep`, `evaluate` or `finetune` returned, or
+            the JSON object of it.
         html: the page to write, or None.
         plots: folder for the charts, which is created; or None.
         original: the dense checkpoint; with it, the page of a compressed file shows the nearest rows of sampled
