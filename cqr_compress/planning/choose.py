@@ -13,7 +13,7 @@ from cqr_compress.quantize.base import FitEffort
 from cqr_compress.quantize.layouts import budget_bytes, over_budget
 from cqr_compress.quantize.options import ConvertOptions
 from cqr_compress.quantize.registry import method_of
-from cqr_compress.table.spec import AnySpec, TrellisSpec
+from cqr_compress.table.spec import AnySpec, CodebookSpec, TrellisSpec
 
 _SMALLEST_VALUE, _LARGEST_VALUE = 1e-15, 1e15
 _TRIAL_ROWS = 4096
@@ -94,9 +94,10 @@ def resize_plan(table: ScannedTable, plan: TablePlan, options: ConvertOptions) -
         plan: a plan with a spec.
         options: the options of the plan with another budget.
     """
-    spec, method = plan.spec, method_of(options.method)
+    spec = plan.spec
     assert spec is not None
-    budget = budget_bytes(table.facts, options) or 0
+    options = _of_kind(options, spec)
+    method, budget = method_of(options.method), budget_bytes(table.facts, options) or 0
     layouts = method.layouts(options, table.facts)
     same = [each for each in layouts if each.method == spec.method and kind_of(each) == kind_of(spec)]
     largest = max((s for s in same if s.nbytes <= budget), key=lambda each: each.nbytes, default=spec)
@@ -106,6 +107,24 @@ def resize_plan(table: ScannedTable, plan: TablePlan, options: ConvertOptions) -
     effort = method.effort(largest, options.refine_rounds)
     error = plan.error if fit is None else fit.error
     return replace(plan, spec=largest, effort=effort, error=error, reason=f"{plan.reason}; extended by bytes left")
+
+
+def _of_kind(options: ConvertOptions, spec: AnySpec) -> ConvertOptions:
+    """Narrow options of `auto`, which has thousands of layouts, to those of one kind."""
+    if options.method != "auto":
+        return options
+    found = replace(options, method=spec.method, rank=None)
+    if isinstance(spec, TrellisSpec):
+        return replace(found, rotation=spec.rotation)
+    assert isinstance(spec, CodebookSpec), "auto has trellises and codebooks"
+    return replace(
+        found,
+        num_columns=None if spec.method == "rq" else spec.num_columns,
+        n_bits=spec.n_bits,
+        rotation=spec.rotation,
+        rank=spec.rank,
+        codebook_dtype=spec.codebook_dtype,
+    )
 
 
 def _check_magnitude(table: ScannedTable) -> None:

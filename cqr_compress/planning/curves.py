@@ -11,10 +11,12 @@ from cqr_compress.planning.choose import fit_briefly
 from cqr_compress.planning.scan import ScannedTable
 from cqr_compress.planning.trial_fit import TrialFit
 from cqr_compress.progress import Progress
+from cqr_compress.quantize.layouts import MAX_ROTATED_DIM
 from cqr_compress.quantize.options import ConvertOptions
 
 BITS_PER_DIM = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Rates at which the error of a table is measured by a brief fit."""
+_ROWS_OF_ROTATION, _WINDOW = 64, 10
 HIGH_RATES = (12.0, 16.0)
 """Rates for errors of less than about 5e-5, of which a trellis has no less at any rate."""
 
@@ -75,14 +77,22 @@ def measure_sizes(
 
 
 def _fit(scan: ScannedTable, options: ConvertOptions) -> TrialFit:
-    if (
-        scan.weights is None
-        and not scan.field_starts
-        and options.max_tiers is None
-        and options.method in ("auto", "trellis")
-    ):
-        options = replace(options, max_tiers=1)  # tiers lower the error of rows of equal weight a little
-    if options.method == "auto":
+    if options.method in ("auto", "trellis"):
         with contextlib.suppress(BudgetError, SpecError):  # options of codebooks may be given
-            return fit_briefly(scan, replace(options, method="trellis", rank=None))
+            return fit_briefly(scan, _likely(scan, replace(options, method="trellis", rank=None)))
     return fit_briefly(scan, options)
+
+
+def _likely(scan: ScannedTable, options: ConvertOptions) -> ConvertOptions:
+    """Leave out layouts of a trellis that are seldom the best."""
+    N, D = scan.shape
+    uniform = scan.weights is None and not scan.field_starts
+    tiers = 1 if uniform else None  # tiers lower the error of rows of equal weight a little
+    rotation = "pca" if N >= _ROWS_OF_ROTATION * D and D <= MAX_ROTATED_DIM else None
+    window = _WINDOW if (options.bits_per_dim or 0) * D >= 2 * _WINDOW else None  # shorter rows need a shorter one
+    return replace(
+        options,
+        max_tiers=options.max_tiers or tiers,
+        rotation=options.rotation or rotation,
+        window=options.window or window,
+    )
