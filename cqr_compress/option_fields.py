@@ -139,6 +139,11 @@ def parsed(cls: type, name: str, text: str) -> Any:
                 continue
     if "str" in kinds:
         return text
+    if "tuple[int, ...]" in kinds:
+        try:
+            return tuple(int(part) for part in text.split(","))
+        except ValueError as e:
+            raise SpecError(f"{name} is {text!r}: give whole numbers, such as 0,1") from e
     raise SpecError(f"{name} is {text!r}: give {'a whole number' if 'int' in kinds else 'a number'}")
 
 

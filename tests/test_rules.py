@@ -111,6 +111,11 @@ def test_a_toml_file_has_rules(tables: Path, tmp_path: Path, cli: Run) -> None:
         read_rules(str(file))
     with pytest.raises(CheckpointError, match="no such file"):
         read_rules(tmp_path / "none.toml")
+    file.write_text("[rules]\na = " + 3000 * "[" + 3000 * "]")
+    with pytest.raises(CheckpointError, match="nested too deeply"):
+        read_rules(file)
+    file.write_bytes(b"\xef\xbb\xbf[rules]\na = 'int8'\n")  # as editors of Windows save it
+    assert [rule.pattern for rule in read_rules(file)] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +131,9 @@ def test_a_toml_file_has_rules(tables: Path, tmp_path: Path, cli: Run) -> None:
         ({"a": {"colour": 1}}, "sets colour, which is no option"),
         ({"a": 8}, "rule 'a' has"),
         ({"emb_l.0": {"n_bits": "many"}}, "n_bits is 'many'"),
+        ("emb_l.0=exact_rows=x", "rule 'emb_l.0=exact_rows=x': exact_rows is 'x': give whole numbers"),
+        ({"emb_l.0": {"exact_rows": [0, "1"]}}, "exact_rows is .*: give ids of rows"),
+        ({"emb_l.0": {"keep": False}}, "has keep among settings"),
     ],
 )  # fmt: skip
 def test_a_rule_that_cannot_hold_is_named(tables: Path, rule: Any, message: str) -> None:
@@ -141,3 +149,8 @@ def test_a_rule_without_a_table_is_an_error(tables: Path) -> None:
 def test_patterns_may_contain_equal_signs() -> None:
     (rule,) = read_rules(["re:a(?=b)=pq,ratio=8"])
     assert rule.pattern == "re:a(?=b)" and rule.options(ConvertOptions()).ratio == 8.0
+
+
+def test_a_rule_may_keep_a_row_exact(tables: Path) -> None:
+    report = cqr.convert(tables, method="int8", rules=["emb_l.0=exact_rows=-1"], dry_run=True)
+    assert [table.rows_stored_apart for table in report.tables] == [1, 0]

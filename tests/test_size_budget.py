@@ -113,7 +113,9 @@ def test_sizes_that_cannot_be_and_need_not_be_are_refused(
     assert not (tmp_path / "s.safetensors").exists()
 
 
-@pytest.mark.parametrize("fields", [{"size": "much"}, {"size": -5}, {"size": 1.5}, {"size": 9, "ratio": 4}])
+@pytest.mark.parametrize(
+    "fields", [{"size": "much"}, {"size": -5}, {"size": 1.5}, {"size": "9" * 400}, {"size": 9, "ratio": 4}]
+)
 def test_sizes_that_are_none_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(SpecError, match="size"):
         cqr.ConvertOptions(**fields)  # type: ignore[arg-type]

@@ -119,6 +119,8 @@ def _rule(pattern: str, action: str | Mapping[str, Any]) -> Rule:
     else:
         raise SpecError(f"rule {pattern!r} has {brief(action)}: give {KEEP}, a method, or a table of settings")
     if KEEP in values:
+        if isinstance(action, Mapping):
+            raise SpecError(f"rule {text!r} has {KEEP} among settings: give {KEEP!r} instead of a table")
         if len(values) > 1:
             raise SpecError(f"rule {text!r} keeps tables dense: it can set nothing else")
         return Rule(pattern, text, True, {})
@@ -126,7 +128,10 @@ def _rule(pattern: str, action: str | Mapping[str, Any]) -> Rule:
     if unknown:
         what = "is of the whole file" if unknown[0] in _OF_THE_FILE else "is no option"
         raise SpecError(f"rule {text!r} sets {unknown[0]}, which {what}: give some of {', '.join(_NAMES)}")
-    values = {k: parsed(ConvertOptions, k, v) if isinstance(v, str) else v for k, v in values.items()}
+    try:
+        values = {k: parsed(ConvertOptions, k, v) if isinstance(v, str) else v for k, v in values.items()}
+    except SpecError as e:
+        raise SpecError(f"rule {text!r}: {e}") from e
     if values.get("method", "auto") not in METHODS:
         raise SpecError(f"rule {text!r}: method {values['method']!r} is not {KEEP} or one of {', '.join(METHODS)}")
     return Rule(pattern, text, False, values)
@@ -142,7 +147,9 @@ def _read_toml(path: Path) -> Mapping[str, Any]:
             f"TOML files require Python 3.11: give the rules of {str(path)!r} as PATTERN=ACTION"
         ) from e
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise CheckpointError(f"{str(path)!r} is TOML that is nested too deeply") from None
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{str(path)!r} is not a TOML file: {e}") from e
     rules = values.get("rules")

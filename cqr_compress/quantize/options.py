@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
-from cqr_compress.errors import SpecError
+from cqr_compress.errors import SpecError, brief
 from cqr_compress.option_fields import check_fields, documented, option
 from cqr_compress.quantize.registry import METHODS, method_of
 
@@ -171,6 +172,8 @@ class ConvertOptions:
             object.__setattr__(self, "size", size_in_bytes("size", self.size))
         elif self.size is not None:
             raise SpecError(f"size is {self.size!r}: give bytes, or a text such as 50MB")
+        if not isinstance(self.exact_rows, (tuple, list)) or not all(map(_is_id, self.exact_rows)):
+            raise SpecError(f"exact_rows is {str(self.exact_rows)[:100]!r}: give ids of rows, such as (0, 1)")
         given = {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
         if len(given) > 1:
             listed = " and ".join(f"{name} is {value!r}" for name, value in given.items())
@@ -205,6 +208,10 @@ class ConvertOptions:
         return replace(self, **without)
 
 
+def _is_id(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def size_in_bytes(name: str, size: int | str) -> int:
     """Parse a size such as 5GB, 500MB or 2GiB to bytes.
 
@@ -212,11 +219,12 @@ def size_in_bytes(name: str, size: int | str) -> int:
         SpecError: no size, or none above 0; the message has the option's `name`.
     """
     match = re.fullmatch(r"(?i)\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(size))
-    if match is None or float(match[1]) <= 0:
-        raise SpecError(f"{name} is {size!r}: give a size such as 5GB or 500MB")
+    if match is None or not 0 < float(match[1]) < _MAX_BYTES:
+        raise SpecError(f"{name} is {brief(size)}: give a size such as 5GB or 500MB")
     return max(1, int(float(match[1]) * _UNITS[(match[2] or "").lower()]))
 
 
+_MAX_BYTES = 2**63
 _UNITS = {"": 1} | {
     f"{letter}{binary}": (1024 if binary else 1000) ** power
     for power, letter in enumerate("kmgt", start=1)
