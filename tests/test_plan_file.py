@@ -121,6 +121,20 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path) -> None:
         "damaged plan: TypeError": {**good, "options": {"colour": "red"}},
         "damaged plan: SpecError": {**good, "options": {"method": "magic"}},
     }
+    fields: dict[str, dict[str, Any]] = {
+        "ValueError: a budget is '12'": {"budget": "12"},
+        "ValueError: a budget is -5": {"budget": -5},
+        "ValueError: a budget is an integer of": {"budget": 10**99},
+        "ValueError: an error is nan": {"error": float("nan")},
+        "ValueError: an error is '0.5'": {"error": "0.5"},
+        "TypeError: a reason is a dict": {"reason": {}},
+        "SpecError: method 'pq' has no layout": {"spec": {**good["tables"][table]["spec"], "method": "pq"}},
+        "SpecError: method 'int4' has no layout": {"spec": {**good["tables"][table]["spec"], "method": "int4"}},
+        "SpecError: method 'auto' has no layout": {"spec": {**good["tables"][table]["spec"], "method": "auto"}},
+        "SpecError: method 'x' is not one of": {"spec": {**good["tables"][table]["spec"], "method": "x"}},
+    }
+    for message, changes in fields.items():
+        damaged[f"damaged plan: {message}"] = {**good, "tables": {table: {**good["tables"][table], **changes}}}
     for message, values in damaged.items():
         plan.write_text(json.dumps(values))
         with pytest.raises(FormatError, match=message):
@@ -128,3 +142,30 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path) -> None:
     plan.write_text("no JSON")
     with pytest.raises(CheckpointError, match="is not JSON"):
         cqr.convert(ckpt, plan=plan, dry_run=True)
+
+
+def test_a_table_that_is_too_small_for_its_layout_is_named(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    cqr.convert(save(tmp_path / "m.pt"), method="qr", ratio=16, plan=plan, dry_run=True)
+    with pytest.raises(ShapeError, match="of 9000 rows cannot have its layout in the plan .* distinguish"):
+        cqr.convert(save(tmp_path / "more.pt", rows=9000), plan=plan, dry_run=True)
+    with pytest.raises(ShapeError, match="of 30 rows has 1,920 bytes, and .* in the layout of the plan"):
+        cqr.convert(save(tmp_path / "few.pt", rows=30), plan=plan, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "pq", "num_columns": 4, "n_bits": 4},
+        {"method": "rq", "num_levels": 2, "n_bits": 4},
+        {"method": "prq", "num_columns": 2, "num_levels": 2, "n_bits": 4},
+        {"method": "cqr", "num_columns": 2, "n_bits": 4, "helper": "hashed"},
+        {"method": "cqr", "num_columns": 2, "n_bits": 4, "helper": "stored"},
+        {"method": "hash", "ratio": 8},
+        {"method": "int4"},
+    ],
+)
+def test_layouts_of_all_methods_are_followed(tmp_path: Path, options: dict[str, Any]) -> None:
+    ckpt, plan = save(tmp_path / "m.pt"), tmp_path / "plan.json"
+    made = cqr.convert(ckpt, **options, plan=plan, dry_run=True)
+    assert layouts(cqr.convert(ckpt, plan=plan, dry_run=True)) == layouts(made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,6 +25,7 @@ from cqr_compress.planning.scan import ScannedTable
 from cqr_compress.progress import Progress
 from cqr_compress.quantize.base import FitEffort
 from cqr_compress.quantize.options import ConvertOptions
+from cqr_compress.quantize.registry import method_of
 from cqr_compress.table.spec import AnySpec, TrellisSpec, spec_from_json
 
 _KIND, _SCHEMA_VERSION = "plan", 1
@@ -189,9 +191,17 @@ def _layout(values: Mapping[str, Any]) -> TableLayout:
     effort = FitEffort(**values["effort"])
     if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= 10**6 for n in asdict(effort).values()):
         raise ValueError("an effort is not a number of iterations")
-    error = None if values["error"] is None else float(values["error"])
-    spec, budget = spec_from_json(values["spec"]), int(values["budget"])
-    return TableLayout(spec, budget, effort, error, str(values["reason"]))
+    error, budget, reason = values["error"], values["budget"], values["reason"]
+    if error is not None and (type(error) not in (int, float) or not 0 <= error < math.inf):
+        raise ValueError(f"an error is {brief(error)}, no number of at least 0")
+    if isinstance(budget, bool) or not isinstance(budget, int) or not 0 < budget < 2**63:
+        raise ValueError(f"a budget is {brief(budget)}, no number of bytes")
+    if not isinstance(reason, str):
+        raise TypeError(f"a reason is {brief(reason)}")
+    spec = spec_from_json(values["spec"])
+    if not method_of(spec.method).makes(spec):
+        raise SpecError(f"method {spec.method!r} has no layout {spec.layout} of kind {spec.kind!r}")
+    return TableLayout(spec, budget, effort, error, reason)
 
 
 def _spec_for(spec: AnySpec, scan: ScannedTable, where: str) -> AnySpec:
@@ -202,13 +212,19 @@ def _spec_for(spec: AnySpec, scan: ScannedTable, where: str) -> AnySpec:
         raise ShapeError(
             f"{name!r} has {D} dimensions, and {spec.embedding_dim} in the plan {where!r}: plan to a new file"
         )
-    resized = spec.resized(N) if isinstance(spec, TrellisSpec) else replace(spec, num_embeddings=N)
     changes: dict[str, Any] = {
         "dtype": str(facts.dtype).removeprefix("torch."),
         "num_kept_rows": facts.num_exact_rows,
         "num_zero_rows": facts.num_zero_rows,
     }
     try:
-        return replace(resized, **changes)
+        resized = spec.resized(N) if isinstance(spec, TrellisSpec) else spec
+        found = replace(resized, num_embeddings=N, **changes)
     except SpecError as e:
         raise ShapeError(f"{name!r} of {N} rows cannot have its layout in the plan {where!r}: {e}") from e
+    if found.nbytes >= facts.nbytes:
+        raise ShapeError(
+            f"{name!r} of {N} rows has {facts.nbytes:,} bytes, and {found.nbytes:,} in the layout of the plan "
+            f"{where!r}: plan to a new file"
+        )
+    return found

@@ -165,6 +165,13 @@ class AdditiveMethod:
             options, facts, n_bits=self.n_bits, num_levels=levels, single_column=self.single_column
         )
 
+    def makes(self, spec: AnySpec) -> bool:
+        """Return whether all codes are stored, of as many levels and columns as the method has."""
+        if not isinstance(spec, CodebookSpec) or spec.num_stored_levels < spec.num_levels:
+            return False
+        levels_fit = len(self.num_levels) > 1 or spec.num_levels in self.num_levels
+        return levels_fit and (spec.num_columns == 1 or not self.single_column)
+
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
         """Return the effort of the final fit, with more rounds for OPQ; see `codebook_effort`."""
         return codebook_effort(self.standard, spec, refine_rounds)

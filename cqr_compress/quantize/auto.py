@@ -55,6 +55,10 @@ class Auto:
                 continue
             yield replace(spec, method="pq" if L == 1 else "rq" if C == 1 else "prq")
 
+    def makes(self, spec: AnySpec) -> bool:
+        """Return False: a spec names the method that fits it."""
+        return False
+
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
         """Return the effort of the spec's method, at least 2 restarts, and 8 rounds if `refine_rounds` is None."""
         effort = method_of(spec.method).effort(spec, refine_rounds)

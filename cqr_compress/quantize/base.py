@@ -123,6 +123,9 @@ class Method(Protocol):
     def layouts(self, options: ConvertOptions, facts: TableFacts) -> Iterator[AnySpec]:
         """Iterate over the layouts that the table's shape and the options allow."""
 
+    def makes(self, spec: AnySpec) -> bool:
+        """Return whether the method can fit this layout, which a file may have."""
+
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
         """Return the effort of the final fit; `refine_rounds` replaces the method's default if not None."""
 

@@ -126,6 +126,10 @@ class CqrMethod:
             for spec in codebook_layouts(options, facts, n_bits=_N_BITS, num_levels=(len(sources),)):
                 yield replace(spec, code_sources=sources)
 
+    def makes(self, spec: AnySpec) -> bool:
+        """Return whether the levels are those of one of the helpers."""
+        return isinstance(spec, CodebookSpec) and spec.code_sources in _SOURCES.values() and not spec.rotation
+
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
         """Return the effort of the final fit; see `codebook_effort`."""
         return codebook_effort(self.standard, spec, refine_rounds)

@@ -183,6 +183,10 @@ class HashedMethod:
         size = int(((budget_bytes(facts, options) or 0.0) - fixed_bytes) // codeword_bytes)
         yield spec(max(smallest, min(size, N)))
 
+    def makes(self, spec: AnySpec) -> bool:
+        """Return whether the codes of all levels are those of the method."""
+        return isinstance(spec, CodebookSpec) and spec.code_sources == self.code_sources and not spec.rotation
+
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
         """Return the default effort, which has no effect."""
         return FitEffort()

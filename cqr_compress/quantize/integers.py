@@ -92,6 +92,10 @@ class IntegerMethod:
             **table_fields(facts),
         )
 
+    def makes(self, spec: AnySpec) -> bool:
+        """Return whether the spec has rows of integers of these bits."""
+        return isinstance(spec, RowwiseSpec) and spec.n_bits == self.n_bits
+
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
         """Return the default effort, which has no effect."""
         return FitEffort()

@@ -94,6 +94,10 @@ class TrellisMethod:
                 if tiered is not None:
                     yield tiered
 
+    def makes(self, spec: AnySpec) -> bool:
+        """Return whether the spec is that of a trellis."""
+        return isinstance(spec, TrellisSpec)
+
     def effort(self, spec: AnySpec, refine_rounds: int | None) -> FitEffort:
         """Return 4 rounds, if `refine_rounds` is None."""
         return FitEffort(refine_rounds=_ROUNDS if refine_rounds is None else max(1, refine_rounds))
