@@ -16,6 +16,7 @@ import cqr_compress as cqr
 from cqr_compress.commands import sweep as sweep_module
 from cqr_compress.errors import BudgetError, CheckpointError, OutputExistsError, SpecError, TaskError
 from cqr_compress.finetuning.paired import loss_interval, relative_loss
+from cqr_compress.planning import size_budget
 
 N, D = 1500, 16
 OPTIONS: dict[str, Any] = {"method": "trellis", "effort": "fast"}
@@ -132,6 +133,21 @@ def test_several_tables_share_the_bytes(tmp_path: Path) -> None:
     assert 0.97 < sum(sizes.values()) * 8 / (2 * N * D * 4) <= 1
 
 
+def test_the_tables_are_measured_once_for_all_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(
+        {"a_embedding.weight": torch.randn(N, D), "b_embedding.weight": torch.randn(N, D)}, tmp_path / "m.pt"
+    )
+    measure, measured = size_budget.measure_sizes, []
+
+    def counted(scan: Any, *args: Any, **kwargs: Any) -> Any:
+        measured.append(scan.entry.name)
+        return measure(scan, *args, **kwargs)
+
+    monkeypatch.setattr(size_budget, "measure_sizes", counted)
+    cqr.sweep(tmp_path / "m.pt", ratios=(8, 16), **OPTIONS)
+    assert measured == ["a_embedding.weight", "b_embedding.weight"]
+
+
 def test_a_sweep_that_was_stopped_measures_what_is_missing(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     converted: list[str] = []
     convert = sweep_module.convert
@@ -169,6 +185,73 @@ def test_results_of_another_sweep_are_not_taken(ckpt: Path, tmp_path: Path) -> N
     (tmp_path / "other" / "sweep.json").write_text("[]")
     with pytest.raises(CheckpointError, match="not the state of a sweep"):
         cqr.sweep(ckpt, ratios=(8,), folder=tmp_path / "other", **OPTIONS)
+
+
+def test_a_sweep_that_was_stopped_in_its_first_size_goes_on(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep_module, "_mean", stopped)  # after the file was written
+    with pytest.raises(KeyboardInterrupt):
+        cqr.sweep(ckpt, ratios=(8,), **OPTIONS)
+    monkeypatch.undo()
+    assert len(cqr.sweep(ckpt, ratios=(8,), **OPTIONS, seed=1).points) == 1  # there is no result to be replaced
+
+
+def test_files_that_are_no_longer_those_measured_are_made_again(ckpt: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m.sweep"
+    first = cqr.sweep(ckpt, ratios=(4, 8), **OPTIONS)
+    file = folder / "8x.safetensors"
+    content = file.read_bytes()
+    changes: list[Callable[[], object]] = [
+        lambda: file.write_bytes(content[:5000]),
+        (folder / "8x.report.json").unlink,
+        file.unlink,
+    ]
+    for change in changes:
+        change()
+        again = cqr.sweep(ckpt, tmp_path / "s.safetensors", max_loss=0.2, ratios=(4, 8), force=True, **OPTIONS)
+        assert file.read_bytes() == content and again.points[1].loss == first.points[1].loss
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("file", "../secret.safetensors"), ("file", "/etc/passwd"), ("file", 5), ("file", "4x.safetensors"),
+        ("ratio", "8"), ("ratio", 3), ("file_bytes", "1"), ("loss", None), ("loss", 10**400), ("interval", 5),
+        ("interval", [1]), ("metrics", {"auc": 1}), ("seconds", "x"), ("finetuned", "no"), ("extra", 1),
+    ],
+)  # fmt: skip
+def test_damaged_results_are_refused(ckpt: Path, tmp_path: Path, name: str, value: Any) -> None:
+    point = {
+        "ratio": 8.0, "file": "8x.safetensors", "file_bytes": 100, "relative_mse": 0.1, "recall_at_10": 0.9,
+        "metrics": None, "loss": 0.1, "interval": None, "finetuned": False, "seconds": 1.0,
+    }  # fmt: skip
+    state = {"kind": "sweep_state", "identity": {"task": None}, "points": {"8x": point}, "infeasible": {}}
+    (tmp_path / "m.sweep").mkdir()
+    file = tmp_path / "m.sweep" / "sweep.json"
+    file.write_text(json.dumps(state))
+    with pytest.raises(OutputExistsError, match="has a sweep with another source"):
+        cqr.sweep(ckpt, ratios=(8,), **OPTIONS)
+    file.write_text(json.dumps({**state, "points": {"8x": {**point, name: value}}}))
+    with pytest.raises(CheckpointError, match="sweep.json' is damaged: .*Error: .* give another --folder"):
+        cqr.sweep(ckpt, ratios=(8,), **OPTIONS)
+    for wrong in (
+        {"points": {"8x": 5}},
+        {"points": []},
+        {"infeasible": []},
+        {"infeasible": {"8x": 5}},
+        {"identity": 5},
+    ):
+        file.write_text(json.dumps({**state, **wrong}))
+        with pytest.raises(CheckpointError, match="is damaged"):
+            cqr.sweep(ckpt, ratios=(8,), **OPTIONS)
+
+
+def test_ratios_that_are_equal_in_six_digits_are_one(ckpt: Path) -> None:
+    assert [point.ratio for point in cqr.sweep(ckpt, ratios=(8, 8.0000001), **OPTIONS).points] == [8]
+    with pytest.raises(SpecError, match="give numbers above 1"):
+        cqr.sweep(ckpt, ratios=(1.0000001,))
 
 
 def test_what_cannot_be_swept_is_told(ckpt: Path, tmp_path: Path) -> None:

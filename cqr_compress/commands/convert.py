@@ -232,7 +232,9 @@ class _Conversion:
             planned = plan_tables(self.checkpoint, selected, self.options, weights, self.progress, estimated)
             return self._complete(planned)
         importance = self.sensitivity.importance if self.options.weight in (None, "task") else {}
-        planner = SizePlanner.measure(self.checkpoint, selected, self.options, weights, importance, self.progress)
+        planner = SizePlanner.measure(
+            self.checkpoint, selected, self.options, weights, importance, self.progress, self.measured
+        )
         if not self.options.has_file_budget:
             assert self.options.ratio is not None
             return self._complete(planner.plan_ratio(self.options.ratio))

@@ -23,7 +23,7 @@ from cqr_compress.checkpoint.size_report import SizeReport, report_path
 from cqr_compress.commands.convert import convert, default_output
 from cqr_compress.commands.finetune import finetune
 from cqr_compress.commands.sweep_report import RECALL, SweepPoint, SweepReport
-from cqr_compress.commands.sweep_state import STATE_FILE, identity_of, read_state
+from cqr_compress.commands.sweep_state import STATE_FILE, held_point, identity_of, read_state
 from cqr_compress.errors import BudgetError, SpecError, TaskError
 from cqr_compress.finetuning.options import FinetuneOptions
 from cqr_compress.finetuning.paired import loss_interval, relative_loss
@@ -139,9 +139,9 @@ def _check(
         raise SpecError(f"max_loss is {max_loss!r}: give a share of the metric, such as 0.01")
     if finetune_options is not None and task is None:
         raise SpecError("fine-tuning without a task: give the task to train on")
-    if not ratios or not all(1 < ratio < math.inf for ratio in ratios):
+    if not ratios or not all(1 < float(f"{ratio:g}") < math.inf for ratio in ratios):
         raise SpecError(f"ratios are {list(ratios)!r}: give numbers above 1")
-    return sorted({float(ratio) for ratio in ratios})
+    return sorted({float(f"{ratio:g}") for ratio in ratios})  # a file of the folder is named by these digits
 
 
 @dataclass
@@ -230,11 +230,11 @@ class _Sweep:
         name = f"{ratio:g}x"
         if name in self.state["infeasible"]:
             return None
-        held = self.state["points"].get(name)
-        if held is not None and (self.folder / held["file"]).exists():
-            interval = None if held["interval"] is None else tuple(held["interval"])
-            return SweepPoint(**{**held, "file": str(self.folder / held["file"]), "interval": interval})
+        held = held_point(self.folder, self.state, name)
+        if held is not None:
+            return held
         began = time.monotonic()
+        self._write_state()  # so that a sweep that is stopped in its first size is one
         try:
             point = self._measured(ratio, self.folder / f"{name}.safetensors", began)
         except BudgetError as e:

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from cqr_compress.checkpoint.formats.open import files_of
+from cqr_compress.checkpoint.header import check_metrics
 from cqr_compress.checkpoint.json_file import read_json
 from cqr_compress.checkpoint.output_files import output_errors
-from cqr_compress.errors import CheckpointError, OutputExistsError
+from cqr_compress.checkpoint.size_report import report_path
+from cqr_compress.commands.sweep_report import SweepPoint
+from cqr_compress.errors import CheckpointError, OutputExistsError, brief
 from cqr_compress.finetuning.options import FinetuneOptions
 from cqr_compress.finetuning.task import Task
 from cqr_compress.quantize.options import ConvertOptions
@@ -63,18 +66,57 @@ def read_state(folder: Path, identity: dict[str, Any], force: bool) -> dict[str,
             folder.mkdir(exist_ok=True)
         return fresh
     state = read_json(file)
-    if (
-        not isinstance(state, dict)
-        or state.get("kind") != "sweep_state"
-        or not isinstance(state.get("points"), dict)
-    ):
+    if not isinstance(state, dict) or state.get("kind") != "sweep_state":
         raise CheckpointError(f"{str(file)!r} is not the state of a sweep: give another --folder")
-    if state.get("identity") == identity:
+    try:
+        _check_state(state)
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        raise CheckpointError(
+            f"{str(file)!r} is damaged: {type(e).__name__}: {str(e)[:300]}. Remove it with its folder, or give "
+            "another --folder."
+        ) from e
+    if state["identity"] == identity:
         return state
-    if not force:
-        other = [name for name in identity if (state.get("identity") or {}).get(name) != identity[name]]
+    if not force and (state["points"] or state["infeasible"]):
+        other = [name for name in identity if state["identity"].get(name) != identity[name]]
         raise OutputExistsError(
             f"{str(folder)!r} has a sweep with another {' and '.join(other)}: give another --folder, or "
             "replace it with --force"
         )
     return fresh
+
+
+def held_point(folder: Path, state: Mapping[str, Any], name: str) -> SweepPoint | None:
+    """Return a size of the results so far; None if there is none, or its file is no longer the one measured."""
+    values = state["points"].get(name)
+    if values is None:
+        return None
+    file = folder / values["file"]
+    try:
+        if file.stat().st_size != values["file_bytes"] or not report_path(file).is_file():
+            return None
+    except OSError:
+        return None
+    interval = None if values["interval"] is None else tuple(values["interval"])
+    return SweepPoint(**{**values, "file": str(file), "interval": interval})
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Check the types of a state read from JSON; raises TypeError, ValueError, KeyError or AttributeError."""
+    task, infeasible = state["identity"]["task"], state["infeasible"]
+    if not all(isinstance(reason, str) for reason in infeasible.values()):
+        raise TypeError("a reason of an infeasible size is no text")
+    for name, values in state["points"].items():
+        point = SweepPoint(**values)
+        files = [f"{name}{suffix}" for suffix in (".safetensors", ".tuned.safetensors")]
+        if name != f"{point.ratio:g}x" or point.file not in files:  # no other file of the disk
+            raise ValueError(f"the size {brief(name)} has the file {brief(point.file)}")
+        if type(point.file_bytes) is not int or type(point.finetuned) is not bool:
+            raise TypeError(f"the size {brief(name)} has {brief(point.file_bytes)} bytes")
+        numbers = ("file_bytes", "relative_mse", "recall_at_10", "loss", "seconds")
+        check_metrics({number: values[number] for number in numbers}, f"the size {brief(name)}")
+        if (point.metrics is None) != (task is None) or (task and task["metric"] not in values["metrics"]):
+            raise ValueError(f"the size {brief(name)} lacks the metric of the task")
+        check_metrics({} if point.metrics is None else point.metrics, "metrics")
+        low, high = (0.0, 0.0) if point.interval is None else point.interval
+        check_metrics({"low": low, "high": high}, "an interval")
