@@ -141,6 +141,11 @@ def test_what_cannot_be_measured_is_told(trained: tuple[nn.Module, cqr.Task, Pat
 
     with pytest.raises(SpecError, match="no gradient reached"):
         measured(with_loss(lambda model, batch: 0 * model(batch[0])), path)
+    with pytest.raises(SpecError, match="no gradient reached"):
+        measured(with_loss(lambda model, batch: model(batch[0]).detach()), path)
+    for wrong in (1.5, None, torch.tensor(3)):
+        with pytest.raises(TaskError, match="loss returned"):
+            measured(with_loss(lambda model, batch, wrong=wrong: wrong), path)
     with pytest.raises(NonFiniteError, match="NaN or infinity"):
         measured(with_loss(lambda model, batch: model(batch[0]) * float("inf")), path)
     with open_checkpoint(path) as checkpoint, pytest.raises(TaskError, match="has no parameter 'direction2'"):

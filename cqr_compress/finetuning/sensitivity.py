@@ -67,7 +67,7 @@ def measure_sensitivity(
     Raises:
         SpecError: the loss depends on no table.
         NonFiniteError: a gradient is not finite.
-        TaskError: the model lacks a table.
+        TaskError: the model lacks a table, or `loss` returns no losses.
     """
     task = task if isinstance(task, Task) else load_task_file(task)
     chosen = own_device(device)
@@ -82,7 +82,9 @@ def measure_sensitivity(
     batches = Batches(task, 1, seed, chosen).mine(0, _MAX_BATCHES)
     with torch.enable_grad(), RandomStream.seeded(seed, PASS).active():
         for batch in batches:
-            task.loss(model, batch).sum().backward()  # type: ignore[no-untyped-call]
+            losses = task.checked_losses(model, batch)
+            if losses.requires_grad:  # a batch may use none of the tables
+                losses.sum().backward()  # type: ignore[no-untyped-call]
             for name, parameter in tables.items():
                 if parameter.grad is not None:
                     _add_squares(sums[name], parameter.grad)

@@ -55,6 +55,22 @@ class Task:
         if self.mode not in MODES:
             raise TaskError(f"mode is {self.mode!r}: give 'max' if a larger {self.metric!r} is better, or 'min'")
 
+    def checked_losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """Compute the losses of a batch's examples, (B,), or their mean.
+
+        Raises:
+            TaskError: `loss` returns something else.
+        """
+        losses = self.loss(model, batch)
+        if not isinstance(losses, Tensor) or losses.ndim > 1 or losses.numel() == 0:
+            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise TaskError(
+                f"loss returned {shape}: it has to return the losses of a batch's examples (B,), or their mean"
+            )
+        if not losses.is_floating_point():
+            raise TaskError(f"loss returned {losses.dtype}: it has to return real floating-point losses")
+        return losses
+
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Evaluate a model.
 

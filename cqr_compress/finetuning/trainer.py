@@ -218,7 +218,7 @@ class Trainer:
         cast: Any = torch.autocast(self.device.type, self._precision) if enabled else nullcontext()
         with cast, torch.enable_grad():  # user code may have disabled gradients
             if self.distillation is None:
-                return _losses(self.task, self.tuned.model, batch).mean()
+                return self.task.checked_losses(self.tuned.model, batch).mean()
             losses, extra = self.distillation.loss(batch)
             return losses.mean() + self.options.distill_weight * extra
 
@@ -314,7 +314,7 @@ class Trainer:
             stream = RandomStream.seeded(self.options.seed, PASS, epoch, distributed.rank())
             for batch in self._batches.mine(epoch, self.options.pass_batches):
                 with stream.active():
-                    losses = _losses(self.task, self.tuned.model, batch)
+                    losses = self.task.checked_losses(self.tuned.model, batch)
                 yield losses
 
         return losses
@@ -383,18 +383,6 @@ class Trainer:
 
     def _best_so_far(self) -> str:
         return f"best {self.task.metric} {self.early_stopping.best_evaluation.metrics[self.task.metric]:.5g}"
-
-
-def _losses(task: Task, model: nn.Module, batch: Any) -> Tensor:
-    losses = task.loss(model, batch)
-    if not isinstance(losses, Tensor) or losses.ndim > 1 or losses.numel() == 0:
-        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise TaskError(
-            f"loss returned {shape}: it has to return the losses of a batch's examples (B,), or their mean"
-        )
-    if not losses.is_floating_point():
-        raise TaskError(f"loss returned {losses.dtype}: it has to return real floating-point losses")
-    return losses
 
 
 def _add_up_gradients(parameters: list[nn.Parameter]) -> None:
