@@ -15,6 +15,7 @@ from cqr_compress.errors import (
     CheckpointError,
     CqrCompressWarning,
     FormatError,
+    OutputError,
     ShapeError,
     SpecError,
     TableNotFoundError,
@@ -169,3 +170,10 @@ def test_layouts_of_all_methods_are_followed(tmp_path: Path, options: dict[str, 
     ckpt, plan = save(tmp_path / "m.pt"), tmp_path / "plan.json"
     made = cqr.convert(ckpt, **options, plan=plan, dry_run=True)
     assert layouts(cqr.convert(ckpt, plan=plan, dry_run=True)) == layouts(made)
+
+
+@pytest.mark.parametrize("name", ["s.safetensors", "s.report.json", "s.safetensors.index.json"])
+def test_a_plan_is_no_part_of_the_output(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OutputError, match="is the plan and a part of the output"):
+        cqr.convert(save(tmp_path / "m.pt"), tmp_path / "s.safetensors", method="int8", plan=tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]

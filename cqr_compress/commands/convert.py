@@ -26,11 +26,13 @@ from cqr_compress.checkpoint.header import Header, SourceRecord, TableRecord
 from cqr_compress.checkpoint.output_files import check_outputs
 from cqr_compress.checkpoint.parts import Part, Put, copied_part
 from cqr_compress.checkpoint.rest_record import RestRecord
-from cqr_compress.checkpoint.size_report import SizeReport
+from cqr_compress.checkpoint.shards import index_path
+from cqr_compress.checkpoint.size_report import SizeReport, report_path
 from cqr_compress.errors import (
     BudgetError,
     CheckpointError,
     CqrCompressWarning,
+    OutputError,
     ShapeError,
     SpecError,
     TableNotFoundError,
@@ -139,8 +141,8 @@ def convert(
         destination = Destination(path=output, shard_bytes=shard_bytes, force=force, reading=opened.files)
         if not dry_run:
             destination.check()
-        if plan is not None and not Path(plan).exists():
-            check_outputs([Path(plan)], force=False, sources=opened.files)
+        if plan is not None:
+            _check_plan(Path(plan), output, opened.files)
         if is_compressed(opened):
             raise CheckpointError(
                 f"{str(source)!r} is already compressed. Convert the checkpoint that it was made of."
@@ -307,6 +309,14 @@ class _Conversion:
         if best is None:
             raise BudgetError(f"no plan of {size:,} bytes was found: pass a size that differs by some bytes")
         return best
+
+
+def _check_plan(plan: Path, output: Path, sources: Sequence[Path]) -> None:
+    """Check that a plan exists or can be written, and that it is no file of the output."""
+    if plan.resolve() in {path.resolve() for path in (output, index_path(output), report_path(output))}:
+        raise OutputError(f"{str(plan)!r} is the plan and a part of the output: give another plan")
+    if not plan.exists():
+        check_outputs([plan], force=False, sources=sources)
 
 
 def _file_budget(checkpoint: Checkpoint, options: ConvertOptions) -> int:

@@ -137,7 +137,10 @@ class SizePlanner:
         """
         given = allocate_bytes(self.curves, self.importance, budget - self.nbytes(self.fixed))
         if given is None:
-            raise BudgetError(f"the smallest layouts of all tables take {self.smallest} bytes of {int(budget)}")
+            raise BudgetError(
+                f"all tables take {self.smallest:,} bytes at their smallest, more than {int(budget):,}: give a "
+                "larger budget"
+            )
         left = list(self.fixed.left_dense)
         tables: dict[str, PlannedTable] = {}
         for name, nbytes in given.items():
