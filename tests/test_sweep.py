@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import cqr_compress as cqr
 from cqr_compress.commands import sweep as sweep_module
 from cqr_compress.errors import BudgetError, CheckpointError, OutputExistsError, SpecError, TaskError
 from cqr_compress.finetuning.paired import loss_interval, relative_loss
+from cqr_compress.finetuning.task_file import load_task_file
 from cqr_compress.planning import size_budget
 
 N, D = 1500, 16
@@ -109,6 +111,25 @@ def test_the_loss_is_that_of_the_task(
         else:
             assert point.interval is None
     assert report.points[0].loss < report.points[1].loss
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_metric_that_no_loss_is_relative_to_is_named(
+    ckpt: Path, task_file: Callable[[str, str], Path], value: float
+) -> None:
+    task = dataclasses.replace(load_task_file(task_file("error", "min")), evaluate=lambda model: {"error": value})
+    with pytest.raises(TaskError, match="error of the dense model is .*: give another metric"):
+        cqr.sweep(ckpt, task=task, ratios=(8,), **OPTIONS)
+    assert not list(ckpt.with_suffix(".sweep").iterdir())
+
+
+def test_metrics_that_only_some_models_have_are_left_out(ckpt: Path, cli: Callable[..., Any]) -> None:
+    task = ckpt.with_name("task.py")
+    text = TASK.format(metric="error", mode="min", ckpt=str(ckpt))
+    task.write_text(text + "\n_evaluate, _names = evaluate, iter('abc')\n\n\ndef evaluate(model):\n"
+                    "    return _evaluate(model) | {next(_names): 1.0}\n")  # fmt: skip
+    done = cli("sweep", ckpt, "--task", task, "--method", "trellis", "--effort", "fast", "--ratios", "8")
+    assert "accuracy" in done.stdout
 
 
 def test_fine_tuned_files_are_measured(ckpt: Path, task_file: Callable[[str, str], Path]) -> None:

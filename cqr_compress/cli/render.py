@@ -136,7 +136,8 @@ def print_sweep(report: SweepReport) -> None:
     console = stdout()
     names = [report.metric]
     if report.dense is not None:
-        names += [name for name in report.dense if name != report.metric]
+        others = [report.dense, *(point.metrics or {} for point in report.points)]
+        names += [name for name in report.dense if name != report.metric and all(name in each for each in others)]
     columns = [
         Column("ratio", right=True),
         Column("file bytes", right=True),

@@ -96,6 +96,7 @@ def sweep(
         The report.
 
     Raises:
+        TaskError: a metric of the dense model that is 0 or not finite.
         SpecError: a budget in the options, an output without `max_loss`, or fine-tuning without a task.
         BudgetError: every size loses more than `max_loss`, and an output is asked for.
         CqrCompressError: see `convert`, `finetune` and `evaluate`.
@@ -190,6 +191,12 @@ class _Sweep:
         if task is not None:
             progress.start("evaluating the dense model", 0, "runs")
             dense = evaluate_examples(task, load_model(task, source, options.seed, device), options.seed)
+            value = float(dense[task.metric].mean())
+            if not value or not math.isfinite(value):
+                raise TaskError(
+                    f"{task.metric} of the dense model is {value:g}, which no loss can be relative to: give "
+                    "another metric"
+                )
         return cls(
             source, folder, options, task, finetune_options, device, progress, selection, sensitivity, dense_bytes,
             dense, state,
