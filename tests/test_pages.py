@@ -30,7 +30,7 @@ from cqr_compress.errors import (
     SpecError,
     TableNotFoundError,
 )
-from cqr_compress.pages.text import clean, number, percent, shorten, size, times
+from cqr_compress.pages.text import abbreviated, clean, number, percent, shorten, size, times
 
 pytest.importorskip("matplotlib", reason="pages need cqr-compress[report]")
 pytest.importorskip("jinja2", reason="pages need cqr-compress[report]")
@@ -351,6 +351,8 @@ def test_a_page_is_written_from_python_and_never_replaces_what_it_must_not(ckpt:
         check_page(None, ckpt)
     with pytest.raises(OutputError, match="Create it first"):
         check_page(None, tmp_path / "no" / "plots")
+    with pytest.raises(OutputError, match="is the page: give another folder"):
+        check_page(tmp_path / "new.html", tmp_path / "new.html")
 
 
 def test_neighbours_are_those_of_a_search_by_hand(ckpt: Path, tmp_path: Path, table: torch.Tensor) -> None:
@@ -405,6 +407,27 @@ def test_names_are_read_from_vocabularies_tokenizers_and_tables(tmp_path: Path) 
     (tmp_path / "bad.csv").write_text("id,name\nx,y\n")
     with pytest.raises(CheckpointError, match="cannot read names of ids"):
         read_names(tmp_path / "bad.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "", "has no names of ids"),
+        ("a.csv", "id,name\n1,x\n2\n", "line 3 of .* has no name: give id,name"),
+        ("a.json", "[]", "is JSON, but no tokenizer.json, and no object of ids by name"),
+        ("a.json", '{"model": 5}', "is JSON, but no tokenizer.json, and no object of ids by name"),
+        ("a.json", '{"x": 1e400}', "cannot read names of ids"),
+        ("a.json", '{"model": {"vocab": [[]]}}', "cannot read names of ids"),
+    ],
+)
+def test_files_without_names_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_names(tmp_path / name)
+
+
+def test_long_names_are_abbreviated() -> None:
+    assert abbreviated("x" * 80) == "x" * 80 and abbreviated("a" + 99 * "b") == "a" + 78 * "b" + "…"
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

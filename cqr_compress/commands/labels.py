@@ -68,7 +68,7 @@ def read_names(path: Path) -> dict[int, str]:
         names = readers[path.suffix](path)
     except CheckpointError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as e:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, csv.Error) as e:
         raise CheckpointError(f"cannot read names of ids from {str(path)!r}: {e}") from e
     if not names or min(names) < 0:
         raise CheckpointError(
@@ -95,7 +95,8 @@ def _closest(path: Path, count: int, num_rows: Mapping[str, int]) -> str:
 
 
 def _read_lines(path: Path) -> dict[int, str]:
-    return dict(enumerate(path.read_text(encoding="utf-8-sig", errors="replace").removesuffix("\n").split("\n")))
+    text = path.read_text(encoding="utf-8-sig", errors="replace").removesuffix("\n")
+    return dict(enumerate(text.split("\n"))) if text else {}
 
 
 def _read_csv(path: Path) -> dict[int, str]:
@@ -106,12 +107,20 @@ def _read_csv(path: Path) -> dict[int, str]:
             raise CheckpointError(
                 f"{str(path)!r} begins with {brief(','.join(heading))}: its first line has to be id,name"
             )
-        return {int(row[0]): row[1] for row in rows if row}
+        names = {}
+        for row in rows:
+            if len(row) == 1:
+                raise CheckpointError(f"line {rows.line_num} of {str(path)!r} has no name: give id,name")
+            if row:
+                names[int(row[0])] = row[1]
+        return names
 
 
 def _read_tokenizer(path: Path) -> dict[int, str]:
     """Read a tokenizer.json, whose vocabulary is an object of ids by token, or a list of tokens with scores."""
     values = read_json(path)
+    if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
+        raise CheckpointError(f"{str(path)!r} is JSON, but no tokenizer.json, and no object of ids by name")
     model: Any = values.get("model", {"vocab": values})
     vocabulary = model["vocab"]
     if isinstance(vocabulary, list):

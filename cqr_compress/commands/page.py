@@ -109,6 +109,8 @@ def check_page(
         check_outputs([Path(html)], force, reading)
     if plots is not None:
         folder = Path(plots)
+        if html is not None and folder.resolve() == Path(html).resolve():
+            raise OutputError(f"{str(folder)!r} is the page: give another folder for the charts")
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"{str(folder)!r} is a file: give a folder for the charts")
         if folder.is_dir() and any(folder.iterdir()) and not force:

@@ -8,7 +8,7 @@ from typing import Any
 from cqr_compress.pages.bars import draw_bands
 from cqr_compress.pages.elements import Chart, Column, Section, Table
 from cqr_compress.pages.size_sections import slug
-from cqr_compress.pages.text import file_name, number, plural, size, times
+from cqr_compress.pages.text import abbreviated, file_name, number, plural, size, times
 
 Report = Mapping[str, Any]
 
@@ -90,9 +90,10 @@ def neighbours_section(found: Report) -> Section:
         for side, other in (("before", "after"), ("after", "before")):
             ids = {item[0] for item in query[other]}
             sides[side] = [
-                {"label": label, "cosine": f"{cosine:.3f}", "shared": i in ids} for i, label, cosine in query[side]
+                {"label": abbreviated(label), "cosine": f"{cosine:.3f}", "shared": i in ids}
+                for i, label, cosine in query[side]
             ]
-        queries.append({"label": query["label"], "id": query["id"], "kept": same, "of": k, **sides})
+        queries.append({"label": abbreviated(query["label"]), "id": query["id"], "kept": same, "of": k, **sides})
     return Section("Nearest neighbours", lead, queries=queries)
 
 

@@ -31,6 +31,11 @@ def shorten(name: str, length: int) -> str:
     return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
+def abbreviated(text: str, length: int = 80) -> str:
+    """Keep the beginning of a text, such as the title of an item."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def file_name(path: object) -> str:
     """Return the last part of a path."""
     return PurePath(str(path)).name or str(path)
