@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from dlrm_criteo import CARDINALITIES, DLRM, NUM_DENSE, NUM_IDS, Clicks, evaluate, losses, maker, shuffled
 
 LARGEST, LARGE = 1_000_000, 200_000
-DIM = 16
 
 
 def table_sizes() -> list[int]:
@@ -83,7 +82,7 @@ class Bench:
         print(name, json.dumps(values), flush=True)
 
     def model(self) -> DLRM:
-        return DLRM(table_sizes(), maker("full", 0, 0), DIM)
+        return DLRM(table_sizes(), maker("full", 0, 0), self.args.dim)
 
     def train_dense(self) -> None:
         if "dense" in self.results:
@@ -182,6 +181,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("plans"))
+    parser.add_argument("--dim", type=int, default=16)
     parser.add_argument("--events", type=int, default=600_000)
     parser.add_argument("--decays", type=float, nargs="+", default=[0, 1e-6, 1e-5])
     parser.add_argument("--epochs", type=int, default=4)
