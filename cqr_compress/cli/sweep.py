@@ -16,6 +16,7 @@ from cqr_compress.cli.options import (
     ForceOption,
     FrequenciesOption,
     JsonOption,
+    OffsetsOption,
     RulesOption,
     TablesOption,
     given,
@@ -89,6 +90,7 @@ def sweep(
     tables: TablesOption = None,
     exclude: ExcludeOption = None,
     rules: RulesOption = None,
+    offsets: OffsetsOption = None,
     frequencies: FrequenciesOption = None,
     device: DeviceOption = None,
     folder: FolderOption = None,
@@ -126,7 +128,8 @@ def sweep(
                 task=None if task is None else choice.task(checkpoint), max_loss=_share(max_loss),
                 finetune_options=FinetuneOptions.from_strings(values) if finetune else None,
                 ratios=_numbers(ratios), folder=folder, tables=tables or (), exclude=exclude or (),
-                rules=rules or (), frequencies=frequencies or (), device=device, force=force, progress=progress,
+                rules=rules or (), offsets=offsets or (), frequencies=frequencies or (), device=device,
+                force=force, progress=progress,
             )  # fmt: skip
         write_pages(
             report.to_json(), html, plots, original=checkpoint, labels=labels, frequencies=frequencies, force=force

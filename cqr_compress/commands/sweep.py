@@ -32,6 +32,7 @@ from cqr_compress.finetuning.task import Task
 from cqr_compress.finetuning.task_file import load_task_file
 from cqr_compress.finetuning.task_model import evaluate_examples, load_model, own_device
 from cqr_compress.option_fields import merged
+from cqr_compress.planning.fields import Offsets
 from cqr_compress.planning.find import find_tables, with_table_names
 from cqr_compress.planning.frequencies import Frequencies
 from cqr_compress.planning.rules import Rules, read_rules
@@ -58,6 +59,7 @@ def sweep(
     tables: Sequence[str] = (),
     exclude: Sequence[str] = (),
     rules: Rules = (),
+    offsets: Offsets = (),
     frequencies: Frequencies = (),
     device: torch.device | str | None = None,
     force: bool = False,
@@ -86,6 +88,7 @@ def sweep(
         tables: see `convert`.
         exclude: see `convert`.
         rules: see `convert`.
+        offsets: see `convert`.
         frequencies: see `convert`.
         device: device of the task; if None, CUDA if available.
         force: replace existing output, and the results of a sweep with other options.
@@ -112,7 +115,8 @@ def sweep(
     with shown(progress) as progress:
         run = _Sweep.prepare(
             source, folder, options, task, finetune_options, own_device(device), progress,
-            {"tables": tables, "exclude": exclude, "rules": rules, "frequencies": frequencies}, force,
+            {"tables": tables, "exclude": exclude, "rules": rules, "offsets": offsets, "frequencies": frequencies},
+            force,
         )  # fmt: skip
         points = run.ladder(ratios) if max_loss is None else run.search(ratios, max_loss)
         report = run.report(points, max_loss)
