@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--max-loss", type=float, default=0.01)
     parser.add_argument("--decays", type=float, nargs="*")
+    parser.add_argument("--effort", default="fast")
     parser.add_argument("--finetune", action="store_true")
     args = parser.parse_args()
     args.folder = args.folder / args.task
@@ -81,7 +82,8 @@ def main() -> None:
     began = time.monotonic()
     more: dict[str, Any] = {"finetune_options": cqr.FinetuneOptions()} if args.finetune else {}
     report = cqr.sweep(
-        ckpt, args.folder / "small.safetensors", task=task, max_loss=args.max_loss, tables=tables, min_rows=0,
+        ckpt, args.folder / "small.safetensors", task=task, max_loss=args.max_loss, tables=tables,
+        effort=args.effort,
         folder=args.folder / ("tuned" if args.finetune else "converted"), force=True, **more,
     )  # fmt: skip
     seconds = time.monotonic() - began
