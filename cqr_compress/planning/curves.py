@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from cqr_compress.errors import BudgetError, SpecError
 from cqr_compress.planning.choose import fit_briefly
@@ -14,24 +14,11 @@ from cqr_compress.progress import Progress
 from cqr_compress.quantize.layouts import MAX_ROTATED_DIM
 from cqr_compress.quantize.options import ConvertOptions
 
-BITS_PER_DIM = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+BITS_PER_DIM = (0.125, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Rates at which the error of a table is measured by a brief fit."""
 _ROWS_OF_ROTATION, _WINDOW = 64, 10
 HIGH_RATES = (12.0, 16.0)
 """Rates for errors of less than about 5e-5, of which a trellis has no less at any rate."""
-
-
-@dataclass(frozen=True)
-class MeasuredSize:
-    """A size of a table, with a brief fit of a layout of about that size.
-
-    Attributes:
-        nbytes: bytes of the table.
-        fit: the fit.
-    """
-
-    nbytes: float
-    fit: TrialFit
 
 
 def options_of_size(scan: ScannedTable, options: ConvertOptions, nbytes: float) -> ConvertOptions:
@@ -46,7 +33,7 @@ def measure_sizes(
     progress: Progress,
     stop: Callable[[TrialFit], bool] = lambda fit: False,
     rates: Sequence[float] = BITS_PER_DIM,
-) -> list[MeasuredSize]:
+) -> list[TrialFit]:
     """Fit a table at several sizes, the smallest first; sizes that no layout fits are left out.
 
     Of all methods, a trellis is fitted where there is one.
@@ -64,14 +51,14 @@ def measure_sizes(
     """
     N, D = scan.shape
     sizes = [size for bits in rates if (size := bits * N * D / 8) < scan.facts.nbytes]
-    found = []
+    found: list[TrialFit] = []
     progress.start(f"measuring {scan.entry.name}", len(sizes), "sizes")
     for size in sizes:
         with contextlib.suppress(BudgetError):  # too small for this table
-            found.append(MeasuredSize(size, _fit(scan, options_of_size(scan, options, size))))
-            progress.status(f"error {found[-1].fit.error:.3g} at {size:,.0f} bytes")
+            found.append(_fit(scan, options_of_size(scan, options, size)))
+            progress.status(f"error {found[-1].error:.3g} at {found[-1].nbytes:,} bytes")
         progress.advance()
-        if found and stop(found[-1].fit):
+        if found and stop(found[-1]):
             break
     return found
 

@@ -87,11 +87,11 @@ def plan_quality(
     measured = measure_sizes(
         scan, options, progress, rates=(*BITS_PER_DIM, *HIGH_RATES), stop=lambda fit: target.excess(fit) <= 0
     )
-    curve = tuple((m.nbytes, m.fit.error) for m in measured)
+    curve = tuple((fit.nbytes, fit.error) for fit in measured)
     name = scan.entry.name
-    if not measured or target.excess(measured[-1].fit) > 0:
+    if not measured or target.excess(measured[-1]) > 0:
         return TablePlan(name, None, f"no smaller size of {options.method} has {target}"), options
-    tried = [(m.nbytes, target.excess(m.fit)) for m in measured[-2:]]
+    tried = [(float(fit.nbytes), target.excess(fit)) for fit in measured[-2:]]
     size = _crossing(tried)
     best: tuple[TablePlan, ConvertOptions] | None = None
     planned: list[tuple[float, float]] = []

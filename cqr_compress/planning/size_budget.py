@@ -183,9 +183,9 @@ class SizePlanner:
         dense = [RatePoint(scan.facts.nbytes, 0.0)] if rule is None else []
         if name not in measured:
             sizes = measure_sizes(scan, own, self.progress)
-            if not sizes or sizes[-1].fit.error > _SMALL_ERROR:  # of layouts that have many bits
+            if not sizes or sizes[-1].error > _SMALL_ERROR:  # of layouts that have many bits
                 sizes += measure_sizes(scan, own, self.progress, rates=HIGH_RATES)
-            measured[name] = [RatePoint(size.nbytes, size.fit.error) for size in sizes]
+            measured[name] = [RatePoint(size.nbytes, size.error) for size in sizes]
         points = measured[name]
         if not points and not dense:
             raise BudgetError(f"no size of {own.method} fits {name!r}, which rule {rule and rule.text!r} names")

@@ -65,11 +65,13 @@ class TrialFit:
         rows: the rows, those that were fitted first.
         decoded: (n, D) float32, their decoded rows.
         num_rows: N of the table.
+        nbytes: bytes of the whole table in this layout.
     """
 
     rows: SampleRows
     decoded: Tensor
     num_rows: int
+    nbytes: int
 
     @property
     def error(self) -> float:
@@ -132,4 +134,4 @@ def trial_fit(table: ScannedTable, spec: AnySpec, effort: FitEffort, num_rows: i
             encoded = quantizer.encode(rows.every[start:stop], start if isinstance(small, TrellisSpec) else 0)
             ids = torch.arange(stop - start, device="cpu")
             parts.append(decode_rows(small, {**quantizer.shared_tensors(), **encoded}, ids))
-    return TrialFit(rows, torch.cat(parts), table.shape[0])
+    return TrialFit(rows, torch.cat(parts), table.shape[0], spec.nbytes)
