@@ -1,6 +1,6 @@
 """One budget for all tables of a DLRM against one ratio for each: test loss at the same bytes.
 
-    python tests/benchmarks/size_plans.py --folder plans --ratios 8 16 32 64 128 --tune 16 64 [--every]
+    python tests/benchmarks/size_plans.py --folder plans --ratios 8 16 32 --tune 16 [--every]
 
 Clicks are drawn as those of `examples/dlrm_criteo.py`, with 26 tables of 3 to 1,000,000 rows. The dense model is
 trained with each weight decay, up to `--epochs` epochs, and the best on validation data is kept. At each ratio the
