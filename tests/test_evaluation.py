@@ -107,12 +107,14 @@ def test_bands_hold_the_ids_with_their_share_of_all_uses(dense: Path, small: Pat
 
 def test_inspect_shows_what_evaluate_found(dense: Path, small: Path, cli: Cli) -> None:
     before = small.read_bytes()
+    trials = json.loads(small.with_suffix(".report.json").read_text())["rate_distortion"]
     torch.save({"user_embedding.weight": torch.ones(1500)}, dense.with_name("counts.pt"))
     printed = cli("evaluate", small, "--original", dense).stdout
     assert "item_embedding.weight" in printed and "rows compared with" in printed
     assert small.read_bytes() == before
     saved = json.loads(small.with_suffix(".report.json").read_text())
     assert saved["evaluation"]["tables"][0]["quality"]["relative_mse"] > 0
+    assert saved["rate_distortion"] == trials and trials  # of the conversion, which wrote the report before
     assert "rows compared with" in cli("inspect", small).stdout
     shown = json.loads(cli("evaluate", small, "--original", dense, "--json").stdout)
     assert shown["kind"] == "evaluation_report" and len(shown["files"][0]["tables"]) == 2

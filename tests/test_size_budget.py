@@ -128,9 +128,9 @@ def test_a_model_in_memory_has_no_file() -> None:
 
 
 def test_a_size_may_be_that_of_the_smallest_rows(tmp_path: Path) -> None:
-    state = {f"{name}_embedding.weight": torch.randn(4000, 32) for name in "ab"}
+    state = {f"{name}_embedding.weight": torch.randn(2000, 32) for name in "ab"}
     torch.save(state, tmp_path / "m.pt")
     one = cqr.convert(tmp_path / "m.pt", effort="fast", ratio=70, dry_run=True)
-    assert all(table.bytes_after < 2 * 4000 for table in one.tables)  # rows of a byte
+    assert all(table.bytes_after < 2 * 2000 for table in one.tables)  # rows of a byte
     both = cqr.convert(tmp_path / "m.pt", effort="fast", size=one.file_bytes_after + 200, dry_run=True)
     assert both.file_bytes_after <= one.file_bytes_after + 200

@@ -18,7 +18,7 @@ from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.checkpoint.json_file import read_json
 from cqr_compress.checkpoint.output_files import check_outputs
 from cqr_compress.checkpoint.size_report import SizeReport, report_of, report_path
-from cqr_compress.errors import CheckpointError, CqrCompressWarning, OutputError
+from cqr_compress.errors import CheckpointError, CqrCompressWarning, FormatError, OutputError
 from cqr_compress.finetuning.task import Task
 from cqr_compress.finetuning.task_file import load_task_file
 from cqr_compress.finetuning.task_model import evaluate_task, load_model, own_device
@@ -263,7 +263,22 @@ def _complete(path: Path, report: EvaluationReport, mine: FileEvaluation) -> Non
     with open_checkpoint(path) as compressed:
         size, target = report_of(CompressedFile.from_checkpoint(compressed)), report_path(compressed.path)
     check_outputs([target], force=True)
-    if target.exists() and not SizeReport.is_one(read_json(target)):
-        raise OutputError(f"{str(target)!r} is no size report: it was not replaced")
+    trials = _earlier_trials(target, size) if target.exists() else None
     values = {key: value for key, value in report.to_json().items() if key not in ("files", "kind")}
-    write_report(target, replace(size, evaluation={**values, **asdict(mine)}))
+    write_report(target, replace(size, evaluation={**values, **asdict(mine)}, rate_distortion=trials))
+
+
+def _earlier_trials(target: Path, size: SizeReport) -> dict[str, Any] | None:
+    """Return the trials in the report that is replaced, if it is a readable one of this file.
+
+    Raises:
+        OutputError: the file is no size report.
+    """
+    values = read_json(target)
+    if not SizeReport.is_one(values):
+        raise OutputError(f"{str(target)!r} is no size report: it was not replaced")
+    try:
+        saved = SizeReport.from_json(values, str(target))
+    except FormatError:
+        return None
+    return saved.rate_distortion if saved.file_bytes_after == size.file_bytes_after else None

@@ -122,7 +122,7 @@ def inspect(
         return _saved_report(path)
     with shown(progress) as progress, open_checkpoint(path) as checkpoint:
         if is_compressed(checkpoint):
-            return _with_evaluation(report_of(CompressedFile.from_checkpoint(checkpoint)))
+            return _with_saved(report_of(CompressedFile.from_checkpoint(checkpoint)))
         named = with_table_names(checkpoint, compare=not quick)
         candidates = find_tables(named, tables, exclude)
         warnings = []
@@ -150,8 +150,8 @@ def inspect(
         )
 
 
-def _with_evaluation(report: SizeReport) -> SizeReport:
-    """Add the evaluation from the report next to the file, if the report is of this file."""
+def _with_saved(report: SizeReport) -> SizeReport:
+    """Add what only the report next to the file has, its evaluation and trials, if it is of this file."""
     path = report_path(Path(report.file))
     if not path.is_file():
         return report
@@ -160,7 +160,9 @@ def _with_evaluation(report: SizeReport) -> SizeReport:
     except CheckpointError:
         return report
     same = saved.file_bytes_after == report.file_bytes_after and saved.tuning == report.tuning
-    return replace(report, evaluation=saved.evaluation) if same else report
+    if not same:
+        return report
+    return replace(report, evaluation=saved.evaluation, rate_distortion=saved.rate_distortion)
 
 
 def _saved_report(path: Path) -> SizeReport:
