@@ -477,3 +477,19 @@ def test_a_browser_shows_pages_without_errors_or_sideways_scrolling(
     assert seen["least"] > 10, "letters of charts are legible"
     assert seen["back"] == ("rgb(19, 22, 25)" if dark else "rgb(254, 254, 254)")
     assert seen["resources"] == 0
+
+
+@pytest.mark.parametrize(("weighted", "error"), [(0.004321, 0.004321), (None, 0.01234)])
+def test_the_chosen_point_has_the_error_that_the_trials_have(
+    monkeypatch: pytest.MonkeyPatch, weighted: float | None, error: float
+) -> None:
+    from cqr_compress.pages import size_sections
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(size_sections, "draw_rate_distortion", lambda curves, chosen, width: drawn.append(chosen))
+    report = size_report()
+    report["tables"][0]["weighted_relative_mse"] = weighted
+    section = size_sections.curves_section(report, "")
+    assert section is not None
+    section.charts[0].draw(700)
+    assert drawn == [(24_000, error)]

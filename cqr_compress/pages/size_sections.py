@@ -96,7 +96,8 @@ def curves_section(report: Report, prefix: str) -> Section | None:
         curves = recorded.get(table["name"]) or {}
         if not any(finite_points(curves.get(key) or ()) for key in ("trials", "curve", "bound")):
             continue
-        error = table["relative_mse"]
+        weighted = table.get("weighted_relative_mse")  # as the errors of the trials are, where rows have weights
+        error = table["relative_mse"] if weighted is None else weighted
         chosen = None if error is None else (table["bytes_after"], error)
         caption = f"Chosen: {table['method']} {table['layout']}, {size(table['bytes_after'])}."
 
@@ -111,8 +112,8 @@ def curves_section(report: Report, prefix: str) -> Section | None:
         charts = [replace(charts[0], wide=True)]
     left_out = len(charts) - _SHOWN_CURVES
     lead = (
-        "Relative MSE by bytes of the table, both on logarithmic axes; lower and further left is better. The "
-        "bound is that of Gaussian rows of the same covariance: rows of clusters can be below it."
+        "Relative MSE by bytes of the table, both on logarithmic axes, of weighted rows where rows have weights; "
+        "lower and further left is better. The bound is that of Gaussian rows of the same covariance: rows of clusters can be below it."
     )
     notes = [f"{plural(left_out, 'smaller table')} not shown."] if left_out > 0 else []
     return Section("Rate and distortion", lead, charts[:_SHOWN_CURVES], notes=notes)
