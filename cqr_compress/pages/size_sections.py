@@ -113,7 +113,8 @@ def curves_section(report: Report, prefix: str) -> Section | None:
     left_out = len(charts) - _SHOWN_CURVES
     lead = (
         "Relative MSE by bytes of the table, both on logarithmic axes, of weighted rows where rows have weights; "
-        "lower and further left is better. The bound is that of Gaussian rows of the same covariance: rows of clusters can be below it."
+        "lower and further left is better. The bound is that of Gaussian rows of the same covariance: rows of "
+        "clusters can be below it."
     )
     notes = [f"{plural(left_out, 'smaller table')} not shown."] if left_out > 0 else []
     return Section("Rate and distortion", lead, charts[:_SHOWN_CURVES], notes=notes)
