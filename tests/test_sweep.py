@@ -275,6 +275,18 @@ def test_ratios_that_are_equal_in_six_digits_are_one(ckpt: Path) -> None:
         cqr.sweep(ckpt, ratios=(1.0000001,))
 
 
+def test_a_file_of_rules_that_changed_is_another_sweep(ckpt: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tomllib", reason="it is new in Python 3.11")
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[rules]\n"embedding" = "n_bits=4"\n')
+    options: dict[str, Any] = {"method": "pq", "ratios": (8,), "rules": [rules]}
+    first = cqr.sweep(ckpt, **options)
+    assert cqr.sweep(ckpt, **options) == first
+    rules.write_text('[rules]\n"embedding" = "n_bits=6"\n')
+    with pytest.raises(OutputExistsError, match="another selection"):
+        cqr.sweep(ckpt, **options)
+
+
 def test_what_cannot_be_swept_is_told(ckpt: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="ratio is given, and a sweep tries several"):
         cqr.sweep(ckpt, ratio=8)

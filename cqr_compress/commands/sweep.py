@@ -180,7 +180,8 @@ class _Sweep:
             candidates = find_tables(checkpoint, selection["tables"], selection["exclude"], rules)
             names = [c.name for c in candidates if c.selected and (c.named or c.shape[0] >= options.min_rows)]
             dense_bytes = max(opened.file_bytes - opened.optimizer_bytes, 0)
-            identity = identity_of(opened.path, opened.file_bytes, options, task, finetune_options, selection)
+            of_files = {**selection, "rules": [rule.text for rule in rules]}  # a file of rules may change
+            identity = identity_of(opened.path, opened.file_bytes, options, task, finetune_options, of_files)
             state = read_state(folder, identity, force)
             sensitivity = Sensitivity()
             if task is not None and names:
