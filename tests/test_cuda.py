@@ -1,6 +1,9 @@
 """Layers, searches, clustering and fine-tuning on a CUDA device give what they give on the CPU."""
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +18,10 @@ from torch import Tensor, nn
 
 import cqr_compress as cqr
 from cqr_compress import CompressedEmbedding, CompressedEmbeddingBag
+from cqr_compress.kernel import gpu
+from cqr_compress.nn import search
 from cqr_compress.quantize.trellis_search import search_paths
+from cqr_compress.table.spec import CodebookSpec, TrellisSpec
 from cqr_compress.table.trellis import seeded_values
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
@@ -43,8 +49,77 @@ def test_rows_and_gradients_equal_those_of_the_cpu(
         assert torch.allclose(b.grad.cpu(), a.grad, rtol=1e-4, atol=1e-2), name
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_rows_without_gradients_equal_those_of_the_cpu(
+    layers: tuple[CompressedEmbedding, CompressedEmbedding], dtype: torch.dtype
+) -> None:
+    layer, other = layers
+    ids = torch.randint(N, (1000,), dtype=dtype)
+    ids[: len(layer.table().exact_ids)] = layer.table().exact_ids.to(dtype)
+    with torch.no_grad():
+        found, rows = other(ids.cuda()), layer(ids)
+        assert torch.allclose(found.cpu(), rows, rtol=1e-5, atol=1e-4)
+        assert torch.allclose(other(ids[:1].cuda()), found[:1], rtol=1e-5, atol=1e-4)
+        assert other(ids[:0].cuda()).shape == (0, D)
+        half = copy.deepcopy(other).half()(ids.cuda())
+        assert half.dtype == torch.float16
+        assert torch.allclose(half.cpu().float(), rows, rtol=1e-2, atol=0.02 * float(rows.abs().max()))
+
+
+def test_a_lookup_is_at_most_four_kernels(layers: tuple[CompressedEmbedding, CompressedEmbedding]) -> None:
+    _, layer = layers
+    if gpu.supports(layer.spec, layer.table_tensors(), IDS.cuda().flatten()):
+        ids = IDS.cuda()
+        with torch.no_grad():
+            layer(ids)
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+            ) as profile:
+                layer(ids)
+        launched = [
+            event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA
+        ]
+        assert 0 < len(launched) <= 4, launched
+    else:
+        assert isinstance(layer.spec, CodebookSpec) and "quotient" in layer.spec.code_sources
+
+
+@pytest.mark.parametrize("sizes", [(3, 16), (2, 3, 5, 9)])
+def test_tiers_of_many_rows_equal_those_of_the_cpu(sizes: tuple[int, ...]) -> None:
+    rows = 100_003
+    shares = (rows - (len(sizes) - 1) * 1000, *[1000] * (len(sizes) - 1))
+    spec = TrellisSpec(
+        method="trellis", num_embeddings=rows, embedding_dim=40, tier_nbytes=sizes, tier_rows=shares, gain_bits=8
+    )
+    layer = CompressedEmbedding(random_table(spec)).float()
+    ids = torch.randint(rows, (5000,))
+    with torch.no_grad():
+        found = copy.deepcopy(layer).cuda()(ids.cuda())
+        assert torch.allclose(found.cpu(), layer(ids), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pq8", "int8", "trellis", "trellis_tiers"])
+@pytest.mark.parametrize("wrong", [-1, N])
+def test_an_id_outside_the_table_is_a_device_side_assert(name: str, wrong: int) -> None:
+    code = f"""
+import torch
+from test_nn import SPECS, random_table
+from cqr_compress import CompressedEmbedding
+with torch.no_grad():
+    layer = CompressedEmbedding(random_table(SPECS[{name!r}])).cuda()
+    layer(torch.tensor([0, 1], device="cuda"))
+    torch.cuda.synchronize()
+    print("right", flush=True)
+    layer(torch.tensor([0, {wrong}], device="cuda"))
+    torch.cuda.synchronize()
+"""
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=here, check=False)
+    assert ran.stdout == "right\n" and "device-side assert" in ran.stderr, ran.stderr[-2000:]
+
+
 def test_scores_and_best_rows_equal_those_of_the_cpu(
-    layers: tuple[CompressedEmbedding, CompressedEmbedding],
+    layers: tuple[CompressedEmbedding, CompressedEmbedding], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, other = layers
     h = torch.randn(5, D)
@@ -55,6 +130,12 @@ def test_scores_and_best_rows_equal_those_of_the_cpu(
         values, indices = other.topk(h.cuda(), 10)
         assert torch.allclose(values.cpu(), scores.topk(10).values, rtol=1e-4, atol=atol)
         assert torch.allclose(scores.gather(1, indices.cpu()), values.cpu(), rtol=1e-4, atol=atol)
+        monkeypatch.setattr(search, "GPU_BLOCK_VALUES", 1)
+        monkeypatch.setattr(search, "BLOCK_ROWS", 64)
+        values, indices = other.topk(h.cuda(), 70)
+        assert torch.allclose(values.cpu(), scores.topk(70).values, rtol=1e-4, atol=atol)
+        assert torch.allclose(scores.gather(1, indices.cpu()), values.cpu(), rtol=1e-4, atol=atol)
+        assert torch.allclose(other.scores(h.cuda()).cpu(), scores, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])

@@ -144,4 +144,6 @@ def test_every_module_can_be_imported_first() -> None:
         try:
             importlib.import_module(module.name)
         except ModuleNotFoundError as e:  # of a library that is not installed
-            assert ".integrations." in module.name and e.name in ("lightning", "transformers"), module.name
+            of_kernels = module.name.endswith(".gpu_kernels") and e.name == "triton"
+            of_frameworks = ".integrations." in module.name and e.name in ("lightning", "transformers")
+            assert of_kernels or of_frameworks, module.name

@@ -106,7 +106,7 @@ def random_table(spec: AnySpec, seed: int = 0) -> CompressedTable:
         elif short in ("row_tiers", "tier_starts"):
             assert isinstance(spec, TrellisSpec)
             tiers = torch.arange(spec.num_tiers).repeat_interleave(torch.tensor(spec.tier_rows))
-            order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+            order = torch.randperm(spec.num_embeddings, generator=torch.Generator().manual_seed(seed))
             tensors[short] = tier_tensors(spec, tiers[order].byte())[short]
         elif shape.dtype == torch.int8:
             tensors[short] = torch.randint(-3, 4, shape.shape, generator=generator, dtype=torch.int8)

@@ -1,4 +1,4 @@
-"""Dispatch between the compiled lookup and torch operations, with the gradient of the compiled lookup."""
+"""The compiled lookup for the CPU, with its gradient."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch.nn import Parameter
 from cqr_compress.kernel import ops, trellis_ops
 from cqr_compress.kernel.trellis_ops import TrellisCodes, TrellisValues
 from cqr_compress.table.codes import row_codes
-from cqr_compress.table.decode import decode_rows, gather_rows, rotated
+from cqr_compress.table.decode import rotated
 from cqr_compress.table.spec import HASHED, STORED, AnySpec, CodebookSpec, TrellisSpec
 from cqr_compress.table.tiers import tiers_of
-from cqr_compress.table.tracing import is_intercepted, is_tracing
 from cqr_compress.table.trellis import value_table, values_of_states
 
 _FLOATS = (torch.float16, torch.float32)
@@ -24,22 +23,22 @@ _FLOATS = (torch.float16, torch.float32)
 def lookup_cpu(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
     """Compute rows with the compiled lookup, if it supports the tensors.
 
-    It supports eager mode on the CPU, with codebooks in float16 or float32.
+    It supports codebooks in float16 or float32.
 
     Args:
         spec: the table's spec.
         tensors: `spec.body_shapes()` by name, with all rows.
-        ids: (B,) ids.
+        ids: (B,) int32 or int64, contiguous.
 
     Returns:
         (B, D) float32, without exact rows, differentiable; None if torch operations have to be used, also for an
         id outside the table, for which they raise the error.
     """
-    if not _is_plain(ids) or is_tracing() or is_intercepted():
+    if not ids.is_cpu:
         return None
     if isinstance(spec, TrellisSpec):
-        return _trellis_rows(spec, tensors, ids.contiguous())
-    codes, N, ids = tensors.get("codes"), spec.num_embeddings, ids.contiguous()
+        return _trellis_rows(spec, tensors, ids)
+    codes, N = tensors.get("codes"), spec.num_embeddings
     trains = torch.is_grad_enabled()
     if isinstance(spec, CodebookSpec):
         codebooks = tensors["codebooks"]
@@ -65,19 +64,6 @@ def lookup_cpu(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Ten
     if scale.dtype == torch.float16 and not ops.has_half():
         return None
     return ops.lookup_integers(ids, codes, scale, offset, N, spec.embedding_dim, spec.n_bits)
-
-
-def unrotated_rows(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    """Decode rows before rotation and mean, and without rows that are stored apart: (B, width) float32 or float64.
-
-    Args:
-        spec: the table's spec.
-        tensors: `spec.body_shapes()` by name, with all rows.
-        ids: (B,) int32 or int64 in [0, N).
-    """
-    centered = {short: t for short, t in tensors.items() if short not in ("row_mean", "rotation")}
-    rows = lookup_cpu(spec, centered, ids)
-    return decode_rows(spec, gather_rows(spec, centered, ids), ids) if rows is None else rows
 
 
 def _trellis_rows(spec: TrellisSpec, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
@@ -176,10 +162,6 @@ class _CodewordSums(torch.autograd.Function):
 
 def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _is_plain(ids: Tensor) -> bool:
-    return type(ids) is Tensor and ids.is_cpu and ids.dtype in (torch.int32, torch.int64)
 
 
 def _usable(codes: Tensor | None, values: Tensor) -> bool:

@@ -4,7 +4,8 @@ The product of a query with a row is the sum of its products with the row's code
 multiplied with the codebooks once, and a row needs one addition for each of its codes instead of D multiplications
 (asymmetric distance computation, Jegou et al. 2011, doi:10.1109/TPAMI.2010.57; for recommenders RecJPQ and PQTopK,
 Petrov & Macdonald 2024, arXiv:2312.06165 and arXiv:2408.09992). The products of several queries with one codeword
-are contiguous, so that the sum over a row's codes is one embedding_bag.
+are contiguous, so that the sum over a row's codes is one embedding_bag. On a GPU, rows are decoded and multiplied
+instead, which takes less time there, in larger blocks.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cqr_compress.errors import ShapeError
-from cqr_compress.nn.autograd import unrotated_rows
+from cqr_compress.nn.lookup import unrotated_rows
 from cqr_compress.table.codes import flat_codes, row_codes
 from cqr_compress.table.decode import at_least_float32, decode_rows, sum_codewords
 from cqr_compress.table.spec import AnySpec, CodebookSpec, TrellisSpec
@@ -23,6 +24,8 @@ from cqr_compress.table.tracing import is_exporting, is_tracing
 
 BLOCK_ROWS = 16_384
 BLOCK_QUERIES = 64
+GPU_BLOCK_VALUES = 2**25
+"""Decoded values and scores of one block on a GPU."""
 _ALIGNED = 8  # embedding_bag is vectorized over queries, and slow for fewer than a vector
 
 
@@ -87,14 +90,17 @@ def _best_of(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor, k: i
     indices = torch.empty(queries.shape[0], 0, dtype=torch.int64, device=queries.device)
     for start, scores in _blocks(spec, tensors, queries):
         rows = torch.arange(start, start + len(scores), device=queries.device)
-        if values.shape[1] == k:
+        if scores.is_cuda:  # where the program would wait for the result of a comparison
+            scores, best = scores.t().contiguous().topk(min(k, len(rows)), dim=1)
+            scores, rows = scores.t(), rows[best].t()
+        elif values.shape[1] == k:
             # `not <= 0` instead of `> 0`: NaN is the largest value, as in torch.topk
             beats = ((scores - values[:, -1]).amax(1) <= 0).logical_not_().nonzero().flatten()
             if len(beats) == 0:
                 continue
             scores, rows = scores[beats], rows[beats]
         values = torch.cat([values, scores.t()], 1)
-        indices = torch.cat([indices, rows.expand(queries.shape[0], -1)], 1)
+        indices = torch.cat([indices, rows.t() if rows.ndim == 2 else rows.expand(queries.shape[0], -1)], 1)
         values, best = values.topk(min(k, values.shape[1]), dim=1)
         indices = indices.gather(1, best)
     return values, indices
@@ -116,18 +122,25 @@ def _blocks(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor) -> It
     """Iterate over the scores of all rows, exact and zero rows included: pairs of the first id and (R, Q)."""
     N, Q = spec.num_embeddings, queries.shape[0]
     rows = N if is_tracing() else BLOCK_ROWS
-    products = _codeword_products(spec, tensors, queries) if isinstance(spec, CodebookSpec) else None
-    if isinstance(spec, TrellisSpec):  # (x R + m) . h = x . (h R^T) + m . h
-        projected, constant = _projected(tensors, queries.t()), tensors["row_mean"].to(queries.dtype) @ queries.t()
+    decodes = isinstance(spec, TrellisSpec) or (queries.is_cuda and not is_tracing())
+    products = (
+        None if decodes or not isinstance(spec, CodebookSpec) else _codeword_products(spec, tensors, queries)
+    )
+    if queries.is_cuda and not is_tracing():
+        rows = max(rows, GPU_BLOCK_VALUES // (Q + spec.embedding_dim))
+    if decodes:  # (x R + m) . h = x . (h R^T) + m . h
+        projected, mean = _projected(tensors, queries.t()), tensors.get("row_mean")
+        constant = None if mean is None else mean.to(queries.dtype) @ queries.t()
     for start in range(0, N, rows):
         ids = torch.arange(start, min(start + rows, N), device=queries.device)
-        if isinstance(spec, CodebookSpec):
+        if decodes:
+            scores = unrotated_rows(spec, tensors, ids).to(queries.dtype) @ projected
+            scores = scores if constant is None else scores + constant
+        elif isinstance(spec, CodebookSpec):
             assert products is not None
             packed = tensors["codes"][start : start + rows] if "codes" in tensors else None
             flat = flat_codes(row_codes(spec, packed, ids), spec.codebook_size).flatten(1)
             scores = sum_codewords(flat, products, flat.shape[1])[:, :Q]
-        elif isinstance(spec, TrellisSpec):
-            scores = unrotated_rows(spec, tensors, ids).to(queries.dtype) @ projected + constant
         else:
             here = {short: tensors[short][start : start + rows] for short in spec.body_shapes()}
             scores = decode_rows(spec, here, ids).to(queries.dtype) @ queries.t()

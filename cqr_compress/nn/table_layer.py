@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from cqr_compress.errors import CqrCompressWarning, RowIndexError, ShapeError, WeightWriteError
-from cqr_compress.nn.autograd import lookup_cpu, unrotated_rows
+from cqr_compress.nn.lookup import lookup_compiled, replace_exact_rows, unrotated_rows
 from cqr_compress.nn.search import TopK, search_scores, search_topk
 from cqr_compress.nn.table_weight import TableWeight
 from cqr_compress.table.base_spec import dtype_name
-from cqr_compress.table.blocks import row_blocks
-from cqr_compress.table.decode import decode, decode_all, gather_rows, with_exact_rows
+from cqr_compress.table.blocks import BLOCK_BYTES, GPU_BLOCK_BYTES, row_blocks
+from cqr_compress.table.decode import decode, decode_all, gather_rows
 from cqr_compress.table.spec import HASHED, AnySpec, CodebookSpec, TrellisSpec
 from cqr_compress.table.table import CompressedTable
 from cqr_compress.table.tracing import is_intercepted, is_tracing
@@ -176,10 +176,9 @@ class TableLayer(nn.Module):
 
     def _lookup_unobserved(self, ids: Tensor) -> Tensor:
         tensors = self._lookup_tensors()
-        rows = lookup_cpu(self.spec, tensors, ids)
+        rows = lookup_compiled(self.spec, tensors, ids)
         if rows is not None:
-            rows = rows.to(self.dtype)
-            return with_exact_rows(self.spec, tensors, ids, rows) if "kept_ids" in tensors else rows
+            return replace_exact_rows(self.spec, tensors, ids, rows.to(self.dtype))
         if ids.is_cpu and not is_tracing():
             ids = ids.clone()  # another thread must not change them after a check
         if not is_tracing() and ("codes" not in tensors or tensors["codes"].ndim == 1):
@@ -359,7 +358,11 @@ class TableLayer(nn.Module):
         return self.dtype not in half and any(p.dtype in half for p in parameters)
 
     def _row_blocks(self) -> Iterator[tuple[int, int]]:
-        return row_blocks(self.num_embeddings, self.spec.work_width)
+        return row_blocks(
+            self.num_embeddings,
+            self.spec.work_width,
+            GPU_BLOCK_BYTES if self.device.type == "cuda" else BLOCK_BYTES,
+        )
 
     def _check_range(self, ids: Tensor) -> None:
         """Refuse ids outside the table.

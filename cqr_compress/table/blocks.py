@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 BLOCK_BYTES = 16 * 2**20
 """Working memory of one block of rows in float32."""
+GPU_BLOCK_BYTES = 256 * 2**20
+"""The same on a GPU, where a small block takes no less time than a large one."""
 
 
 def row_blocks(num_rows: int, row_width: int, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:

@@ -186,9 +186,15 @@ def rotated(tensors: Mapping[str, Tensor], rows: Tensor) -> Tensor:
     mean = tensors.get("row_mean")
     if "rotation" not in tensors:
         return rows if mean is None else rows + mean.to(rows.dtype)
-    with torch.autocast(rows.device.type, enabled=False):  # autocast must not reduce the precision of a table
-        rotation = tensors["rotation"].to(rows.dtype)
-        return rows @ rotation if mean is None else torch.addmm(mean.to(rows.dtype), rows, rotation)
+    if is_tracing() or torch.is_autocast_enabled(rows.device.type):
+        with torch.autocast(rows.device.type, enabled=False):  # it must not reduce the precision of a table
+            return _rotated(rows, tensors["rotation"], mean)
+    return _rotated(rows, tensors["rotation"], mean)
+
+
+def _rotated(rows: Tensor, rotation: Tensor, mean: Tensor | None) -> Tensor:
+    rotation = rotation.to(rows.dtype)
+    return rows @ rotation if mean is None else torch.addmm(mean.to(rows.dtype), rows, rotation)
 
 
 def decode_codes(codes: Tensor, codebooks: Tensor, rotation: Tensor | None = None) -> Tensor:
