@@ -58,13 +58,21 @@ def fit_centroids(
         centroids = points[:num_centroids].clone()
     else:
         centroids = _spread_points(points, costs, num_centroids, generator)
+    before: Tensor | None = None
     for _ in range(iterations):
         codes = nearest_centroids(points, centroids)
+        if before is not None and torch.equal(codes, before):
+            break  # the centroids are those means already
         sums = _sums(weighted, codes, num_centroids)
         sizes = sums[:, S]
         filled = sizes > 0
-        centroids[filled] = sums[filled, :S] / sizes[filled, None]
-        _split_largest(centroids, sizes, generator)
+        if filled.all():
+            before = codes
+            torch.div(sums[:, :S], sizes[:, None], out=centroids)
+        else:
+            before = None
+            centroids[filled] = sums[filled, :S] / sizes[filled, None]
+            _split_largest(centroids, sizes, generator)
     return centroids
 
 
