@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from cqr_compress.finetuning.task import Task as Task
     from cqr_compress.model.compress import CompressedLayer as CompressedLayer
     from cqr_compress.model.compress import compress_ as compress_
+    from cqr_compress.model.empty_weights import init_empty_weights as init_empty_weights
     from cqr_compress.model.load import LoadReport as LoadReport
-    from cqr_compress.model.load import init_empty_weights as init_empty_weights
     from cqr_compress.model.load import load_compressed as load_compressed
     from cqr_compress.model.save import save_compressed as save_compressed
     from cqr_compress.model.swap import decompress_ as decompress_
@@ -93,7 +93,8 @@ _HOMES = {
     "finetuning.report": ("TuningReport",),
     "finetuning.task": ("Task",),
     "model.compress": ("CompressedLayer", "compress_"),
-    "model.load": ("LoadReport", "init_empty_weights", "load_compressed"),
+    "model.empty_weights": ("init_empty_weights",),
+    "model.load": ("LoadReport", "load_compressed"),
     "model.save": ("save_compressed",),
     "model.swap": ("decompress_", "swap_embeddings_"),
     "nn.embedding": ("CompressedEmbedding", "CompressedEmbeddingBag"),

@@ -129,10 +129,12 @@ def test_no_tensor_is_created_with_the_default_device_or_dtype_of_the_process(pa
             assert needed <= stated, f"line {node.lineno}: {ast.unparse(node)}"
 
 
-def test_loading_needs_neither_faiss_nor_rich() -> None:
+def test_loading_needs_neither_faiss_nor_rich_nor_the_compiler_of_torch() -> None:
     code = (
-        "import sys, cqr_compress as cqr; cqr.load_compressed, cqr.decompress_, cqr.CompressedEmbedding;"
-        "sys.exit(bool({'faiss', 'rich', 'typer'} & set(sys.modules)))"
+        "import sys, torch, cqr_compress as cqr; cqr.load_compressed, cqr.decompress_, cqr.CompressedEmbedding\n"
+        "with cqr.init_empty_weights(): model = torch.nn.Sequential(torch.nn.Embedding(3, 2), torch.nn.Linear(2, 2))\n"
+        "assert all(parameter.is_meta for parameter in model.parameters())\n"
+        "sys.exit(bool({'faiss', 'rich', 'typer', 'torch._dynamo'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -20,7 +20,8 @@ import tempfile
 import threading
 import traceback
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +48,32 @@ class WarmPython:
                 command = [sys.executable, __file__, self._address]
                 self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
                 assert self._server.stdout is not None and self._server.stdout.readline() == b"ready\n"
-        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as connection:
-            outputs = [Path(folder) / name for name in ("out", "err")]
-            request = [args, str(cwd or Path.cwd()), dict(env), *map(str, outputs)]
-            connection.settimeout(timeout)
-            connection.connect(self._address)
-            with connection.makefile("rw") as file:
-                print(json.dumps(request), file=file, flush=True)
-                pid = int(file.readline())
-                try:
-                    code = int(file.readline())
-                except TimeoutError:
-                    os.kill(pid, signal.SIGKILL)
-                    raise subprocess.TimeoutExpired(args, timeout, *(p.read_bytes() for p in outputs)) from None
-            return subprocess.CompletedProcess(args, code, *(path.read_text() for path in outputs))
+        return request(self._address, args, cwd or Path.cwd(), env, timeout)
 
     def close(self) -> None:
         if self._server is not None:
             self._server.communicate()
         self._folder.cleanup()
+
+
+def request(
+    address: str, args: list[str], cwd: Path, env: Mapping[str, str], timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Ask the process that listens at an address to run `python` with arguments."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as connection:
+        outputs = [Path(folder) / name for name in ("out", "err")]
+        words = [args, str(cwd), dict(env), *map(str, outputs)]
+        connection.settimeout(timeout)
+        connection.connect(address)
+        with connection.makefile("rw") as file:
+            print(json.dumps(words), file=file, flush=True)
+            pid = int(file.readline())
+            try:
+                code = int(file.readline())
+            except TimeoutError:
+                os.kill(pid, signal.SIGKILL)
+                raise subprocess.TimeoutExpired(args, timeout or 0, *(p.read_bytes() for p in outputs)) from None
+        return subprocess.CompletedProcess(args, code, *(path.read_text() for path in outputs))
 
 
 def serve(address: str) -> None:
@@ -85,9 +93,22 @@ def serve(address: str) -> None:
         if os.fork() == 0:
             listening.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            subprocess.run = partial(run_python, address, subprocess.run)  # type: ignore[assignment]
             supervise(connection)
             os._exit(0)
         connection.close()
+
+
+def run_python(address: str, run_program: Callable[..., Any], command: Any, **options: Any) -> Any:
+    """Run a command as `subprocess.run` does, in a process that has imported torch if it is `python ...`."""
+    if command[0] != sys.executable or options.keys() - {"check"}:
+        return run_program(command, **options)
+    done = request(address, command[1:], Path.cwd(), os.environ)
+    print(done.stdout, end="", flush=True)
+    print(done.stderr, end="", file=sys.stderr, flush=True)
+    if options.get("check"):
+        done.check_returncode()
+    return done
 
 
 def supervise(connection: socket.socket) -> None:

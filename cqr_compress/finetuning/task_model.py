@@ -15,7 +15,8 @@ from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import SpecError, TaskError
 from cqr_compress.finetuning.rng import EVALUATION, MODEL, RandomStream
 from cqr_compress.finetuning.task import Task
-from cqr_compress.model.load import init_empty_weights, load_checkpoint, load_compressed
+from cqr_compress.model.empty_weights import init_empty_weights
+from cqr_compress.model.load import load_checkpoint, load_compressed
 
 
 def own_device(asked: torch.device | str | None = None) -> torch.device:

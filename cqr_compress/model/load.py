@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -154,36 +152,6 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
         for start, block in read_blocks(entry, BLOCK_BYTES):
             slots[name].tensor[start : start + len(block)] = block
     log_skipped(skipped)
-
-
-@contextlib.contextmanager
-def init_empty_weights() -> Iterator[None]:
-    """Context manager that creates parameters on the meta device, to be loaded by `load_compressed`.
-
-        with cqr.init_empty_weights():
-            model = MyModel()
-        cqr.load_compressed(model, "small.safetensors")
-
-    Buffers are created as usual, because non-persistent ones are not in a file. The context affects nn.Module in
-    all threads.
-    """
-    register = nn.Module.register_parameter
-    moved: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}  # shared parameters stay shared
-
-    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if type(param) is nn.Parameter and not param.is_meta:
-            known = moved.get(id(param))
-            if known is None or known[0]() is not param:
-                on_meta = nn.Parameter(param.detach().to("meta"), param.requires_grad)
-                known = moved[id(param)] = weakref.ref(param), on_meta
-            param = known[1]
-        register(module, name, param)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
