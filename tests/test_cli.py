@@ -43,7 +43,7 @@ def test_the_four_commands_of_the_readme_run_one_after_another(
     assert torch.equal(dense["out.weight"], model_state["out.weight"])
 
 
-def test_convert_alone_writes_beside_the_source(cli: Cli, ckpt: Path, tmp_path: Path) -> None:
+def test_convert_alone_writes_beside_the_source(cli: Cli, few_rows: Path, tmp_path: Path) -> None:
     cli("convert", "ckpt.pt")
     assert {p.name for p in tmp_path.iterdir()} == {"ckpt.pt", "ckpt.cqr.safetensors", "ckpt.cqr.report.json"}
     report = json.loads((tmp_path / "ckpt.cqr.report.json").read_text())

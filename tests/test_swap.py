@@ -547,7 +547,7 @@ def test_a_live_model_is_compressed_without_a_file() -> None:
     torch.manual_seed(0)
     model = Model()
     dense = copy.deepcopy(model)
-    done = cqr.compress_(model, ratio=4.0)
+    done = cqr.compress_(model, ratio=4.0, effort="fast")
     assert [layer.name for layer in done] == ["item.weight", "bag.weight", "scaled.weight", "functional.weight"]
     assert all(layer.spec is not None and layer.quality is not None for layer in done)
     assert all(layer.spec.dense_nbytes / layer.spec.nbytes >= 4 for layer in done if layer.spec)
