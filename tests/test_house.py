@@ -17,9 +17,9 @@ import cqr_compress
 ROOT = Path(cqr_compress.__file__).parent
 RANKS = {
     "_version": 0, "errors": 0, "progress": 0, "distributed": 0, "option_fields": 0,
-    "table": 1, "vectors": 1,
+    "table": 1,
     "kernel": 2,
-    "quantize": 3, "checkpoint": 3, "nn": 3,
+    "quantize": 3, "checkpoint": 3, "nn": 3, "vectors": 3,
     "planning": 4, "clustering": 4, "pages": 4,
     "model": 5,
     "finetuning": 6, "integrations": 6,

@@ -18,6 +18,7 @@ from warm_process import WarmPython
 from cqr_compress import CompressedEmbedding, CompressedTable
 from cqr_compress.errors import CqrCompressWarning, ShapeError
 from cqr_compress.kernel import build, ops, wheel_hook
+from cqr_compress.kernel import library as libraries
 from cqr_compress.kernel.build import native
 from cqr_compress.kernel.cache import cached_library
 from cqr_compress.kernel.compile import (
@@ -479,9 +480,9 @@ def test_the_libraries_of_a_wheel_agree_with_torch_at_each_level_of_this_cpu(
     warnings: list[str] = []
     built = wheel_hook._compiled(tmp_path, warnings.append)
     assert len(built) + len(warnings) == len(THREADS) * len(levels())
-    monkeypatch.setattr(build, "HEADER", tmp_path / "kernel.h")
+    monkeypatch.setattr(libraries, "HEADER", tmp_path / "kernel.h")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    found = list(build._installed())
+    found = list(libraries.installed_libraries(THREADS))
     assert {path.name for path in found} <= {path.name for path in built}
     assert [path.stem.endswith("-serial") for path in found] == sorted(
         path.stem.endswith("-serial") for path in found
@@ -516,7 +517,7 @@ def test_the_library_of_a_wheel_is_used_without_a_compiler_and_a_cache(
     output = tmp_path / installed_name(level, "")
     compiler = [fake_compiler(tmp_path, 'exec cc "$@" -O0')]
     compile_library(compiler, (*level_flags(level), *THREADS[""]), output, 60)
-    monkeypatch.setattr(build, "HEADER", tmp_path / "kernel.h")
+    monkeypatch.setattr(libraries, "HEADER", tmp_path / "kernel.h")
     monkeypatch.setenv("PATH", "")
     assert native.__wrapped__().reason == str(output)
 

@@ -23,7 +23,10 @@ from safetensors.numpy import save_file
 import cqr_compress as cqr
 from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.errors import CheckpointError, FormatError
+from cqr_compress.kernel.compile import NoCompilerError, compile_library, find_compiler
+from cqr_compress.kernel.library import load_library
 from cqr_compress.table.trellis import seeded_values as torch_values
+from cqr_compress.vectors import compiled_rows
 from cqr_compress.vectors.subwords import Subwords
 from cqr_compress.vectors.table_reader import TableReader, seeded_values
 
@@ -131,8 +134,21 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The library without threads, as in a wheel; None without a compiler."""
+    path = tmp_path_factory.mktemp("library") / "lookup-serial.so"
+    try:
+        compile_library(find_compiler(), ("-march=native",), path, 120)
+    except NoCompilerError:
+        return None
+    return load_library(path)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
-def test_numpy_decodes_all_layouts_as_torch_does(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_numpy_and_the_library_decode_all_layouts_as_torch_does(
+    tmp_path: Path, options: dict[str, Any], library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = ROWS.copy()
     rows[17] = 0
     path, small = tmp_path / "v.txt", tmp_path / "small.safetensors"
@@ -145,11 +161,20 @@ def test_numpy_decodes_all_layouts_as_torch_does(tmp_path: Path, options: dict[s
         assert "vectors 1500 x 12" in subprocess.run(run, capture_output=True, text=True, check=True).stdout
         assert np.allclose(np.load(tmp_path / "dense.npz")["vectors"], dense, atol=1e-5)
         assert len(example.read_text().splitlines()) <= 150
-    vectors = cqr.load_vectors(small)
-    assert np.allclose(np.concatenate([block for _, block in vectors.all_vectors()]), dense, atol=1e-5)
-    assert np.allclose(vectors[["w17", "w3", "w1400"]], dense[[17, 3, 1400]], atol=1e-5)
-    assert np.allclose([vectors[word] for word in WORDS[:260]], dense[:260], atol=1e-5)
-    assert np.allclose(vectors[WORDS[-1]], dense[-1], atol=1e-5)
+    for each in (None, library):
+        monkeypatch.setattr(compiled_rows, "_library", lambda: each)  # noqa: B023
+        vectors = cqr.load_vectors(small)
+        assert (vectors._table._compiled is None) == (each is None)
+        assert np.allclose(np.concatenate([block for _, block in vectors.all_vectors()]), dense, atol=1e-5)
+        assert np.allclose(vectors[["w17", "w3", "w1400"]], dense[[17, 3, 1400]], atol=1e-5)
+        assert np.allclose([vectors[word] for word in WORDS[:260]], dense[:260], atol=1e-5)
+        assert np.allclose(vectors[WORDS[-1]], dense[-1], atol=1e-5)
+        first, kept = vectors["w3"], vectors["w3"].copy()
+        vectors["w4"]
+        assert np.array_equal(first, kept) and first.flags.writeable
+        for wrong in (-1, N):
+            with pytest.raises(IndexError):
+                vectors._table.rows(np.array([3, wrong] if each else [3, N]))
 
 
 def test_of_equal_words_the_first_has_the_vector(tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:  # it takes 20 ms to import
+    from importlib.abc import Loader
 
 
 def after_import(module: str, action: Callable[[], object]) -> None:
@@ -17,7 +20,7 @@ def after_import(module: str, action: Callable[[], object]) -> None:
         sys.meta_path.insert(0, _Finder(module, action))
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds one module by the other finders, and makes its loader call an action."""
 
     def __init__(self, module: str, action: Callable[[], object]) -> None:
@@ -35,12 +38,12 @@ class _Finder(MetaPathFinder):
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, self)
+                    spec.loader = cast("Loader", _Loader(spec.loader, self))
                 return spec
         return None
 
 
-class _Loader(Loader):
+class _Loader:
     """Loads a module by its own loader, and calls the action of a finder."""
 
     def __init__(self, inner: Loader, finder: _Finder) -> None:

@@ -7,11 +7,9 @@ import logging
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch  # noqa: F401  (loads the OpenMP library that the compiled ones refer to)
 
@@ -25,10 +23,8 @@ from cqr_compress.kernel.compile import (
     compile_library,
     cpu_flags,
     find_compiler,
-    installed_name,
-    levels,
 )
-from cqr_compress.table.trellis_spec import MAX_TIERS
+from cqr_compress.kernel.library import installed_libraries, load_library
 
 _SECONDS = 10.0
 """Time limit of the compiler, which needs about one.
@@ -36,22 +32,6 @@ _SECONDS = 10.0
 Lookups wait for it: were they to change from torch to C while a program runs, its results would depend on when.
 """
 _log = logging.getLogger(__name__)
-
-
-class TrellisTable(ctypes.Structure):
-    """The arguments of `trellis_lookup` that describe a table, as in trellis_rows.c."""
-
-    _fields_ = (
-        *[(name, ctypes.c_int64) for name in ("N", "size", "P", "D", "T", "L", "starts_are_int64", "is_half")],
-        ("widths", ctypes.c_int64 * MAX_TIERS),
-        *[
-            (name, ctypes.c_void_p)
-            for name in (
-                "codes", "rates", "row_tiers", "starts", "values", "scale", "mean", "gains", "gain_range",
-                "rotation",
-            )
-        ],
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,22 +56,12 @@ def native() -> Native:
     """
     if os.environ.get("CQR_COMPRESS_NATIVE", "1") == "0":
         return Native(None, "disabled by CQR_COMPRESS_NATIVE=0")
-    for path in _installed():
+    for path in installed_libraries(THREADS):
         try:
             return _loaded(path)
         except (OSError, AttributeError) as e:
             _log.debug("%s: %s", path, e)
     return _compiled()
-
-
-def _installed() -> Iterator[Path]:
-    """Iterate over the libraries that came with the wheel and that this CPU can run, best first."""
-    have = cpu_flags()
-    for threads in THREADS:
-        for level, needed in levels().items():
-            path = HEADER.with_name(installed_name(level, threads))
-            if needed <= have and path.exists():
-                yield path
 
 
 def _compiled() -> Native:
@@ -136,32 +106,10 @@ def _build(threads: tuple[str, ...], output: Path) -> None:
 
 
 def _loaded(path: Path) -> Native:
-    library = ctypes.CDLL(str(path))
-    _declare(library)
+    library = load_library(path)
     _log.debug("lookups run in %s", path)
     return Native(library, str(path))
 
 
 def _note(message: str) -> None:
     warnings.warn(f"{message}.", CqrCompressWarning, stacklevel=2)
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    pointer: Any = ctypes.c_void_p
-    integer: Any = ctypes.c_int
-    long: Any = ctypes.c_int64
-    for name in ("lookup_codewords", "lookup_backward", "all_codes", "lookup_integers", "trellis_lookup"):
-        getattr(library, name).restype = long
-    batch = [pointer, integer, long]  # ids, is_int64, B
-    library.lookup_codewords.argtypes = [pointer, *batch, long, pointer, long, pointer, *[integer] * 7]
-    library.lookup_backward.argtypes = [pointer, pointer, *batch, long, pointer, long, *[integer] * 6]
-    library.all_codes.argtypes = [
-        pointer, *batch, long, pointer, long, integer, pointer, integer, long, integer
-    ]  # fmt: skip
-    library.nearest.restype = None
-    library.nearest.argtypes = [pointer, pointer, long, pointer, pointer, integer, integer, integer]
-    library.lookup_integers.argtypes = [pointer, *batch, long, pointer, long, pointer, pointer, *[integer] * 4]
-    library.trellis_search.argtypes = [
-        pointer, pointer, pointer, long, integer, pointer, pointer, long, integer, pointer, integer, integer
-    ]  # fmt: skip
-    library.trellis_lookup.argtypes = [pointer, integer, *batch, ctypes.POINTER(TrellisTable), integer]

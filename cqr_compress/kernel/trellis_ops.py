@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cqr_compress.errors import ShapeError
 from cqr_compress.kernel import ops
-from cqr_compress.kernel.build import TrellisTable
+from cqr_compress.kernel.library import TrellisTable
 from cqr_compress.table.trellis_spec import MAX_TIERS, TIER_BLOCK
 
 _WRONG_RATES, _NO_MEMORY, _LOST_ROW = -2, -3, -4

@@ -1,4 +1,4 @@
-"""Rows of compressed tables, decoded with numpy: what `table` does in torch, for programs without torch.
+"""Rows of compressed tables as `table` decodes them, with numpy or the library of the wheel: without torch.
 
 `table.spec` describes the layouts and their tensors in a file.
 """
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cqr_compress.errors import FormatError
+from cqr_compress.vectors.compiled_rows import CompiledRows
 
 _PRIME = 2**31 - 1
 _BLOCK = 128
@@ -50,12 +51,30 @@ class TableReader:
             self._prepare_trellis()
         kept = self._tensors.get("kept_ids", np.empty(0, np.int64)).astype(np.int64)
         self._exact, self._zero = kept[: spec["num_kept_rows"]], kept[spec["num_kept_rows"] :]
+        self._apart = frozenset(kept.tolist())
+        self._compiled = CompiledRows.of(spec, self._tensors)
+
+    def row(self, id: int) -> NDArray[np.float32]:
+        """Decode the row of an id in [0, N): (D,) float32."""
+        if self._compiled is None or id in self._apart:
+            one: NDArray[np.float32] = self.rows(np.array([id]))[0]
+            return one
+        row = self._compiled.row(id)
+        return self._rotated(row) if self._spec["kind"] == "codebook" else row
 
     def rows(self, ids: Array) -> NDArray[np.float32]:
         """Decode rows: ids (B,) integers in [0, N) to (B, D) float32."""
         kind = self._spec["kind"]
-        decode = {"codebook": self._codebook_rows, "trellis": self._trellis_rows, "rowwise": self._rowwise_rows}
-        rows: Array = decode[kind](ids).astype(np.float32, copy=False)
+        if self._compiled is None:
+            decode = {
+                "codebook": self._codebook_rows,
+                "trellis": self._trellis_rows,
+                "rowwise": self._rowwise_rows,
+            }
+            rows: Array = decode[kind](ids).astype(np.float32, copy=False)
+        else:
+            rows = self._compiled.rows(ids)
+            rows = self._rotated(rows) if kind == "codebook" else rows
         for stored, values in ((self._exact, self._tensors.get("kept_rows")), (self._zero, None)):
             if not len(stored):
                 continue

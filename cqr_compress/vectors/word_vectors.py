@@ -101,6 +101,10 @@ class WordVectors:
         Raises:
             KeyError: a word that has none, or no word.
         """
+        if isinstance(words, str) and self.subwords is None:
+            id = self._ids.get(words)
+            if id is not None:
+                return self._table.row(id)
         found = self._vectors([words] if isinstance(words, str) else list(words))
         one: Vector = found[0]
         return one if isinstance(words, str) else found
