@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from cqr_compress.errors import (
 )
 from cqr_compress.finetuning.batches import Batches
 from cqr_compress.finetuning.early_stopping import EarlyStopping
+from cqr_compress.finetuning.fisher_fit import FisherFit
 from cqr_compress.finetuning.resume_state import state_path
 from cqr_compress.finetuning.rng import RandomState, RandomStream
 from cqr_compress.finetuning.task import Task
@@ -162,6 +164,20 @@ def test_what_is_written_has_the_metric_that_the_report_says(
     assert (report.dense is not None) == original
     assert report.size is not None
     assert report.size.tables_bytes_after <= cqr.inspect(given).tables_bytes_after  # type: ignore[union-attr]
+
+
+def test_a_table_stays_as_it_was_given_where_no_layout_fits(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = FisherFit._layout
+
+    def layout(self: FisherFit, key: tuple[object, ...], rows: Any, options: Any) -> Any:
+        return None if key[1] == 0.5 else choose(self, key, rows, replace(options, ratio=30.0))
+
+    given = compressed(dense, tmp_path, method="trellis", ratio=12.0)
+    monkeypatch.setattr(FisherFit, "_layout", layout)
+    report = finetune(given, tmp_path / "out.safetensors", task(), options(), original=dense)
+    assert report.after["bce"] <= report.before["bce"]
 
 
 def test_nothing_but_codebooks_changes(dense: Path, small: Path, tmp_path: Path) -> None:

@@ -80,7 +80,9 @@ class FisherFit:
             TableNotFoundError: the original lacks a table.
             ShapeError: a table has another shape in the original.
         """
-        given = {name: layer.spec for name, layer in self.tables(self.tuned).items() if name in self.fisher}
+        layers = {name: layer for name, layer in self.tables(self.tuned).items() if name in self.fisher}
+        given = {name: layer.spec for name, layer in layers.items()}
+        held = {name: layer.table_tensors() for name, layer in layers.items()}  # which `install` does not change
         for weighted, (rotated, power) in itertools.product((False, True), self._ways(given)):
             layouts = []
             with open_checkpoint(self.original) as checkpoint:
@@ -90,7 +92,7 @@ class FisherFit:
                     scan = source_rows(checkpoint, name, layer.table(), counts, self.progress)
                     made: tuple[AnySpec, dict[str, Tensor]] | None = None
                     if distributed.rank() == 0 and isinstance(spec, TrellisSpec):
-                        made = self._fit_trellis(name, scan, fisher, spec, power)
+                        made = self._fit_trellis(name, scan, fisher, spec, held[name], power)
                     elif distributed.rank() == 0 and isinstance(spec, CodebookSpec):
                         made = self._fit(name, scan, fisher, spec, rotated)
                     found, tensors = distributed.broadcast_object(made) or (spec, {})
@@ -107,9 +109,15 @@ class FisherFit:
         return [(False, 1.0), *([(True, 1.0)] if may_rotate else []), *([(False, 0.5)] if trellis else [])]
 
     def _fit_trellis(
-        self, name: str, scan: ScannedTable, fisher: FisherMatrix, spec: TrellisSpec, power: float
+        self,
+        name: str,
+        scan: ScannedTable,
+        fisher: FisherMatrix,
+        spec: TrellisSpec,
+        held: Mapping[str, Tensor],
+        power: float,
     ) -> tuple[TrellisSpec, dict[str, Tensor]]:
-        """Choose a layout and fit it."""
+        """Choose a layout and fit it; the table as it was given, of `spec` and `held`, where no layout fits."""
         budget = max(spec.nbytes, self.budgets.get(name, 0))
         options = ConvertOptions(
             method="trellis",
@@ -125,7 +133,6 @@ class FisherFit:
         moved = transformed(scan, metric_sqrt)
         found = self._layout((name, power, scan.weights is not None), moved, options)  # tiers follow weights
         if not isinstance(found, TrellisSpec) or found.nbytes > budget:  # a rotation does not fit the budget
-            held = self.tuned.tables[name].table_tensors()
             return spec, {short: held[short] for short in spec.body_shapes()}
         self.progress.start(f"fitting {name}", 0, "steps")
         method = method_of("trellis")
