@@ -10,6 +10,8 @@
 #define TIER_BLOCK 128 /* rows for each entry of their first bytes */
 #define TOGETHER 6 /* rows that are multiplied together */
 #define PANEL (2 * LANES) /* columns that are computed together */
+#define WIDE (8 * LANES)  /* of a single row */
+#define FEW 8 /* rows up to which only what they need is prepared */
 #define CACHED 8192 /* values of rows that are decoded before they are multiplied */
 
 typedef float f8 __attribute__((vector_size(4 * BLOCK), aligned(4)));
@@ -119,27 +121,33 @@ INLINE lanes multiply_add(float x, lanes y, lanes sum) {
 #endif
 }
 
+/* out (n, D) = rows (n, P) W + mean in `vectors` vectors of columns from `from` on, for n <= count. Reads `count` rows. */
+INLINE void rotate_panel(float *out, const float *rows, int64_t n, const float *W, const float *mean, int P, int D,
+                         int from, const int count, const int vectors) {
+    lanes sum[2 * TOGETHER];
+    for (int j = 0; j < count; j++)
+        for (int h = 0; h < vectors; h++) sum[j * vectors + h] = mean ? load(mean + from + h * LANES) : (lanes){0};
+    for (int p = 0; p < P; p++) {
+        const float *w = W + (int64_t)p * D + from;
+        lanes columns[8];
+        for (int h = 0; h < vectors; h++) columns[h] = load(w + h * LANES);
+        for (int j = 0; j < count; j++)
+            for (int h = 0; h < vectors; h++)
+                sum[j * vectors + h] = multiply_add(rows[(int64_t)j * P + p], columns[h], sum[j * vectors + h]);
+    }
+    for (int64_t j = 0; j < count && j < n; j++)
+        for (int h = 0; h < vectors; h++) *(lanes *)(out + j * D + from + h * LANES) = sum[j * vectors + h];
+}
+
 /* out (n, D) = rows (n, P) W + mean, for D >= PANEL; `mean` may be null. Reads rows up to a multiple of TOGETHER.
  * The last panel overlaps the one before it: each value is the same sum in the order of the dimensions. */
 static void rotate(float *out, const float *rows, int64_t n, const float *W, const float *mean, int P, int D) {
-    for (int c = 0; c < D; c += PANEL) {
+    int done = 0;
+    for (; n == 1 && done + WIDE <= D; done += WIDE) rotate_panel(out, rows, 1, W, mean, P, D, done, 1, WIDE / LANES);
+    for (int c = done; c < D; c += PANEL) {
         const int from = c + PANEL <= D ? c : D - PANEL;
-        for (int64_t r = 0; r < n; r += TOGETHER) {
-            const float *x = rows + r * P;
-            lanes sum[TOGETHER][2];
-            for (int j = 0; j < TOGETHER; j++)
-                for (int h = 0; h < 2; h++) sum[j][h] = mean ? load(mean + from + h * LANES) : (lanes){0};
-            for (int p = 0; p < P; p++) {
-                const float *w = W + (int64_t)p * D + from;
-                const lanes first = load(w), second = load(w + LANES);
-                for (int j = 0; j < TOGETHER; j++) {
-                    sum[j][0] = multiply_add(x[(int64_t)j * P + p], first, sum[j][0]);
-                    sum[j][1] = multiply_add(x[(int64_t)j * P + p], second, sum[j][1]);
-                }
-            }
-            for (int64_t j = 0; j < TOGETHER && r + j < n; j++)
-                for (int h = 0; h < 2; h++) *(lanes *)(out + (r + j) * D + from + h * LANES) = sum[j][h];
-        }
+        for (int64_t r = 0; r < n; r += TOGETHER)
+            rotate_panel(out + r * D, rows + r * P, n - r, W, mean, P, D, from, TOGETHER, PANEL / LANES);
     }
 }
 
@@ -240,6 +248,7 @@ INLINE int64_t decode_rows(int32_t *states, float *out, const void *ids, int is_
         const uint8_t *row = table->codes + found.first;
         const int64_t width = table->widths[found.tier];
         const positions *at = &by->at[found.tier];
+        if (!at->byte) return -4; /* of an id that has changed since it was first read */
         if (states) decode_row(states + (i - a) * P, 0, row, width, at, P, table->L, 0, 0, 0, 1.0f);
         else
             decode_row(0, out + (i - a) * P, row, width, at, P, table->L, by->values, by->scale + (int64_t)found.tier * P,
@@ -256,7 +265,9 @@ int64_t trellis_lookup(void *result, int is_states, const void *ids, int is_int6
     int32_t *states = is_states ? result : 0;
     float *out = is_states ? 0 : result;
     const int64_t P = table->P, D = table->D, T = table->T, padded = D < PANEL ? PANEL : D;
-    const int64_t block = CACHED / P > TOGETHER ? CACHED / P / TOGETHER * TOGETHER : TOGETHER;
+    const int64_t whole = (B + TOGETHER - 1) / TOGETHER * TOGETHER; /* rows of a batch */
+    const int64_t fitting = CACHED / P > TOGETHER ? CACHED / P / TOGETHER * TOGETHER : TOGETHER;
+    const int64_t block = whole < fitting ? whole : fitting;
     const int rotates = out && table->rotation;
     const float *rotation = table->rotation;
     int64_t status = -1, step = (B + threads - 1) / threads;
@@ -265,7 +276,17 @@ int64_t trellis_lookup(void *result, int is_states, const void *ids, int is_int6
     float *room = malloc((T * P + 2 * padded + (rotates && D < PANEL ? P * padded : 0)) * sizeof(float));
     if (!room) return -3;
     float *wide = room + T * P + 2 * padded, *wide_mean = room + T * P + padded;
+    int needed[MAX_TIERS] = {0}, few = B <= FEW;
+    uint8_t has_gain[256] = {0};
+    for (int64_t i = 0; i < B && few; i++) { /* prepare what these rows need */
+        const int64_t id = id_at(ids, is_int64, i);
+        if (!is_row(id, table->N)) continue;
+        const place found = place_of(&by.of, id);
+        if (found.tier >= 0) needed[found.tier] = 1;
+        if (table->gains) has_gain[table->gains[id]] = 1;
+    }
     for (int64_t t = 0; t < T && status == -1; t++) {
+        if (few && !needed[t]) continue;
         int found = find_positions(&by.at[t], table->rates + t * P, P, table->widths[t], table->L);
         if (found) status = found == -1 ? -3 : found;
     }
@@ -275,7 +296,8 @@ int64_t trellis_lookup(void *result, int is_states, const void *ids, int is_int6
         by.mean = table->mean ? as_floats(table->mean, table->is_half, D, room + T * P) : 0;
         if (table->gains) {
             const float *gain_range = as_floats(table->gain_range, table->is_half, 2, range);
-            for (int g = 0; g < 256; g++) by.gains[g] = gain_range[0] * expf(g / 255.0f * gain_range[1]);
+            for (int g = 0; g < 256; g++)
+                if (!few || has_gain[g]) by.gains[g] = gain_range[0] * expf(g / 255.0f * gain_range[1]);
         }
         if (rotates && D < PANEL) { /* columns of zeros */
             for (int64_t p = 0; p < P; p++)
