@@ -158,7 +158,7 @@ def test_lookup_equals_rows_of_the_decoded_table(table: CompressedTable, ids: Te
 
 def test_decoding_in_blocks_equals_lookup(table: CompressedTable, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = CompressedEmbedding(table)
-    monkeypatch.setattr("cqr_compress.nn.table_layer.row_blocks", lambda n, _: [(0, 7), (7, 200), (200, n)])
+    monkeypatch.setattr("cqr_compress.nn.table_layer.row_blocks", lambda n, *_: [(0, 7), (7, 200), (200, n)])
     with torch.no_grad():
         blocks = layer.decode()
     assert torch.allclose(blocks, table.decode(), atol=1e-6)
