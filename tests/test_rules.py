@@ -141,6 +141,15 @@ def test_a_rule_that_cannot_hold_is_named(tables: Path, rule: Any, message: str)
         cqr.convert(tables, rules=[rule] if isinstance(rule, str) else rule, dry_run=True)
 
 
+def test_a_rule_of_an_excluded_table_is_an_error(tables: Path) -> None:
+    with pytest.raises(
+        SpecError, match="rule 'emb_l.0=int8' is of tables that are excluded, such as 'emb_l.0.wei"
+    ):
+        cqr.convert(tables, rules=["emb_l.0=int8"], exclude=["emb_l.0"], dry_run=True)
+    report = cqr.convert(tables, rules=["emb_l*=int8"], exclude=["emb_l.0"], method="int4", dry_run=True)
+    assert methods(report)["emb_l.1.weight"].startswith("int8")
+
+
 def test_a_rule_without_a_table_is_an_error(tables: Path) -> None:
     with pytest.raises(TableNotFoundError, match="'item' matches no 2-D"):
         cqr.convert(tables, rules={"item": "int8"}, dry_run=True)

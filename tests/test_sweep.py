@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -206,6 +207,20 @@ def test_results_of_another_sweep_are_not_taken(ckpt: Path, tmp_path: Path) -> N
     (tmp_path / "other" / "sweep.json").write_text("[]")
     with pytest.raises(CheckpointError, match="not the state of a sweep"):
         cqr.sweep(ckpt, ratios=(8,), folder=tmp_path / "other", **OPTIONS)
+
+
+def test_other_counts_are_another_sweep(ckpt: Path, tmp_path: Path) -> None:
+    counts, offsets = tmp_path / "counts.npy", {"embedding.weight": [0, 500]}
+    for place in range(2):
+        np.save(counts, np.arange(N) + place)
+        given = {"frequencies": counts, "offsets": offsets}
+        if place:
+            with pytest.raises(OutputExistsError, match="another selection"):
+                cqr.sweep(ckpt, ratios=(8,), **given, **OPTIONS)
+        else:
+            assert len(cqr.sweep(ckpt, ratios=(8,), **given, **OPTIONS).points) == 1
+            with pytest.raises(OutputExistsError, match="another selection"):
+                cqr.sweep(ckpt, ratios=(8,), frequencies=counts, offsets={"embedding.weight": [0, 501]}, **OPTIONS)
 
 
 def test_a_sweep_that_was_stopped_in_its_first_size_goes_on(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:

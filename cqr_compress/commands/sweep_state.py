@@ -30,12 +30,6 @@ def identity_of(
     finetune_options: FinetuneOptions | None, selection: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Return what results have to share to be of one sweep."""
-    given = selection["frequencies"]
-    if isinstance(given, Mapping):
-        digest = hashlib.sha256()
-        for name, counts in sorted(given.items()):
-            digest.update(name.encode() + torch.as_tensor(counts, device="cpu").double().numpy().tobytes())
-        given = digest.hexdigest()
     values = {
         "source": path.name,
         "bytes": file_bytes,
@@ -43,11 +37,29 @@ def identity_of(
         "options": asdict(options),
         "task": None if task is None else {"name": task.name, "metric": task.metric, **task.identity},
         "finetune": None if finetune_options is None else finetune_options.to_json(),
-        "selection": {name: str(value) for name, value in selection.items() if name != "frequencies"},
-        "frequencies": str(given),
+        "selection": {name: _selected(value) for name, value in selection.items()},
     }
     found: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return found
+
+
+def _selected(value: Any) -> str:
+    """Describe the tables or rows that are selected: tensors by their values, files by size and time as well."""
+    if isinstance(value, Mapping):
+        digest = hashlib.sha256()
+        for name, numbers in sorted(value.items()):
+            if isinstance(numbers, str | Mapping):
+                digest.update(f"{name}={numbers!r}".encode())
+            else:
+                values = torch.as_tensor(numbers, dtype=torch.float64, device="cpu")
+                digest.update(name.encode() + values.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+    described = []
+    for item in [value] if isinstance(value, str | Path) else value:
+        about = Path(str(item).rpartition("=")[2])
+        is_file = isinstance(item, str | Path) and about.is_file()
+        described.append(f"{item} {about.stat().st_size} {about.stat().st_mtime_ns}" if is_file else str(item))
+    return ", ".join(described)
 
 
 def read_state(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, Any]:

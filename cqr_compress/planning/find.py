@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cqr_compress.checkpoint.base import Checkpoint, TensorEntry, read_blocks
-from cqr_compress.errors import TableNotFoundError, TableRefusedError
+from cqr_compress.errors import SpecError, TableNotFoundError, TableRefusedError
 from cqr_compress.planning.name_patterns import (
     FOREIGN,
     LISTED,
@@ -91,6 +91,7 @@ def find_tables(
 
     Raises:
         TableNotFoundError: a pattern matches no 2-D tensor.
+        SpecError: a rule is of excluded tables only.
         TableRefusedError: an explicitly named table is already compressed by another technique.
     """
     candidates = _classified(checkpoint)
@@ -110,7 +111,10 @@ def find_tables(
         chosen.append(candidate)
     by_name = {candidate.name: candidate for candidate in chosen}
     for rule in rules:
-        hits = {names[n].name for n in _matching([rule.pattern], list(names), checkpoint)} - unwanted
+        found = {names[n].name for n in _matching([rule.pattern], list(names), checkpoint)}
+        hits = found - unwanted
+        if not hits:
+            raise SpecError(f"rule {rule.text!r} is of tables that are excluded, such as {min(found)!r}")
         for name in [n for n in hits if by_name[n].selected or by_name[n].rule] or hits:
             if by_name[name].rule is None:
                 by_name[name] = _ruled(by_name[name], rule, checkpoint)
