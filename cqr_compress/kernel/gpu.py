@@ -23,6 +23,7 @@ _CAPABILITY = (7, 0)
 _VALUES_PER_PROGRAM = 512
 _WARPS = 2
 _MAX_DIM = 8192
+"""A program holds all dimensions of a row."""
 
 
 @functools.cache
@@ -60,13 +61,9 @@ def supports(spec: AnySpec, tensors: Mapping[str, Tensor], ids: Tensor) -> bool:
         known = spec.code_sources == (STORED,) * stored + (HASHED,) * (spec.num_levels - stored)
         if not known or spec.codebook_size >= 2**31:
             return False
-    if (
-        not 1
-        <= max(spec.embedding_dim, spec.width if isinstance(spec, CodebookSpec | TrellisSpec) else 1)
-        <= _MAX_DIM
-    ):
-        return False
     shapes = _body_shapes(spec)
+    if spec.embedding_dim > _MAX_DIM:
+        return False
     for short, shape in shapes.items():
         tensor = tensors.get(short)
         if tensor is None:

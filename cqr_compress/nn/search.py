@@ -122,22 +122,23 @@ def _blocks(spec: AnySpec, tensors: Mapping[str, Tensor], queries: Tensor) -> It
     """Iterate over the scores of all rows, exact and zero rows included: pairs of the first id and (R, Q)."""
     N, Q = spec.num_embeddings, queries.shape[0]
     rows = N if is_tracing() else BLOCK_ROWS
-    decodes = isinstance(spec, TrellisSpec) or (queries.is_cuda and not is_tracing())
-    products = (
-        None if decodes or not isinstance(spec, CodebookSpec) else _codeword_products(spec, tensors, queries)
-    )
-    if queries.is_cuda and not is_tracing():
+    on_gpu = queries.is_cuda and not is_tracing()
+    if on_gpu:
         rows = max(rows, GPU_BLOCK_VALUES // (Q + spec.embedding_dim))
+    decodes = on_gpu or isinstance(spec, TrellisSpec)
+    products: Tensor | None = None
     if decodes:  # (x R + m) . h = x . (h R^T) + m . h
         projected, mean = _projected(tensors, queries.t()), tensors.get("row_mean")
         constant = None if mean is None else mean.to(queries.dtype) @ queries.t()
+    elif isinstance(spec, CodebookSpec):
+        products = _codeword_products(spec, tensors, queries)
     for start in range(0, N, rows):
         ids = torch.arange(start, min(start + rows, N), device=queries.device)
         if decodes:
             scores = unrotated_rows(spec, tensors, ids).to(queries.dtype) @ projected
             scores = scores if constant is None else scores + constant
         elif isinstance(spec, CodebookSpec):
-            assert products is not None
+            assert products is not None, "made of the same spec"
             packed = tensors["codes"][start : start + rows] if "codes" in tensors else None
             flat = flat_codes(row_codes(spec, packed, ids), spec.codebook_size).flatten(1)
             scores = sum_codewords(flat, products, flat.shape[1])[:, :Q]
