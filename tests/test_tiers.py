@@ -145,6 +145,13 @@ def test_tiers_of_equal_rows_use_all_bytes() -> None:
     assert allocate_tiers(RankedRows.of(torch.ones(1000).double()), errors, 6999, 7, 4) is None
 
 
+@pytest.mark.parametrize("num_bytes", [3 * 100, 25 * 100, 10**6])
+def test_no_row_has_more_bytes_than_there_are_errors_of(num_bytes: int) -> None:
+    errors = torch.tensor([1.0, 0.4, 0.1, 0.02], dtype=torch.float64)
+    found = allocate_tiers(RankedRows.of(torch.arange(1.0, 101.0).double()), errors, num_bytes, 1, 4)
+    assert found is not None and (found.nbytes, found.rows) == ((3,), (100,))
+
+
 def test_errors_by_bytes_are_those_of_the_rates() -> None:
     variances = torch.rand(24).square().double()
     errors = errors_by_bytes(variances, 24, 10)

@@ -135,7 +135,7 @@ def allocate_tiers(ranked: RankedRows, errors: Tensor, num_bytes: int, least: in
 
 def _candidates(mean: float, least: int, most: int, errors: Tensor) -> Tensor:
     """Return sizes to try for rows of `mean` bytes on average, at which errors are convex: ascending int64."""
-    low, high = max(least, int(mean / 6)), min(most, int(mean * 4) + 1)
+    low, high = min(most, max(least, int(mean / 6))), min(most, int(mean * 4) + 1)
     kept = [low]
     for size in range(low + 1, max(low, high) + 1):
         while len(kept) > 1 and _worth(errors, kept[-2], kept[-1]) <= _worth(errors, kept[-1], size):
