@@ -321,6 +321,10 @@ def test_commands_write_pages_and_charts(cli: Cli, ckpt: Path, tmp_path: Path) -
     assert "already has files" in cli("convert", ckpt, "-o", "t.safetensors", "--plots", "plots", code=1).stderr
     assert "ends with .html" in cli("convert", ckpt, "-o", "t.safetensors", "--html", "t.txt", code=1).stderr
     assert "--html" in cli("convert", ckpt, "-o", "t.safetensors", "--labels", "items.csv", code=2).stderr
+    (tmp_path / "more.csv").write_text("id,name\n3000,None\n")
+    before.add(tmp_path / "more.csv")
+    asked = ("convert", ckpt, "-o", "t.safetensors", "--html", "t.html", "--labels", "more.csv")
+    assert "names id 3000, but the largest table has 3000 rows" in cli(*asked, code=1).stderr.replace("\n", " ")
     both = ("evaluate", "s.safetensors", "s.safetensors", "--original", ckpt, "--labels", "items.csv")
     assert "compare one file" in cli(*both, "--html", "x.html", code=2).stderr.replace("\n", " ")
     assert set(tmp_path.iterdir()) == before, "refused before the work"

@@ -41,15 +41,13 @@ def check_pages(
 ) -> None:
     """Check before any work is done that a page and charts can be written; see `commands.page.check_page`."""
     if labels:
-        from cqr_compress.commands.labels import read_names
+        from cqr_compress.commands.labels import check_labels
 
         if html is None:
             raise typer.BadParameter("--labels are shown on the page: give --html FILE")
         if original is None:
             raise typer.BadParameter("--labels need --original, whose rows are compared")
-        for label in labels:
-            path = Path(label)
-            read_names(path if path.exists() else Path(label.partition("=")[2] or label))
+        check_labels(labels, original)
     if html is not None or plots is not None:
         from cqr_compress.commands.page import check_page
 

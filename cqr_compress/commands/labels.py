@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cqr_compress.checkpoint.formats.open import open_checkpoint
 from cqr_compress.checkpoint.json_file import read_json, require_file
 from cqr_compress.errors import CheckpointError, ShapeError, SpecError, TableNotFoundError, brief
 
@@ -50,6 +51,24 @@ def read_labels(given: Labels, num_rows: Mapping[str, int]) -> dict[str, dict[in
             raise ShapeError(f"{str(path)!r} names id {max(names)}, but {table!r} has {num_rows[table]} rows")
         found[table] = names
     return found
+
+
+def check_labels(given: Labels, original: str | Path) -> None:
+    """Check before any work is done that files of names can be read, and have ids of rows of a checkpoint.
+
+    Raises:
+        ShapeError: an id that no table of the checkpoint has.
+        CheckpointError: a file that cannot be read.
+        SpecError: an unknown file extension.
+    """
+    with open_checkpoint(original) as checkpoint:
+        shapes = [entry.stored.shape for entry in checkpoint.entries.values()]
+    largest = max((shape[0] for shape in shapes if len(shape) == 2), default=0)
+    for file in [given] if isinstance(given, (str, Path)) else given:
+        _, path = _split(str(file))
+        last = max(read_names(path))
+        if last >= largest:
+            raise ShapeError(f"{str(path)!r} names id {last}, but the largest table has {largest} rows")
 
 
 def read_names(path: Path) -> dict[int, str]:
