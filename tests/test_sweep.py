@@ -223,6 +223,11 @@ def test_other_counts_are_another_sweep(ckpt: Path, tmp_path: Path) -> None:
                 cqr.sweep(ckpt, ratios=(8,), frequencies=counts, offsets={"embedding.weight": [0, 501]}, **OPTIONS)
 
 
+def test_offsets_of_many_fields_are_no_name_of_a_file(ckpt: Path) -> None:
+    offsets = [f"embedding.weight={','.join(map(str, range(0, N, 4)))}"]
+    assert len(cqr.sweep(ckpt, ratios=(8,), offsets=offsets, **OPTIONS).points) == 1
+
+
 def test_a_sweep_that_was_stopped_in_its_first_size_goes_on(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt

@@ -316,6 +316,50 @@ def test_other_files_have_no_word_vectors(tmp_path: Path) -> None:
             cqr.load_vectors(tmp_path / path)
 
 
+def spec_and_tensors(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What a file has of its table of vectors."""
+    with safe_open(path, "np") as file:
+        spec = json.loads(file.metadata()["cqr_compress"])["tables"]["vectors"]["spec"]
+        names = [name for name in list(file.keys()) if name.startswith("vectors.")]
+        return spec, {name.removeprefix("vectors."): file.get_tensor(name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("options", "added"),
+    [
+        ({"method": "trellis", "ratio": 5, "max_tiers": 1}, ("rotation", "row_gain", "state_values", "row_tiers")),
+        ({"method": "pq", "ratio": 6}, ("rotation", "codebook_scale", "kept_rows")),
+    ],
+)
+def test_the_library_gets_checked_tensors_only(
+    tmp_path: Path, options: dict[str, Any], added: tuple[str, ...], library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_rows, "_library", lambda: library)
+    (tmp_path / "v.txt").write_bytes(text())
+    cqr.convert(tmp_path / "v.txt", tmp_path / "s.safetensors", **options)
+    spec, tensors = spec_and_tensors(tmp_path / "s.safetensors")
+    wanted = TableReader(spec, tensors).rows(np.arange(N))
+    more = {name: np.ones((2, 2), np.uint8) for name in added if name not in tensors}
+    assert more
+    assert np.array_equal(TableReader(spec, {**tensors, **more}).rows(np.arange(N)), wanted)
+    if spec["rotation"] is None:
+        with pytest.raises(FormatError, match="rank has no rotation"):
+            TableReader({**spec, "rank": D - 4}, tensors)
+
+
+def test_starts_of_other_integers_are_read_by_numpy(
+    tmp_path: Path, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_rows, "_library", lambda: library)
+    (tmp_path / "v.txt").write_bytes(text())
+    cqr.convert(tmp_path / "v.txt", tmp_path / "s.safetensors", method="trellis", ratio=5, max_tiers=4)
+    spec, tensors = spec_and_tensors(tmp_path / "s.safetensors")
+    assert len(spec["tier_nbytes"]) > 1
+    short = TableReader(spec, {**tensors, "tier_starts": tensors["tier_starts"].astype(np.uint16)})
+    assert short._compiled is None
+    assert np.allclose(short.rows(np.arange(N)), TableReader(spec, tensors).rows(np.arange(N)), atol=1e-5)
+
+
 def test_codes_that_torch_computes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="decoded by torch"):
         TableReader(

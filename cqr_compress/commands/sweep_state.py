@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -57,7 +58,7 @@ def _selected(value: Any) -> str:
     described = []
     for item in [value] if isinstance(value, str | Path) else value:
         about = Path(str(item).rpartition("=")[2])
-        is_file = isinstance(item, str | Path) and about.is_file()
+        is_file = isinstance(item, str | Path) and os.path.isfile(about)  # noqa: PTH113  # no errors of long names
         described.append(f"{item} {about.stat().st_size} {about.stat().st_mtime_ns}" if is_file else str(item))
     return ", ".join(described)
 

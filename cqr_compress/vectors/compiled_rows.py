@@ -49,7 +49,8 @@ class CompiledRows:
 
         Args:
             spec: the table's spec as in the header of the file.
-            tensors: its checked tensors, floating-point ones in float32 except `row_scale` and `row_offset`.
+            tensors: its checked tensors and no others, floating-point ones in float32 except `row_scale` and
+                `row_offset`.
 
         Returns:
             None if there is no library, or it does not support the dtypes.
@@ -65,6 +66,8 @@ class CompiledRows:
                 tensors["codebooks"].shape[0] * tensors["codebooks"].shape[3],
             )
         if kind == "trellis":
+            if len(spec["tier_nbytes"]) > 1 and tensors["tier_starts"].dtype not in (np.int32, np.int64):
+                return None
             return cls(_trellis(library, spec, tensors, addresses), spec["embedding_dim"])
         decode = _rowwise(library, spec, tensors, addresses)
         return None if decode is None else cls(decode, spec["embedding_dim"])
@@ -135,6 +138,8 @@ def _rowwise(
     dtype = tensors["row_scale"].dtype
     is_half = dtype == np.float16
     has_half = bool(ctypes.c_int.in_dll(library, "has_half").value)
+    if spec["n_bits"] not in (4, 8):
+        return None
     if dtype != tensors["row_offset"].dtype or dtype not in (
         (np.float16, np.float32) if has_half else (np.float32,)
     ):

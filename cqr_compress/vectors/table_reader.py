@@ -45,6 +45,7 @@ class TableReader:
         if spec["kind"] == "codebook" and set(spec["code_sources"]) != {"stored"}:
             raise FormatError(f"tables of method {spec['method']!r} are decoded by torch: use cqr.load_compressed")
         _check(spec, self._tensors)
+        self._tensors = {short: self._tensors[short] for short in _shapes(spec)}  # others are not checked
         if spec["kind"] == "codebook":
             self._prepare_codebook()
         elif spec["kind"] == "trellis":
@@ -221,6 +222,8 @@ def _shapes(spec: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     P = D if spec["rank"] is None else _whole(spec["rank"], 1, D)
     if spec["rotation"]:
         shapes["rotation"] = (P, D)
+    elif P != D:
+        raise ValueError("its rank has no rotation")
     if spec["kind"] == "codebook":
         C, L, K = (_whole(spec[name], 1) for name in ("num_columns", "num_levels", "codebook_size"))
         if P % C or K & (K - 1) or not 2 <= K <= 2**16:
