@@ -56,7 +56,7 @@ def plan(rows: Tensor, recorder: Recorder | None = None, **fields: object) -> Ta
 @pytest.mark.parametrize("ratio", [8, 16, 32])
 def test_auto_is_no_worse_than_any_single_method(table: Tensor, ratio: int) -> None:
     def error(method: str, **fields: object) -> float:
-        model = torch.nn.ModuleDict({"emb": torch.nn.Embedding.from_pretrained(table.clone())})
+        model = torch.nn.ModuleDict({"emb": torch.nn.Embedding.from_pretrained(table[:1500].clone())})
         try:
             (layer,) = cqr.compress_(model, method=method, ratio=ratio, **fields)
         except cqr.CqrCompressError:
@@ -80,10 +80,11 @@ def test_trials_are_counted_and_the_best_one_is_shown(table: Tensor) -> None:
 
 def test_more_effort_tries_more_and_finds_no_less(table: Tensor) -> None:
     recorders = {effort: Recorder() for effort in ("fast", "normal", "max")}
-    found = {effort: plan(table, recorder, ratio=16, effort=effort) for effort, recorder in recorders.items()}
+    found = {effort: plan(table[:1100], recorder, ratio=16, effort=effort) for effort, recorder in recorders.items()}
     counts = [recorder.done for recorder in recorders.values()]
     assert counts == sorted(set(counts))
-    assert all(one.error is not None for one in found.values())
+    errors = [one.error for one in found.values() if one.error is not None]
+    assert len(errors) == 3 and errors[-1] < 1.02 * errors[0]
     with pytest.raises(cqr.CqrCompressError, match="effort is 'much'"):
         ConvertOptions(effort="much")
 
@@ -109,17 +110,17 @@ def test_a_rank_that_is_given_is_tried_for_many_dimensions(method: str) -> None:
     assert isinstance(found, CodebookSpec) and found.rank == 80
 
 
-def test_a_dry_run_prints_the_estimated_error(cli: Cli, ckpt: Path, tmp_path: Path) -> None:
-    planned = cqr.convert(ckpt, tmp_path / "s.safetensors", ratio=16, effort="fast", dry_run=True)
-    measured = cqr.convert(ckpt, tmp_path / "s.safetensors", ratio=16, effort="fast")
+def test_a_dry_run_prints_the_estimated_error(cli: Cli, few_rows: Path, tmp_path: Path) -> None:
+    planned = cqr.convert(few_rows, tmp_path / "s.safetensors", ratio=16, effort="fast", dry_run=True)
+    measured = cqr.convert(few_rows, tmp_path / "s.safetensors", ratio=16, effort="fast")
     for before, after in zip(planned.tables, measured.tables, strict=True):
         assert before.relative_mse is not None and after.relative_mse is not None
         assert before.relative_mse == pytest.approx(after.relative_mse, rel=0.15)
-    only = cqr.convert(ckpt, tmp_path / "s.safetensors", method="pq", num_columns=4, n_bits=4, dry_run=True)
+    only = cqr.convert(few_rows, tmp_path / "s.safetensors", method="pq", num_columns=4, n_bits=4, dry_run=True)
     assert all(table.relative_mse is not None and 0 < table.relative_mse < 1 for table in only.tables)
-    arguments = ("-o", "t.safetensors", "--ratio", "16", "--effort", "fast", "--dry-run")
+    arguments = ("-o", "t.safetensors", "--method", "pq", "--num-columns", "4", "--n-bits", "4", "--dry-run")
     shown = cli("convert", "ckpt.pt", *arguments).stdout
-    assert f"{planned.tables[0].relative_mse:.4f}" in shown and "predicted, nothing written" in shown
+    assert f"{only.tables[0].relative_mse:.4f}" in shown and "predicted, nothing written" in shown
 
 
 @pytest.mark.parametrize(("method", "num_columns", "num_levels"), [("pq", 2, 1), ("prq", 2, 3)])
