@@ -80,7 +80,9 @@ def test_trials_are_counted_and_the_best_one_is_shown(table: Tensor) -> None:
 
 def test_more_effort_tries_more_and_finds_no_less(table: Tensor) -> None:
     recorders = {effort: Recorder() for effort in ("fast", "normal", "max")}
-    found = {effort: plan(table[:1100], recorder, ratio=16, effort=effort) for effort, recorder in recorders.items()}
+    found = {
+        effort: plan(table[:1100], recorder, ratio=16, effort=effort) for effort, recorder in recorders.items()
+    }
     counts = [recorder.done for recorder in recorders.values()]
     assert counts == sorted(set(counts))
     errors = [one.error for one in found.values() if one.error is not None]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import cqr_compress as cqr
-from cqr_compress.commands import sweep as sweep_module
+from cqr_compress.commands import sweep_run
 from cqr_compress.errors import BudgetError, CheckpointError, OutputExistsError, SpecError, TaskError
 from cqr_compress.finetuning.paired import loss_interval, relative_loss
 from cqr_compress.finetuning.task_file import load_task_file
@@ -172,7 +172,7 @@ def test_the_tables_are_measured_once_for_all_sizes(tmp_path: Path, monkeypatch:
 
 def test_a_sweep_that_was_stopped_measures_what_is_missing(ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     converted: list[str] = []
-    convert = sweep_module.convert
+    convert = sweep_run.convert
 
     def counted(source: Any, output: Path, *args: Any, **kwargs: Any) -> Any:
         converted.append(Path(output).name)
@@ -180,7 +180,7 @@ def test_a_sweep_that_was_stopped_measures_what_is_missing(ckpt: Path, monkeypat
             raise KeyboardInterrupt
         return convert(source, output, *args, **kwargs)
 
-    monkeypatch.setattr(sweep_module, "convert", counted)
+    monkeypatch.setattr(sweep_run, "convert", counted)
     with pytest.raises(KeyboardInterrupt):
         cqr.sweep(ckpt, ratios=(4, 8), **OPTIONS)
     report = cqr.sweep(ckpt, ratios=(4, 8, 16), **OPTIONS)
@@ -232,7 +232,7 @@ def test_a_sweep_that_was_stopped_in_its_first_size_goes_on(ckpt: Path, monkeypa
     def stopped(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep_module, "_mean", stopped)  # after the file was written
+    monkeypatch.setattr(sweep_run, "_mean", stopped)  # after the file was written
     with pytest.raises(KeyboardInterrupt):
         cqr.sweep(ckpt, ratios=(8,), **OPTIONS)
     monkeypatch.undo()

@@ -206,8 +206,13 @@ def print_folder_hint(report: FolderReport) -> None:
         _line(console, f"not copied: {', '.join(report.left_out[:_SHOWN_OTHERS])}")
     if report.measured:
         _line(console, f"{report.folder}: {len(report.copied)} other files are copied")
-        code = f"import cqr_compress\nmodel = AutoModel.from_pretrained({report.folder!r})"
-        console.print(Text(printable(code)), soft_wrap=True)
+        print_folder_load(report.folder)
+
+
+def print_folder_load(folder: str) -> None:
+    """Print the two lines of Python that load a folder."""
+    code = f"import cqr_compress\nmodel = AutoModel.from_pretrained({folder!r})"
+    stdout().print(Text(printable(code)), soft_wrap=True)
 
 
 def print_dense_report(report: DenseReport) -> None:

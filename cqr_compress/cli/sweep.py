@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,8 +94,16 @@ def sweep(
     offsets: OffsetsOption = None,
     frequencies: FrequenciesOption = None,
     device: DeviceOption = None,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            "--jobs", min=1, help="Sizes to measure at once, where memory allows.", rich_help_panel="Training"
+        ),
+    ] = 1,
     folder: FolderOption = None,
-    output: Annotated[Path | None, output_option(help="Write the chosen file; requires --max-loss.")] = None,
+    output: Annotated[
+        Path | None, output_option(help="Write the chosen file, or folder; requires --max-loss.")
+    ] = None,
     html: HtmlOption = None,
     plots: PlotsOption = None,
     labels: LabelsOption = None,
@@ -112,7 +121,7 @@ def sweep(
     """
 
     def work() -> None:
-        from cqr_compress.cli.render import print_load_hint, print_sweep
+        from cqr_compress.cli.render import print_folder_load, print_load_hint, print_sweep
         from cqr_compress.commands.sweep import sweep as sweep_file
         from cqr_compress.finetuning.options import FinetuneOptions
         from cqr_compress.progress import ProgressBars
@@ -125,11 +134,11 @@ def sweep(
         with ProgressBars() as progress:
             report = sweep_file(
                 checkpoint, output, ConvertOptions(**option_fields),
-                task=None if task is None else choice.task(checkpoint), max_loss=_share(max_loss),
+                task=None if task is None else partial(choice.task, checkpoint), max_loss=_share(max_loss),
                 finetune_options=FinetuneOptions.from_strings(values) if finetune else None,
                 ratios=_numbers(ratios), folder=folder, tables=tables or (), exclude=exclude or (),
                 rules=rules or (), offsets=offsets or (), frequencies=frequencies or (), device=device,
-                force=force, progress=progress,
+                jobs=jobs, force=force, progress=progress,
             )  # fmt: skip
         write_pages(
             report.to_json(), html, plots, original=checkpoint, labels=labels, frequencies=frequencies, force=force
@@ -138,7 +147,9 @@ def sweep(
             print_json(report.to_json())
             return
         print_sweep(report)
-        if report.output is not None and report.report is not None:
+        if report.output is not None and Path(report.output).is_dir():
+            print_folder_load(report.output)
+        elif report.output is not None and report.report is not None:
             print_load_hint(report.report)
 
     run(work, debug)

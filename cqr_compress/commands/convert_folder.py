@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -181,12 +181,55 @@ def convert_folder(
                 write_report(report_path(written), reports[file])
         if not reports:
             raise missing[0]
-        copied, left_out = _copy_others(source, staging, list(reports), dry_run)
-        if not dry_run:
-            for file in reports:
-                _describe(file, source, staging)
-            _write_card(staging / "README.md", list(reports.values()))
-            _commit(staging, output.resolve())
+        return _complete(source, staging, output, reports, dry_run)
+
+
+def folder_weights(source: Path, output: Path, force: bool) -> None:
+    """Check that `write_folder` can write a folder, before the work on its weights.
+
+    Raises:
+        SpecError: the folder has several files of weights.
+        CqrCompressError: see `convert_folder`.
+    """
+    _check(source, output, force)
+    weights = _find_weights(source)
+    if len(weights) != 1 or weights[0].parent != source:
+        raise SpecError(
+            f"{str(source)!r} has {len(weights)} files of weights in it and in its folders: sweep the file with "
+            "the tables, and convert the folder with the ratio that is found"
+        )
+    _read_config(weights[0], source)
+
+
+def write_folder(source: Path, compressed: Path, report: SizeReport, output: Path) -> FolderReport:
+    """Write a folder with weights that are compressed already, and all other files of the source.
+
+    Args:
+        source: a folder that `folder_weights` has checked.
+        compressed: the file of its compressed weights.
+        report: of that file.
+        output: the folder to write.
+    """
+    (weights,) = _find_weights(source)
+    with _staged(output.resolve(), dry_run=False) as staging:
+        written = staging / _output_name(weights)
+        with output_errors(written):
+            shutil.copyfile(compressed, written)
+        held = replace(report, file=str(output / written.name))
+        write_report(report_path(written), held)
+        return _complete(source, staging, output, {weights: held}, dry_run=False)
+
+
+def _complete(
+    source: Path, staging: Path, output: Path, reports: Mapping[Path, SizeReport], dry_run: bool
+) -> FolderReport:
+    """Add all other files of the source to the compressed weights, and rename the folder to its path."""
+    copied, left_out = _copy_others(source, staging, list(reports), dry_run)
+    if not dry_run:
+        for file in reports:
+            _describe(file, source, staging)
+        _write_card(staging / "README.md", list(reports.values()))
+        _commit(staging, output.resolve())
     return FolderReport(
         folder=str(output), source=str(source), measured=not dry_run, reports=tuple(reports.values()),
         copied=tuple(copied), left_out=tuple(left_out),
