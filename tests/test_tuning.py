@@ -397,11 +397,27 @@ class _KilledError(BaseException):
     """As a kill, it is caught by nobody."""
 
 
+@pytest.fixture(scope="module")
+def whole_run(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[cqr.FinetuneOptions], Path]:
+    """The file of a run that nothing stops, once for all tests."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def find(chosen: cqr.FinetuneOptions) -> Path:
+        path = folder / f"{chosen.codes}.safetensors"
+        if not path.exists():
+            finetune(small, path, task(), chosen)
+        return path
+
+    return find
+
+
 @pytest.mark.parametrize("codes", ["reassign", "recluster", "train", "frozen"])
 @pytest.mark.parametrize("steps", [7, 30, 31, 50])
-def test_a_killed_run_goes_on_to_the_same_file(codes: str, steps: int, small: Path, tmp_path: Path) -> None:
-    chosen = options(codes=codes, save_every=3, epochs=3)
-    finetune(small, tmp_path / "whole.safetensors", task(), chosen)
+def test_a_killed_run_goes_on_to_the_same_file(
+    codes: str, steps: int, small: Path, tmp_path: Path, whole_run: Callable[[cqr.FinetuneOptions], Path]
+) -> None:
+    chosen = options(codes=codes, save_every=3, epochs=2)
+    whole = whole_run(chosen)
     count = 0
 
     def dies(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
@@ -420,7 +436,7 @@ def test_a_killed_run_goes_on_to_the_same_file(codes: str, steps: int, small: Pa
         finetune(small, out, task(), chosen)
     report = finetune(small, out, task(), chosen, resume=True)
     assert any("resuming from step" in line for line in report.log)
-    assert tensors(out) == tensors(tmp_path / "whole.safetensors")
+    assert tensors(out) == tensors(whole)
     assert not state_path(out).exists()
 
 
@@ -1139,14 +1155,15 @@ with launched_processes(torch.device("cpu")):
 assert group() is None
 """
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    two_processes(cold, tmp_path, script)
 
 
-def two_processes(python: WarmPython, folder: Path, *args: object) -> None:
+def cold(*args: object, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run `python` in a process that has imported nothing."""
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def two_processes(python: Callable[..., subprocess.CompletedProcess[str]], folder: Path, *args: object) -> None:
     """Start two processes with what torchrun tells them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -1155,7 +1172,7 @@ def two_processes(python: WarmPython, folder: Path, *args: object) -> None:
 
     def start(rank: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, **common, "OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank}
-        return python("-m", "cqr_compress", "finetune", *args, cwd=folder, env=env)
+        return python(*args, cwd=folder, env=env)
 
     with ThreadPoolExecutor() as pool:
         for done in pool.map(start, "01"):
@@ -1187,7 +1204,7 @@ def evaluate(model):
     if codes == "reassign":
         torchrun(tmp_path, 2, small, "-o", "two.safetensors", *common)
     else:
-        two_processes(python, tmp_path, small, "-o", "two.safetensors", *common)
+        two_processes(python, tmp_path, "-m", "cqr_compress", "finetune", small, "-o", "two.safetensors", *common)
     cli("finetune", small, "-o", "one.safetensors", "--option", "gradient_accumulation_steps=2", *common)
     first, second = ((tmp_path / f"codes-{rank}.txt").read_text() for rank in (0, 1))
     assert first == second and len(set(first.split())) > 3
