@@ -1,11 +1,12 @@
-"""Cosine of sentence vectors before and after compressing a BERT-like encoder's tables.
+"""Cosine of sentence vectors before and after compressing an encoder's tables.
 
     pip install transformers
     python tests/benchmarks/sentence_vectors.py FOLDER --ratio 16
 
 FOLDER holds model.safetensors, config.json and vocab.txt or tokenizer.json of a sentence encoder with mean
 pooling, such as all-MiniLM-L6-v2. 100 fixed sentences are encoded with the original weights and with what
-`convert` and `export` make of them, through the transformers library.
+`convert` and `export` make of them, through the transformers library. Without config.json, the one tensor is a static
+embedding, such as WordLlama's: a sentence is the mean of its tokens' rows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 import cqr_compress as cqr
@@ -36,6 +38,11 @@ SENTENCES = [f"{subject} {predicate}" for subject, predicate in itertools.produc
 @torch.no_grad()
 def encode(folder: Path, weights: Path) -> torch.Tensor:
     """Mean-pooled, normalized vectors of SENTENCES: (100, D)."""
+    if not (folder / "config.json").exists():
+        (rows,) = load_file(weights).values()
+        tokens = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        ids = [torch.tensor(tokens.encode(text, add_special_tokens=False).ids) for text in SENTENCES]
+        return torch.nn.functional.normalize(torch.stack([rows[each].float().mean(0) for each in ids]), dim=1)
     model = AutoModel.from_config(AutoConfig.from_pretrained(folder)).eval()
     missing = model.load_state_dict(load_file(weights), strict=False)
     assert not [name for name in missing.missing_keys if "pooler" not in name and "position_ids" not in name], (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +100,38 @@ def test_a_folder_is_converted_loaded_and_saved(
     with torch.no_grad():
         assert torch.allclose(base.eval()(IDS)[0], model.bert(IDS)[0], atol=1e-6)
     assert torch.allclose(logits(model.dequantize()), wanted, atol=1e-5)
+
+
+def test_what_is_pushed_to_the_hub_is_a_compressed_model(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The local part: the commit that would be uploaded."""
+    hub, pushed = transformers.utils.hub, tmp_path / "pushed"
+    pushed.mkdir()
+
+    class Api:
+        def create_repo(self, repo_id: str, **_: object) -> Any:
+            return SimpleNamespace(repo_id=repo_id)
+
+        def create_commit(self, operations: list[Any], **_: object) -> None:
+            for each in operations:
+                shutil.copyfile(each.path_or_fileobj, pushed / each.path_in_repo)
+
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("# A model\n"))
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: card)
+    if hasattr(hub, "hf_api"):
+        monkeypatch.setattr(hub, "hf_api", Api)
+    else:  # before 5.24
+        monkeypatch.setattr(hub, "create_repo", Api().create_repo)
+        monkeypatch.setattr(hub, "create_commit", Api().create_commit)
+    cqr.convert_folder(bert, tmp_path / "small", method="pq", ratio=8)
+    model = transformers.BertForMaskedLM.from_pretrained(tmp_path / "small")
+    model.push_to_hub("me/small")
+    assert (
+        json.loads((pushed / "config.json").read_text())["quantization_config"]["quant_method"] == "cqr_compress"
+    )
+    assert (pushed / "model.safetensors").stat().st_size < (bert / "model.safetensors").stat().st_size / 2
+    assert torch.equal(logits(transformers.BertForMaskedLM.from_pretrained(pushed)), logits(model))
 
 
 @pytest.mark.parametrize("shard_bytes", [None, 30_000])
