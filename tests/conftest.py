@@ -27,7 +27,9 @@ SHARED = Path(os.environ.get("CQR_COMPRESS_TEST_DATA", Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Let every test draw the same numbers, in whatever order and process it runs."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():  # else torch.manual_seed formats the stack for CUDA, which takes milliseconds
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture

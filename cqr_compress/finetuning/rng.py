@@ -35,7 +35,9 @@ class RandomState:
         """Return the state after seeding all generators from several numbers; the current state is unchanged."""
         seed = int(np.random.SeedSequence(seeds).generate_state(1, np.uint32)[0])
         before = cls.current()
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_available():  # torch.manual_seed formats the stack for CUDA, which takes milliseconds
+            torch.cuda.manual_seed_all(seed)
         np.random.seed(seed)
         random.seed(seed)
         state = cls.current()
