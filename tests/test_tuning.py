@@ -156,7 +156,9 @@ def test_what_is_written_has_the_metric_that_the_report_says(
     asked: dict[str, Any], original: bool, dense: Path, tmp_path: Path
 ) -> None:
     given = compressed(dense, tmp_path, **asked)
-    report = finetune(given, tmp_path / "out.safetensors", task(), options(), original=dense if original else None)
+    report = finetune(
+        given, tmp_path / "out.safetensors", task(), options(epochs=1), original=dense if original else None
+    )
     assert report.before["bce"] == pytest.approx(measured(given), abs=1e-6)
     assert report.after["bce"] == pytest.approx(measured(tmp_path / "out.safetensors"), abs=1e-6)
     assert report.improved == (report.after["bce"] < report.before["bce"])
@@ -1020,7 +1022,8 @@ def test_results_do_not_depend_on_the_default_dtype_and_device(
         )
         cqr.convert(dense, small, min_rows=0, **asked)
         cqr.evaluate([small], original=dense)
-        cqr.inspect(dense)
+        if asked == LAYOUTS[0]:
+            cqr.inspect(dense)
         finetune(small, tuned, task(model=model, train_batches=train_batches), epochs=1, eval_every=3)
         cqr.refit(small, fitted, original=dense, refine_rounds=1)
         loaded, live = model(), model()
