@@ -50,6 +50,23 @@ def test_a_false_friend_is_left_with_a_reason(tmp_path: Path, name: str) -> None
     assert not found.selected and found.reason
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "params.embed.embedding", "params.model.embed_tokens.embedding", "params.transformer.wte.embedding",
+        "model_weights.item.model.item.embeddings", "layers.layer_0.embeddings",
+        "layer_with_weights-0/embeddings/.ATTRIBUTES/VARIABLE_VALUE", "m/user_emb/.ATTRIBUTES/VARIABLE_VALUE",
+    ],
+)  # fmt: skip
+def test_tables_of_flax_keras_and_tensorflow_are_taken_beside_kernels(tmp_path: Path, name: str) -> None:
+    others = {"params.out.kernel": torch.zeros(4, 9), "m/out/kernel/.ATTRIBUTES/VARIABLE_VALUE": torch.zeros(4, 9)}
+    found = candidates(tmp_path, {name: torch.zeros(3000, 4)} | others)
+    assert [each for each, candidate in found.items() if candidate.selected] == [name]
+    if not name.endswith("VALUE"):  # in a model of torch it is a parameter of any use
+        alone = candidates(tmp_path, {name: torch.zeros(3000, 4), "out.weight": torch.zeros(4, 9)})
+        assert not alone[name].selected
+
+
 def test_a_bias_beside_it_or_a_single_column_says_linear(tmp_path: Path) -> None:
     state = {
         "user_embed.weight": torch.zeros(900, 4), "user_embed.bias": torch.zeros(900),

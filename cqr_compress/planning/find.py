@@ -35,6 +35,8 @@ THRESHOLD = 0.5
 """Smallest confidence at which a tensor is selected as an embedding table."""
 GENERIC = 0.9
 """Largest confidence from a name that a layer which is no lookup may also have: shapes can contradict it."""
+_TENSORFLOW = "/.ATTRIBUTES/VARIABLE_VALUE"
+"""End of the names of variables in checkpoints of TensorFlow 2."""
 MIN_UNNAMED_ROWS = 1024
 """Fewest rows at which the shape alone can make a tensor a table."""
 
@@ -274,7 +276,7 @@ def _classified(checkpoint: Checkpoint) -> list[Candidate]:
 
 def _judge(entry: TensorEntry, neighbours: Neighbours) -> tuple[float, str]:
     """Confidence and reason from the name and what contradicts it; no reason if the name says nothing."""
-    confidence, reason = _by_name(entry.name)
+    confidence, reason = _by_name(_as_in_torch(entry.name, neighbours))
     if refusal := _refusal(entry.name):
         return 0.0, refusal
     if entry.shape[1] == 1:
@@ -310,6 +312,16 @@ def _by_shape(
     if not entry.name.endswith(".weight"):
         return 0.4, "has the shape of a table, but is the weight of no layer; pass --tables to select it"
     return 0.6, "has the shape of a table: many rows, which are the inputs of no other layer"
+
+
+def _as_in_torch(name: str, neighbours: Neighbours) -> str:
+    """Return the name that torch would give the weight of a layer of TensorFlow, Flax or Keras."""
+    if name.endswith(_TENSORFLOW):
+        return f"{name.removesuffix(_TENSORFLOW).replace('/', '.')}.weight"
+    path, _, attribute = name.rpartition(".")
+    if not neighbours.has_kernels or attribute not in ("embedding", "embeddings"):
+        return name
+    return f"{path}.weight" if _by_name(f"{path}.weight")[1] else f"{name}.weight"
 
 
 def _by_name(name: str) -> tuple[float, str]:

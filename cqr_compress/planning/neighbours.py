@@ -19,11 +19,13 @@ class Neighbours:
         modules: tensors by the path of the module that holds them, "" for the model itself.
         widths: input sizes of layers, each with the shapes of the weights that have it.
         averages: names of running averages, by the module that holds them and their rows.
+        has_kernels: whether layers have a `kernel`, as in Flax and Keras, and none has a `weight`.
     """
 
     modules: Mapping[str, Sequence[TensorEntry]]
     widths: Mapping[int, Collection[tuple[int, ...]]]
     averages: Mapping[tuple[str, int], Sequence[str]]
+    has_kernels: bool = False
 
     @classmethod
     def of(cls, entries: Iterable[TensorEntry]) -> Neighbours:
@@ -31,8 +33,10 @@ class Neighbours:
         modules: dict[str, list[TensorEntry]] = {}
         widths: dict[int, set[tuple[int, ...]]] = {}
         averages: dict[tuple[str, int], list[str]] = {}
+        attributes = set[str]()
         for entry in entries:
             path, _, attribute = entry.name.rpartition(".")
+            attributes.add(attribute)
             modules.setdefault(path, []).append(entry)
             # positions and masks, (1, N) or integers, say nothing about layers
             if len(entry.shape) >= 2 and entry.shape[0] > 1 and entry.dtype.is_floating_point:
@@ -40,7 +44,7 @@ class Neighbours:
                     widths.setdefault(size, set()).add(entry.shape)
             if entry.shape and _RUNNING.search(attribute):
                 averages.setdefault((path, entry.shape[0]), []).append(entry.name)
-        return cls(modules, widths, averages)
+        return cls(modules, widths, averages, "kernel" in attributes and "weight" not in attributes)
 
     def in_same_layer(self, entry: TensorEntry) -> str | None:
         """Name a bias, or another tensor with one entry for each row, of the layer whose weight is `entry`.

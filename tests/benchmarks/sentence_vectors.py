@@ -1,10 +1,10 @@
 """Cosine of sentence vectors before and after compressing an encoder's tables.
 
     pip install transformers
-    python tests/benchmarks/sentence_vectors.py FOLDER --ratio 16
+    python tests/benchmarks/sentence_vectors.py FOLDER --ratio 16 [--texts FILE]
 
 FOLDER holds model.safetensors, config.json and vocab.txt or tokenizer.json of a sentence encoder with mean
-pooling, such as all-MiniLM-L6-v2. 100 fixed sentences are encoded with the original weights and with what
+pooling, such as all-MiniLM-L6-v2. 100 fixed sentences, or the lines of a file, are encoded with the original weights and with what
 `convert` and `export` make of them, through the transformers library. Without config.json, the one tensor is a static
 embedding, such as WordLlama's: a sentence is the mean of its tokens' rows.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,12 +37,12 @@ SENTENCES = [f"{subject} {predicate}" for subject, predicate in itertools.produc
 
 
 @torch.no_grad()
-def encode(folder: Path, weights: Path) -> torch.Tensor:
-    """Mean-pooled, normalized vectors of SENTENCES: (100, D)."""
+def encode(folder: Path, weights: Path, texts: Sequence[str] = SENTENCES) -> torch.Tensor:
+    """Mean-pooled, normalized vectors of n texts: (n, D)."""
     if not (folder / "config.json").exists():
         (rows,) = load_file(weights).values()
         tokens = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        ids = [torch.tensor(tokens.encode(text, add_special_tokens=False).ids) for text in SENTENCES]
+        ids = [torch.tensor(tokens.encode(text, add_special_tokens=False).ids) for text in texts]
         return torch.nn.functional.normalize(torch.stack([rows[each].float().mean(0) for each in ids]), dim=1)
     model = AutoModel.from_config(AutoConfig.from_pretrained(folder)).eval()
     missing = model.load_state_dict(load_file(weights), strict=False)
@@ -49,7 +50,7 @@ def encode(folder: Path, weights: Path) -> torch.Tensor:
         missing
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="[PAD]")
-    batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    batch = tokenizer(list(texts), padding=True, return_tensors="pt")
     hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     mask = batch["attention_mask"][..., None].float()
     return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
@@ -68,9 +69,11 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=16.0)
     parser.add_argument("--methods", nargs="+", default=["pq", "rq", "int4", "auto"])
     parser.add_argument("--prior", choices=("tokenizer", "none"), default="tokenizer")
+    parser.add_argument("--texts", type=Path, help="a text on each line")
     args = parser.parse_args()
+    texts = SENTENCES if args.texts is None else args.texts.read_text().splitlines()
     source = args.folder / "model.safetensors"
-    before = encode(args.folder, source)
+    before = encode(args.folder, source, texts)
     for method in args.methods:
         with tempfile.TemporaryDirectory() as scratch:
             small, dense = Path(scratch) / "small.safetensors", Path(scratch) / "dense.safetensors"
@@ -78,7 +81,7 @@ def main() -> None:
             request = cqr.ConvertOptions(method=method, ratio=ratio, prior=args.prior)
             report = cqr.convert(source, small, request)
             cqr.export(small, dense)
-            after = encode(args.folder, dense)
+            after = encode(args.folder, dense, texts)
             cosines = (before * after).sum(1)
         for table in report.tables:
             print(
