@@ -58,6 +58,48 @@ def test_hdf5(tmp_path: Path) -> None:
     assert torch.equal(rows_of(tmp_path / "m.safetensors"), ROWS)
 
 
+def test_gguf(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("token_embd.weight", ROWS.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    run_advice(refused(tmp_path / "m.gguf"), tmp_path)
+    assert torch.equal(rows_of(tmp_path / "m.safetensors"), ROWS)
+
+
+def test_flax(tmp_path: Path) -> None:
+    serialization = pytest.importorskip("flax.serialization")
+    packed = serialization.msgpack_serialize({"params": {"embed": {"embedding": ROWS.numpy()}}})
+    (tmp_path / "m.msgpack").write_bytes(packed)
+    run_advice(refused(tmp_path / "m.msgpack"), tmp_path)
+    assert torch.equal(rows_of(tmp_path / "m.safetensors"), ROWS)
+
+
+def test_orbax(tmp_path: Path) -> None:
+    pytest.importorskip("flax")
+    orbax = pytest.importorskip("orbax.checkpoint")
+    orbax.PyTreeCheckpointer().save(tmp_path / "m", {"params": {"emb": ROWS.numpy()}})
+    run_advice(refused(tmp_path / "m"), tmp_path)
+    assert torch.equal(rows_of(tmp_path / "m.safetensors"), ROWS)
+
+
+@pytest.mark.parametrize("kind", ["SavedModel", "folder", "index"])
+def test_tensorflow(tmp_path: Path, kind: str) -> None:
+    tensorflow = pytest.importorskip("tensorflow")
+    model = tensorflow.Module()
+    model.emb = tensorflow.Variable(ROWS.numpy())
+    if kind == "SavedModel":
+        tensorflow.saved_model.save(model, str(tmp_path / "m"))
+    else:
+        tensorflow.train.Checkpoint(m=model).write(str(tmp_path / "m" / "m"))
+    run_advice(refused(tmp_path / "m" / "m.index" if kind == "index" else tmp_path / "m"), tmp_path)
+    folder = tmp_path / "m" if kind == "index" else tmp_path
+    assert torch.equal(rows_of(folder / "m.safetensors"), ROWS)
+
+
 def test_compressed_with_gzip(tmp_path: Path) -> None:
     torch.save({"emb.weight": ROWS}, tmp_path / "m.pt")
     (tmp_path / "n.pt.gz").write_bytes(gzip.compress((tmp_path / "m.pt").read_bytes()))

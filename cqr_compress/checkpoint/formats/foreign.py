@@ -74,12 +74,13 @@ def _python(package: str, imports: str, tensors: str) -> Callable[[Path], str]:
     return advice
 
 
-def _run(command: str) -> Callable[[Path], str]:
+def _run(command: str, packages: str = "") -> Callable[[Path], str]:
     """Advise a command with {path}, {output} (a .pt file) and {folder} in it."""
 
     def advice(path: Path) -> str:
         words = {"path": path, "output": _output(path, ".pt"), "folder": path.parent}
-        return f"Run: {command.format(**{name: shlex.quote(str(word)) for name, word in words.items()})}"
+        run = f"With {packages} installed, run" if packages else "Run"
+        return f"{run}: {command.format(**{name: shlex.quote(str(word)) for name, word in words.items()})}"
 
     return advice
 
@@ -146,6 +147,11 @@ _FLAX = (
     "u.flatten_dict(serialization.msgpack_restore(open({path}, 'rb').read()), sep='.').items()}"
 )
 _FLAX_IMPORTS = "from flax import serialization, traverse_util as u; import numpy as np"
+_ORBAX = (
+    "{n: torch.from_numpy(np.array(a)) for n, a in "
+    "u.flatten_dict(o.PyTreeCheckpointer().restore({path}), sep='.').items()}"
+)
+_ORBAX_IMPORTS = "import orbax.checkpoint as o; from flax import traverse_util as u; import numpy as np"
 _FOREIGN = (
     Foreign("an HDF5 file (Keras, h5py)", _starts(b"\x89HDF\r\n\x1a\n"), _python("h5py", "import h5py", _HDF5)),
     Foreign("a GGUF file (llama.cpp)", _starts(b"GGUF"), _python("gguf", "import gguf", _GGUF)),
@@ -174,12 +180,12 @@ _FOREIGN = (
     Foreign(
         "a checkpoint of DeepSpeed",
         _contains("zero_to_fp32.py"),
-        _run("python {path}/zero_to_fp32.py {path} {path}"),
+        _run("python {path}/zero_to_fp32.py {path} {path}", "deepspeed and huggingface_hub"),
     ),
     Foreign(
         "an Orbax checkpoint",
         _contains("manifest.ocdbt", "_CHECKPOINT_METADATA"),
-        lambda path: "Restore it with orbax.checkpoint and save its arrays with safetensors.flax.save_file.",
+        lambda path: _python("orbax-checkpoint and flax", _ORBAX_IMPORTS, _ORBAX)(path.absolute()),
     ),
     Foreign("compressed with gzip", _starts(b"\x1f\x8b"), _unpack("gunzip", ".gz")),
     Foreign("compressed with xz", _starts(b"\xfd7zXZ"), _unpack("unxz", ".xz")),
