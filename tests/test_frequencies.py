@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import cqr_compress as cqr
+from cqr_compress.commands import convert as convert_module
 from cqr_compress.errors import CheckpointError, CqrCompressError, ShapeError, SpecError, TableNotFoundError
 from cqr_compress.planning.frequencies import read_frequencies
 from cqr_compress.planning.token_frequencies import token_frequencies
@@ -155,6 +156,25 @@ def unigram_json(folder: Path) -> None:
 
 def vocab_txt(folder: Path) -> None:
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+
+
+@pytest.mark.parametrize("others", [{}, {"layer.weight": torch.ones(8, 8)}])
+def test_a_table_that_no_layer_reads_is_weighted_less(
+    others: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocab_txt(tmp_path)
+    torch.save({"embedding.weight": torch.randn(1208, 8)} | others, tmp_path / "m.pt")
+    found: list[dict[str, Tensor]] = []
+
+    def estimate(*arguments: Any) -> dict[str, Tensor]:
+        found.append(token_frequencies(*arguments))
+        return found[0]
+
+    monkeypatch.setattr(convert_module, "token_frequencies", estimate)
+    cqr.convert(tmp_path / "m.pt", method="pq", num_columns=2, n_bits=4, dry_run=True)
+    (weights,) = (each["embedding.weight"] for each in found)
+    roots = token_frequencies(tmp_path / "m.pt", {"embedding.weight": 1208})["embedding.weight"]
+    assert torch.equal(weights, roots if others else roots.sqrt())
 
 
 @pytest.mark.parametrize("written", [tokenizer_json, unigram_json, vocab_txt])

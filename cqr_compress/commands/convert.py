@@ -145,7 +145,8 @@ def convert(
         elif options.weight == "task" and earlier is None:
             raise SpecError("weight is 'task' without a task: give the task whose loss compares tables")
         by_tokenizer = options.prior == "tokenizer" and not frequencies and task is None
-        estimated = token_frequencies(source, num_rows) if by_tokenizer else {}
+        has_layers = any(candidate.name not in num_rows for candidate in candidates)
+        estimated = token_frequencies(source, num_rows, has_layers) if by_tokenizer else {}
         work = Conversion(
             checkpoint, candidates, options, estimated, destination, progress, sensitivity, earlier, measured
         )

@@ -2,10 +2,11 @@
 
 Vocabularies are ordered by frequency (WordPiece, Unigram) or by merges (BPE), of which the first are the most
 frequent. Counts follow the law of Zipf and Mandelbrot, 1 / (rank + 10). Rows are weighted by their square roots,
-as frequent tokens are by the subsampling of word2vec (Mikolov et al. 2013, arXiv:1310.4546, section 2.3), because
-rare tokens tell texts apart. Without weights, the special tokens and the head of the vocabulary, which occur in
-every text, would be compressed as rare tokens; and they are outliers in many tables, with several times the error
-of the others.
+as frequent tokens are by the subsampling of word2vec (Mikolov et al. 2013, arXiv:1310.4546, section 2.3),
+because rare tokens tell texts apart. Of a model that is nothing but its table, by fourth roots: no layers add up
+the errors of frequent tokens, and a rare token has no more than its row (measured with two encoders). Without
+weights, the special tokens and the head of the vocabulary, which occur in every text, would be compressed as
+rare tokens; and they are outliers in many tables, with several times the error of the others.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ _SPECIAL = re.compile(r"\[[A-Z]+\]|<[^>]+>")
 _log = logging.getLogger(__name__)
 
 
-def token_frequencies(checkpoint: Path, num_rows: Mapping[str, int]) -> dict[str, Tensor]:
+def token_frequencies(checkpoint: Path, num_rows: Mapping[str, int], has_layers: bool = True) -> dict[str, Tensor]:
     """Estimate the square roots of the frequencies of tokens, for tables with one row for each token.
 
     Args:
         checkpoint: file or folder of the weights, in the same folder as `tokenizer.json` or `vocab.txt`.
         num_rows: N of each table.
+        has_layers: whether the model has layers that read the tables; fourth roots are estimated if it has none.
 
     Returns:
         (N,) float32, positive, by table; empty without a tokenizer.
@@ -61,7 +63,8 @@ def token_frequencies(checkpoint: Path, num_rows: Mapping[str, int]) -> dict[str
     found, padding = {}, min(_MAX_PADDING, max(_MIN_PADDING, int(len(tokens) * _PADDING_SHARE)))
     for name, N in num_rows.items():
         if any(tokens) and 0 <= N - len(tokens) <= padding:
-            found[name] = _frequencies(tokens, special, N)
+            roots = _frequencies(tokens, special, N)
+            found[name] = roots if has_layers else roots.sqrt()
             _log.info("%s: rows are weighted by frequencies of tokens, estimated from %s", name, path.name)
     return found
 

@@ -1,6 +1,6 @@
 """What a person has, the command, and what comes out: each recipe of the README on real inputs.
 
-    python tests/benchmarks/recipes.py --encoder FOLDER --vectors TABLE.safetensors [--ratio 16]
+    python tests/benchmarks/recipes.py --encoder FOLDER --vectors TABLE.safetensors [--tokenizer FILE] [--lightning]
 
 FOLDER is a sentence encoder such as all-MiniLM-L6-v2, TABLE.safetensors a static token embedding such as WordLlama's,
 which is written as word vectors in six formats; with `--tokenizer tokenizer.json` it is a folder of sentence-transformers
