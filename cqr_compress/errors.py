@@ -93,3 +93,7 @@ class UserCodeError(CqrCompressError, RuntimeError):
 
 class StateError(CqrCompressError, ValueError):
     """A saved state that a run cannot be resumed from."""
+
+
+class ProcessError(CqrCompressError, RuntimeError):
+    """A process that measures one of several sizes ended without a result."""

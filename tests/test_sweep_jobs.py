@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +23,8 @@ from cqr_compress.commands import apart
 from cqr_compress.commands.apart import call_apart, fitting_jobs
 from cqr_compress.commands.sweep_report import SweepPoint
 from cqr_compress.commands.sweep_run import SweepRun
-from cqr_compress.errors import BudgetError, OutputExistsError, SpecError
+from cqr_compress.errors import BudgetError, OutputExistsError, ProcessError, SpecError
+from cqr_compress.finetuning.task_file import load_task_file
 from cqr_compress.progress import NoProgress
 from cqr_compress.quantize.options import ConvertOptions
 
@@ -32,32 +37,76 @@ def ckpt(tmp_path: Path) -> Path:
     return tmp_path / "m.pt"
 
 
+class TwoWordsError(Exception):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
 def act(word: str, folder: str) -> str:
     """Do what a word says, in another process."""
     if word == "refuse":
         raise BudgetError("too few bytes")
-    if word == "leave":
-        os._exit(7)
+    if word == "two words":
+        raise TwoWordsError("a", "b")
+    if word == "exit":
+        sys.exit("no data")
+    if word == "kill":
+        if os.fork() == 0:  # a program that holds the pipe, and outlives its parent
+            time.sleep(8)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
     if word == "wait":
-        (Path(folder) / "waits").touch()
-        time.sleep(120)
-    if word == "warn":
-        warnings.warn("look", cqr.CqrCompressWarning, stacklevel=1)
+        (Path(folder) / "waits.partial").touch()
+        try:
+            time.sleep(120)
+        finally:
+            (Path(folder) / "waits.partial").unlink()
+    warnings.warn("look", cqr.CqrCompressWarning, stacklevel=1)
     return f"{word} {torch.get_num_threads()} {os.environ['OMP_NUM_THREADS']}"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="processes start too slowly")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="another kind of system")
 def test_calls_apart_return_results_errors_and_warnings(tmp_path: Path) -> None:
-    with pytest.warns(cqr.CqrCompressWarning, match="look"):
-        found = dict(call_apart(act, [("refuse", ""), ("warn", "")], 2))
-    assert found[1] == "warn 1 1"
-    assert isinstance(found[0], BudgetError) and str(found[0]) == "too few bytes"
-    with pytest.raises(RuntimeError, match=r"exit code 7 .*use fewer jobs"):
-        for _ in call_apart(act, [("leave", ""), ("wait", str(tmp_path))], 2):
-            pass
-    assert not apart.multiprocessing.active_children()  # also the one that was waiting
+    words = ["refuse", "warn", "two words", "exit", "kill", "wait"]
+    found: dict[str, Any] = {}
+    with pytest.warns(cqr.CqrCompressWarning, match="look") as caught:
+        calls = call_apart(act, [(word, str(tmp_path)) for word in words], len(words))
+        began = time.monotonic()
+        for index, result in calls:
+            found[words[index]] = result
+            if len(found) == 5:
+                break
+        while not list(tmp_path.iterdir()):
+            time.sleep(0.01)
+        calls.close()  # type: ignore[attr-defined]
+    assert not multiprocessing.active_children() and not list(tmp_path.iterdir())  # its clean-up was run
+    assert found["warn"] == "warn 1 1" and caught[0].filename == __file__
+    assert isinstance(found["refuse"], BudgetError) and str(found["refuse"]) == "too few bytes"
+    assert [type(found[word]) for word in ("two words", "exit", "kill")] == [ProcessError] * 3
+    assert "TwoWordsError: a b" in str(found["two words"]) and "sys.exit('no data')" in str(found["exit"])
+    assert "SIGKILL: memory may have been short" in str(found["kill"]) and time.monotonic() - began < 120
+
+
+def test_what_other_processes_cannot_get_is_refused_before_the_work(ckpt: Path, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"ratios": (8, 16), "folder": tmp_path / "f", "jobs": 2}
+    task = tmp_path / "task.py"
+    task.write_text(TASK.format(metric="error", mode="min", ckpt=str(ckpt)))
     with pytest.raises(SpecError, match="cannot be pickled"):
-        list(call_apart(act, [(lambda: 0, "")], 1))
+        cqr.sweep(ckpt, task=lambda: load_task_file(task), **common)
+    with pytest.raises(SpecError, match="cannot be pickled"):
+        cqr.sweep(ckpt, task=load_task_file(task), **common)
+    with pytest.raises(SpecError, match="jobs is 0"):
+        cqr.sweep(ckpt, **common | {"jobs": 0})
+    with pytest.raises(SpecError, match="is the output or in it"):
+        cqr.sweep(ckpt, tmp_path / "f", max_loss=0.1, **common)
+    assert not (tmp_path / "f").exists()
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import cqr_compress as cqr\ncqr.sweep({str(ckpt)!r}, jobs=2, method='pq', ratios=(8, 16, 24))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "needs `if __name__ == '__main__':`" in done.stderr
+    assert len(list((tmp_path / "m.sweep").glob("*x.safetensors"))) == 1  # the first one, and by the script itself
 
 
 def test_as_many_sizes_run_at_once_as_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,4 +188,18 @@ def test_the_folder_of_a_model_is_written_with_the_chosen_size(
     (model / "extra" / "model.safetensors").write_bytes(b"")
     with pytest.raises(SpecError, match="2 files of weights"):
         cqr.sweep(model, tmp_path / "other", max_loss=0.3)
-    assert not (model / "model.cqr.sweep").exists()
+    assert not (tmp_path / "model.sweep").exists()
+
+
+def test_the_results_of_a_sweep_are_no_part_of_the_model(tmp_path: Path, ckpt: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    ckpt.rename(model / "model.bin")
+    (model / "a.txt").write_text("a")
+    for folder in (None, model / "sizes"):
+        small = tmp_path / f"small{folder is None}"
+        cqr.sweep(model, small, max_loss=0.9, ratios=(8,), folder=folder, **OPTIONS)
+        assert sorted(path.name for path in small.iterdir()) == [
+            "README.md", "a.txt", "model.report.json", "model.safetensors"
+        ]  # fmt: skip
+    assert (tmp_path / "model.sweep" / "sweep.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -16,10 +17,32 @@ from typing import Any
 
 import torch
 
-from cqr_compress.errors import SpecError
+from cqr_compress.errors import ProcessError, SpecError
 
 _CUDA_CONTEXT_BYTES = 2**29
-_STOP_S = 5.0
+_POLL_S, _STOP_S = 1.0, 5.0
+_TERMINATED = 128 + signal.SIGTERM
+_shown: dict[Any, Any] = {}
+"""The warnings of processes that were issued here."""
+
+
+def check_apart(*values: object) -> None:
+    """Check before the work that other processes can be started, and get these values.
+
+    Raises:
+        SpecError: this is a process that a program without `if __name__ == "__main__":` started, a program that is
+            no file, or a value that cannot be pickled.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself finds out
+        raise SpecError(
+            "a script that uses several jobs needs `if __name__ == '__main__':` around its code, because each of "
+            "their processes imports it"
+        )
+    main = sys.modules["__main__"]
+    program = getattr(main, "__file__", None)
+    if program is not None and main.__spec__ is None and not Path(program).exists():
+        raise SpecError(f"other processes cannot read the program {program!r}: write it to a file, or give jobs=1")
+    _pickled(values)
 
 
 def call_apart(
@@ -36,11 +59,11 @@ def call_apart(
         jobs: largest number of processes at once.
 
     Yields:
-        The index of a call and its result, or the exception that it raised, in the order in which they end.
+        The index of a call and its result, or the exception that it raised, in the order in which they end; a
+        `ProcessError` of a process that ended without a result.
 
     Raises:
         SpecError: arguments cannot be pickled.
-        RuntimeError: a process ended without a result, such as for lack of memory.
     """
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // max(1, min(jobs, len(arguments))))
@@ -50,18 +73,31 @@ def call_apart(
             while waiting and len(running) < jobs:
                 index, given = waiting.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
-                process: BaseProcess = context.Process(target=_call, args=(theirs, function, given, threads))
+                work = theirs, _pickled((function, given)), threads
+                process: BaseProcess = context.Process(target=_call, args=work)
                 running[ours] = index, process
                 _start(process, threads)
                 theirs.close()
-            for ended in wait(list(running)):
-                assert isinstance(ended, Connection)
-                index, process = running.pop(ended)
-                yield index, _result(ended, process)
+            ready = wait(list(running), _POLL_S)
+            for connection, (index, process) in list(running.items()):
+                # programs that a process has started can hold its end of the pipe when it is gone
+                if connection in ready or process.exitcode is not None:
+                    del running[connection]
+                    yield index, _result(connection, process)
     finally:
-        for connection, (_, process) in running.items():
-            _stop(process)
+        _stop([process for _, process in running.values()])
+        for connection in running:
             connection.close()
+
+
+def _pickled(values: object) -> bytes:
+    try:
+        return pickle.dumps(values)
+    except Exception as e:  # whatever an object of the user raises
+        raise SpecError(
+            f"what other processes need cannot be pickled ({type(e).__name__}: {str(e)[:200]}): give the task as "
+            "a file, or as a function of a module that makes it, or jobs=1"
+        ) from e
 
 
 def _start(process: BaseProcess, num_threads: int) -> None:
@@ -69,11 +105,6 @@ def _start(process: BaseProcess, num_threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # of libraries that read it when they are loaded
     try:
         process.start()
-    except Exception as e:  # whatever pickling an object of the user raises
-        raise SpecError(
-            f"what other processes need cannot be pickled ({type(e).__name__}: {str(e)[:200]}): give the task as "
-            "a file, or as a function of a module that makes it, or jobs=1"
-        ) from e
     finally:
         os.environ.pop("OMP_NUM_THREADS")
         if before is not None:
@@ -83,49 +114,71 @@ def _start(process: BaseProcess, num_threads: int) -> None:
 def _result(connection: Connection, process: BaseProcess) -> Any:
     """Receive the result of a process that has one or has ended; its warnings are issued."""
     try:
-        result, issued = connection.recv()
+        result, issued = connection.recv() if connection.poll() else (None, None)
     except EOFError:
-        process.join()
-        raise RuntimeError(
-            f"a process ended with exit code {process.exitcode} and without a result. If memory was short, use "
-            "fewer jobs; a script that uses several needs `if __name__ == '__main__':` around its code."
-        ) from None
+        issued = None
     finally:
         connection.close()
     process.join()
-    for text, category in issued:
-        warnings.warn(text, category, stacklevel=3)
+    if issued is None:
+        return ProcessError(f"its process {_end_of(process.exitcode or 0)}, without a result")
+    for text, category, file, line in issued:
+        warnings.warn_explicit(text, category, file, line, registry=_shown)
     return result
 
 
-def _stop(process: BaseProcess) -> None:
-    if process.pid is None:  # it did not start
-        return
-    process.terminate()
-    process.join(_STOP_S)
-    if process.is_alive():
-        process.kill()
-        process.join()
+def _end_of(code: int) -> str:
+    """Describe how a process ended."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    known = {each.value: each.name for each in signal.Signals}
+    memory = ": memory may have been short, use fewer jobs" if -code == signal.SIGKILL else ""
+    return f"was ended by {known.get(-code, f'signal {-code}')}{memory}"
 
 
-def _call(
-    connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...], num_threads: int
-) -> None:
+def _stop(processes: Sequence[BaseProcess]) -> None:
+    started = [process for process in processes if process.pid is not None]
+    for process in started:
+        process.terminate()
+    for process in started:
+        process.join(_STOP_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _call(connection: Connection, work: bytes, num_threads: int) -> None:
     """Call the function in this new process, and send what it returns or raises, and the warnings."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # temporary files are removed on the way
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # temporary files are removed on the way
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(num_threads)
     with warnings.catch_warnings(record=True) as caught:
         try:
+            function, arguments = _unpickled(work)
             result = function(*arguments)
+        except SystemExit as e:
+            if e.code == _TERMINATED:
+                raise
+            result = ProcessError(f"its process called sys.exit({e.code!r})")
         except Exception as e:
             result = e
-    issued = [(str(warning.message), warning.category) for warning in caught]
+    issued = [(str(each.message), each.category, each.filename, each.lineno) for each in caught]
     try:
-        connection.send((result, issued))
-    except Exception:  # a result or an exception that cannot be pickled
-        connection.send((RuntimeError(f"{type(result).__name__}: {result}"), []))
+        pickle.loads(pickle.dumps((result, issued)))
+    except Exception:  # of a class with other arguments, for instance
+        result, issued = ProcessError(f"{type(result).__name__}: {result}"), []
+    connection.send((result, issued))
+
+
+def _unpickled(work: bytes) -> Any:
+    try:
+        return pickle.loads(work)
+    except Exception as e:
+        raise SpecError(
+            f"the task cannot be made in another process ({type(e).__name__}: {str(e)[:200]}): give it as a file, "
+            "or as a function of a module that makes it, or jobs=1"
+        ) from e
 
 
 def _end_with_parent() -> None:

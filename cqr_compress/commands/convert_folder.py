@@ -27,6 +27,7 @@ from cqr_compress.checkpoint.json_file import read_json
 from cqr_compress.checkpoint.output_files import output_errors
 from cqr_compress.checkpoint.size_report import SizeReport, report_path
 from cqr_compress.commands.convert import convert
+from cqr_compress.commands.sweep_state import STATE_FILE
 from cqr_compress.errors import CheckpointError, OutputError, OutputExistsError, SpecError, TableNotFoundError
 from cqr_compress.finetuning.task import Task
 from cqr_compress.option_fields import merged
@@ -201,7 +202,7 @@ def folder_weights(source: Path, output: Path, force: bool) -> None:
     _read_config(weights[0], source)
 
 
-def write_folder(source: Path, compressed: Path, report: SizeReport, output: Path) -> FolderReport:
+def write_folder(source: Path, compressed: Path, report: SizeReport, output: Path, force: bool) -> FolderReport:
     """Write a folder with weights that are compressed already, and all other files of the source.
 
     Args:
@@ -209,7 +210,9 @@ def write_folder(source: Path, compressed: Path, report: SizeReport, output: Pat
         compressed: the file of its compressed weights.
         report: of that file.
         output: the folder to write.
+        force: replace a folder that `convert_folder` wrote.
     """
+    _check(source, output, force)
     (weights,) = _find_weights(source)
     with _staged(output.resolve(), dry_run=False) as staging:
         written = staging / _output_name(weights)
@@ -271,7 +274,7 @@ def _find_weights(source: Path) -> list[Path]:
     """Return the file or index of the weights of each folder."""
     found = []
     for folder, folders, names in os.walk(source):
-        folders[:] = sorted(name for name in folders if name not in _NOT_COPIED)
+        folders[:] = sorted(name for name in folders if _is_copied(Path(folder) / name))
         name = next((name for name in _WEIGHTS if name in names), None)
         if name is not None:
             found.append(Path(folder) / name)
@@ -311,7 +314,7 @@ def _copy_others(
     read = {file.resolve() for file in files_of(*converted)}
     folders_read = {file.parent for file in converted}
     for folder, folders, names in os.walk(source):
-        folders[:] = sorted(name for name in folders if name not in _NOT_COPIED)
+        folders[:] = sorted(name for name in folders if _is_copied(Path(folder) / name))
         linked = [name for name in folders if (Path(folder) / name).is_symlink()]  # which os.walk does not enter
         left_out += [str((Path(folder) / name).relative_to(source)) for name in linked]
         has_own = Path(folder) in folders_read or not any(name in _WEIGHTS for name in names)
@@ -334,6 +337,11 @@ def _copy_others(
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)
     return copied, left_out
+
+
+def _is_copied(folder: Path) -> bool:
+    """Return whether a folder belongs to the model: no metadata, and no results of a sweep."""
+    return folder.name not in _NOT_COPIED and not (folder / STATE_FILE).is_file()
 
 
 def _read_config(weights: Path, source: Path) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from cqr_compress.checkpoint.compressed_writer import Destination, write_report
 from cqr_compress.checkpoint.formats.open import files_of
 from cqr_compress.checkpoint.output_files import atomic_file
 from cqr_compress.checkpoint.size_report import SizeReport, report_path
+from cqr_compress.commands.apart import check_apart
 from cqr_compress.commands.convert import default_output
 from cqr_compress.commands.convert_folder import folder_weights, is_folder_conversion, write_folder
 from cqr_compress.commands.sweep_report import SweepReport
@@ -74,7 +75,7 @@ def sweep(
         max_loss: largest change of the metric for the worse, relative to the dense model: 0.01 is 1%.
         ratios: bytes of the tables before / after.
         finetune_options: fine-tune each file with these options; no fine-tuning if None.
-        folder: folder of the results; that of the source with the suffix `.sweep` if None.
+        folder: folder of the results; the name of the source with the suffix `.sweep` if None.
         tables: see `convert`.
         exclude: see `convert`.
         rules: see `convert`.
@@ -101,7 +102,14 @@ def sweep(
     ratios = _check(options, output, max_loss, ratios, task, finetune_options, jobs)
     is_folder = output is not None and is_folder_conversion(source, output)
     make_task = _maker(task)
-    folder = default_output(source).with_suffix("").with_suffix(".sweep") if folder is None else Path(folder)
+    folder = _default_folder(source) if folder is None else Path(folder)
+    if output is not None and (
+        output.resolve() == folder.resolve() or output.resolve() in folder.resolve().parents
+    ):
+        raise SpecError(f"the folder of the sweep, {str(folder)!r}, is the output or in it: give another")
+    if jobs > 1:
+        selection = tables, exclude, rules, offsets, frequencies
+        check_apart(make_task, options, finetune_options, selection)
     if output is not None and is_folder:
         folder_weights(source, output, force)
     elif output is not None:
@@ -125,10 +133,16 @@ def sweep(
             raise BudgetError(f"no size of {str(source)!r} loses at most {100 * (max_loss or 0):g}%: {found}")
         chosen, of_chosen = Path(points[report.chosen].file), report.report
         if is_folder and of_chosen is not None:
-            (of_chosen,) = write_folder(source, chosen, of_chosen, output).reports
+            (of_chosen,) = write_folder(source, chosen, of_chosen, output, force).reports
         else:
             of_chosen = _copy(chosen, output)
         return replace(report, output=str(output), report=of_chosen)
+
+
+def _default_folder(source: Path) -> Path:
+    if source.is_dir():  # beside it: what is in it belongs to the model
+        return source.resolve().with_name(f"{source.resolve().name}.sweep")
+    return default_output(source).with_suffix("").with_suffix(".sweep")
 
 
 def _maker(task: Task | Callable[[], Task] | str | Path | None) -> Callable[[], Task] | None:

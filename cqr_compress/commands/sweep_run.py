@@ -23,7 +23,7 @@ from cqr_compress.commands.convert import convert
 from cqr_compress.commands.finetune import finetune
 from cqr_compress.commands.sweep_report import RECALL, SweepPoint, SweepReport
 from cqr_compress.commands.sweep_state import STATE_FILE, held_point, identity_of, read_state
-from cqr_compress.errors import BudgetError, SpecError, TaskError
+from cqr_compress.errors import BudgetError, ProcessError, SpecError, TaskError
 from cqr_compress.finetuning.options import FinetuneOptions
 from cqr_compress.finetuning.paired import loss_interval, relative_loss
 from cqr_compress.finetuning.sensitivity import Sensitivity, measure_sensitivity
@@ -128,17 +128,19 @@ class SweepRun:
 
         steps = list(_steps(ratios))
         while steps and high == math.inf:
-            now, steps = steps[: self.jobs], steps[self.jobs :]
+            several = min(self.jobs, len(ratios))
+            now, steps = steps[:several], steps[several:]
             narrow(now, sum(ratio <= ratios[-1] for ratio in steps) + _BISECTIONS)
         searching = high < math.inf and (low > 1 or high > _SMALLEST)
         target = (high / low) ** (_ROUNDED / 2**_BISECTIONS) if searching else math.inf
         while high / low > target:
-            cuts = [low * (high / low) ** (i / (self.jobs + 1)) for i in range(1, self.jobs + 1)]
+            several = min(self.jobs, 2**_BISECTIONS - 1)
+            cuts = [low * (high / low) ** (i / (several + 1)) for i in range(1, several + 1)]
             inner = sorted({float(f"{cut:.3g}") for cut in cuts} - tried.keys())
             if not inner:
                 break
-            rounds = math.log(math.log(high / low) / math.log(target)) / math.log(self.jobs + 1)
-            narrow(inner, self.jobs * (math.ceil(rounds) - 1))
+            rounds = math.log(math.log(high / low) / math.log(target)) / math.log(several + 1)
+            narrow(inner, several * (math.ceil(rounds) - 1))
         return sorted((p for p in tried.values() if p is not None), key=lambda point: point.ratio)
 
     def points(self, ratios: Sequence[float], later: int) -> dict[float, SweepPoint | None]:
@@ -165,7 +167,7 @@ class SweepRun:
             missing = missing[len(now) :]
             for left, (ratio, result) in zip(range(len(now) - 1, -1, -1), self._measure(now), strict=True):
                 found[ratio] = self._recorded(ratio, result, left + len(missing) + later)
-            if not self.knows_memory and self.jobs > 1:
+            if not self.knows_memory and self.jobs > 1 and found[now[0]] is not None:
                 self.knows_memory = True
                 fitting = fitting_jobs(self.jobs, self.device)
                 if fitting < self.jobs:
@@ -184,6 +186,8 @@ class SweepRun:
         self.progress.start(f"measuring {', '.join(f'{ratio:g}x' for ratio in ratios)}", len(ratios), "sizes")
         alone = replace(self, task=None, progress=NoProgress())
         for index, result in call_apart(_measured_apart, [(alone, ratio) for ratio in ratios], self.jobs):
+            if isinstance(result, ProcessError):
+                raise ProcessError(f"{ratios[index]:g}x: {result}")
             if isinstance(result, Exception) and not isinstance(result, BudgetError):
                 raise result
             self.progress.advance()

@@ -36,10 +36,17 @@ def identity_of(
         "bytes": file_bytes,
         "modified": max((file.stat().st_mtime_ns for file in files_of(path)), default=0),
         "options": asdict(options),
-        "task": None if task is None else {"name": task.name, "metric": task.metric, **task.identity},
+        "task": None if task is None else identity_of_task(task),
         "finetune": None if finetune_options is None else finetune_options.to_json(),
         "selection": {name: _selected(value) for name, value in selection.items()},
     }
+    found: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return found
+
+
+def identity_of_task(task: Task) -> dict[str, Any]:
+    """Return what tells a task from others, as it is read back from JSON."""
+    values = {"name": task.name, "metric": task.metric, **task.identity}
     found: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return found
 
