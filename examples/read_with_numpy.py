@@ -1,16 +1,14 @@
 """Read a compressed file with numpy and safetensors alone: the format, for readers in other languages.
 
-    python examples/read_with_numpy.py small.safetensors                  # tables and their first rows
-    python examples/read_with_numpy.py small.safetensors -o dense.npz     # all tables, decoded
+    python examples/read_with_numpy.py small.safetensors [-o dense.npz]
 
 The metadata key "cqr_compress" is JSON; tables[NAME].spec has the layout of a table. Its tensors are NAME.codes
-and so on, where a final ".weight" of NAME is left out. Three kinds of specs:
+and so on, where a final ".weight" of NAME is left out. Bits are least significant first everywhere. Kinds of specs
+(digits of ids as codes, which `convert` never makes, are not read here):
 
     codebook   row = concatenation over columns of the sums over levels of codebooks[column, level, code], rotated
     rowwise    row = row_offset + row_scale * codes
     trellis    row = row_mean + gain * (values[state] * dim_scale) times rotation
-
-Codes that are hashed from ids take no bytes and are not read here. Bits are least significant first everywhere.
 """
 
 from __future__ import annotations
@@ -38,11 +36,35 @@ def codebook_rows(spec, t, ids):
     codebooks = t["codebooks"].astype(np.float32)  # (C, L, K, S)
     if spec["codebook_dtype"] == "int8":
         codebooks *= t["codebook_scale"].astype(np.float32)[:, :, None]
-    C, L, K, _ = codebooks.shape
-    num_bits = max(1, (K - 1).bit_length())
-    codes = unpack(t["codes"][ids], np.arange(C * L) * num_bits, num_bits).reshape(len(ids), C, L)
-    rows = sum(codebooks[np.arange(C), level, codes[:, :, level]] for level in range(L)).reshape(len(ids), -1)
-    return rotate(rows, t)
+    columns, codes = np.arange(len(codebooks)), codes_of(spec, t, ids)
+    rows = sum(codebooks[columns, level, codes[:, :, level]] for level in range(codes.shape[2]))
+    return rotate(rows.reshape(len(ids), -1), t)
+
+
+def codes_of(spec, t, ids):
+    """Unpack stored codes, and compute those that ids give: (B, C, L)."""
+    C, K, sources = spec["num_columns"], spec["codebook_size"], spec["code_sources"]
+    n, stored = max(1, (K - 1).bit_length()), np.array(sources) == "stored"
+    given = {"quotient": ids // -(-spec["num_embeddings"] // K), "remainder": ids % K}
+    codes = np.stack([np.tile(given.get(source, ids)[:, None], C) for source in sources], 2)
+    if stored.any():
+        codes[:, :, stored] = unpack(t["codes"][ids], np.arange(C * stored.sum()) * n, n).reshape(len(ids), C, -1)
+    for column, level in np.argwhere([[source == "hashed" for source in sources]] * C).tolist():
+        _, b, c = (coefficient(spec["seed"], column * len(sources) + level, index) for index in range(3))
+        codes[:, column, level] = (b * ids % P + c) % P % K  # ids below 2**30
+    return codes
+
+
+def coefficient(seed, stream, index):
+    """Draw a number of a hash function by splitmix64."""
+    mask = 2**64 - 1
+    state = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + index + 1) & mask
+    for _ in range(2):
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        state = z ^ (z >> 31)
+    return state % (P - 1) + 1
 
 
 def rotate(rows, t):
@@ -64,13 +86,10 @@ def rowwise_rows(spec, t, ids):
 def trellis_rows(spec, t, ids):
     """Read the windows of a ring of bits, one for each dimension, and look their values up."""
     sizes = np.array(spec["tier_nbytes"])
-    if len(sizes) == 1:
-        tiers, first = np.zeros(len(ids), int), ids * sizes[0]
-    else:  # 2 bits for each row; the first byte of every 128th row
-        every = t["row_tiers"][:, None] >> 2 * np.arange(4, dtype=np.uint8) & 3
-        every = every.reshape(-1)[: spec["num_embeddings"]]
-        ends = sizes[every].cumsum()
-        tiers, first = every[ids], (ends - sizes[every])[ids]
+    every = np.zeros(spec["num_embeddings"], int)
+    if len(sizes) > 1:  # 2 bits for each row
+        every = (t["row_tiers"][:, None] >> 2 * np.arange(4, dtype=np.uint8) & 3).reshape(-1)[: len(every)]
+    tiers, first = every[ids], (sizes[every].cumsum() - sizes[every])[ids]
     values = t["state_values"] if "state_values" in t else seeded_values(spec["window"], spec["seed"])
     rows = np.zeros((len(ids), t["dim_rates"].shape[1]), np.float32)
     for tier, size in enumerate(sizes):
@@ -87,21 +106,10 @@ def trellis_rows(spec, t, ids):
 
 def seeded_values(window, seed):
     """Quantiles of a normal distribution, in an order that is a nested scramble of the reversed bits."""
-
-    def coefficient(stream, index):  # splitmix64
-        mask = 2**64 - 1
-        state = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + index + 1) & mask
-        for _ in range(2):
-            state = (state + 0x9E3779B97F4A7C15) & mask
-            z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-            z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-            state = z ^ (z >> 31)
-        return state % (P - 1) + 1
-
     states = np.arange(2**window)
     order = np.zeros_like(states)
     for bit in range(window):
-        _, b, c = (coefficient(bit, index) for index in range(3))
+        _, b, c = (coefficient(seed, bit, index) for index in range(3))
         flip = (b * (states >> (bit + 1)) % P + c) % P % 2
         order |= ((states >> bit & 1) ^ flip) << (window - 1 - bit)
     values = np.array([NormalDist().inv_cdf((i + 0.5) / 2**window) for i in range(2**window)])[order]
@@ -110,8 +118,8 @@ def seeded_values(window, seed):
 
 def rows_of(spec, tensors, ids):
     """Decode rows of a table: ids (B,) to (B, D) float32."""
-    kinds = {"codebook": codebook_rows, "rowwise": rowwise_rows, "trellis": trellis_rows}
-    rows = kinds[spec["kind"]](spec, tensors, ids)
+    decode = {"codebook": codebook_rows, "rowwise": rowwise_rows, "trellis": trellis_rows}[spec["kind"]]
+    rows = decode(spec, tensors, ids)
     kept = tensors.get("kept_ids", np.empty(0, int))  # ids of exact rows, then of rows of zeros
     for i, row in enumerate(kept):
         rows[ids == row] = tensors["kept_rows"][i] if i < spec["num_kept_rows"] else 0

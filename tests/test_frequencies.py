@@ -158,6 +158,14 @@ def vocab_txt(folder: Path) -> None:
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
 
 
+def test_word_vectors_have_no_tokenizer(tmp_path: Path) -> None:
+    vocab_txt(tmp_path)
+    lines = [f"w{i} {' '.join(map(str, row))}" for i, row in enumerate(torch.randn(1208, 4).tolist())]
+    (tmp_path / "v.txt").write_text("1208 4\n" + "\n".join(lines) + "\n")
+    report = cqr.convert(tmp_path / "v.txt", method="pq", num_columns=2, n_bits=4)
+    assert "tokenizer" not in report.tables[0].reason and report.tables[0].weighted_relative_mse is None
+
+
 @pytest.mark.parametrize("others", [{}, {"layer.weight": torch.ones(8, 8)}])
 def test_a_table_that_no_layer_reads_is_weighted_less(
     others: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

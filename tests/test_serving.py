@@ -112,12 +112,13 @@ def test_the_command_writes_onnx_files(table: Path, tmp_path: Path, name: str) -
         np.allclose(scores, wanted.values.numpy(), atol=1e-4) and (found == wanted.indices.numpy()).mean() > 0.95
     )
     assert (tmp_path / "rows.onnx").stat().st_size < (N * D * 4) // 2
+    assert (tmp_path / "best.onnx").stat().st_size < N * D * 4  # a larger graph, and no decoded table
 
 
 def test_onnx_needs_one_table_and_rows_enough(tmp_path: Path) -> None:
     torch.save({"a.weight": torch.randn(N, D), "b.weight": torch.randn(N, D)}, tmp_path / "a.pt")
     cqr.convert(tmp_path / "a.pt", tmp_path / "small.safetensors", method="int8", tables=["*"])
-    with pytest.raises(TableNotFoundError, match="several tables: name one of a.weight, b.weight"):
+    with pytest.raises(TableNotFoundError, match="several tables: name one as --table: a.weight, b.weight"):
         cqr.export_onnx(tmp_path / "small.safetensors", tmp_path / "m.onnx")
     with pytest.raises(TableNotFoundError, match="no table 'c'"):
         cqr.export_onnx(tmp_path / "small.safetensors", tmp_path / "m.onnx", table="c")

@@ -192,13 +192,13 @@ def test_a_sweep_that_was_stopped_measures_what_is_missing(ckpt: Path, monkeypat
 
 def test_results_of_another_sweep_are_not_taken(ckpt: Path, tmp_path: Path) -> None:
     cqr.sweep(ckpt, ratios=(8,), **OPTIONS)
-    with pytest.raises(OutputExistsError, match="has a sweep with another options: give another --folder"):
+    with pytest.raises(OutputExistsError, match="has a sweep that differs in options: give another --folder"):
         cqr.sweep(ckpt, ratios=(8,), **OPTIONS, seed=1)
     report = cqr.sweep(ckpt, ratios=(8,), **OPTIONS, seed=1, force=True)
     held = cqr.inspect(report.points[0].file)
     assert isinstance(held, cqr.SizeReport) and held.seed == 1
     torch.save({"embedding.weight": torch.randn(N, D)}, ckpt)
-    with pytest.raises(OutputExistsError, match="another modified"):
+    with pytest.raises(OutputExistsError, match="differs in modified"):
         cqr.sweep(ckpt, ratios=(8,), **OPTIONS, seed=1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("x")
@@ -215,11 +215,11 @@ def test_other_counts_are_another_sweep(ckpt: Path, tmp_path: Path) -> None:
         np.save(counts, np.arange(N) + place)
         given = {"frequencies": counts, "offsets": offsets}
         if place:
-            with pytest.raises(OutputExistsError, match="another selection"):
+            with pytest.raises(OutputExistsError, match="differs in selection"):
                 cqr.sweep(ckpt, ratios=(8,), **given, **OPTIONS)
         else:
             assert len(cqr.sweep(ckpt, ratios=(8,), **given, **OPTIONS).points) == 1
-            with pytest.raises(OutputExistsError, match="another selection"):
+            with pytest.raises(OutputExistsError, match="differs in selection"):
                 cqr.sweep(ckpt, ratios=(8,), frequencies=counts, offsets={"embedding.weight": [0, 501]}, **OPTIONS)
 
 
@@ -272,7 +272,7 @@ def test_damaged_results_are_refused(ckpt: Path, tmp_path: Path, name: str, valu
     (tmp_path / "m.sweep").mkdir()
     file = tmp_path / "m.sweep" / "sweep.json"
     file.write_text(json.dumps(state))
-    with pytest.raises(OutputExistsError, match="has a sweep with another source"):
+    with pytest.raises(OutputExistsError, match="has a sweep that differs in source"):
         cqr.sweep(ckpt, ratios=(8,), **OPTIONS)
     file.write_text(json.dumps({**state, "points": {"8x": {**point, name: value}}}))
     with pytest.raises(CheckpointError, match="sweep.json' is damaged: .*Error: .* give another --folder"):
@@ -303,7 +303,7 @@ def test_a_file_of_rules_that_changed_is_another_sweep(ckpt: Path, tmp_path: Pat
     first = cqr.sweep(ckpt, **options)
     assert cqr.sweep(ckpt, **options) == first
     rules.write_text('[rules]\n"embedding" = "n_bits=6"\n')
-    with pytest.raises(OutputExistsError, match="another selection"):
+    with pytest.raises(OutputExistsError, match="differs in selection"):
         cqr.sweep(ckpt, **options)
 
 

@@ -62,7 +62,7 @@ RulesOption = Annotated[
     given(
         "--rule", metavar="PATTERN=ACTION", panel=SELECTION,
         help="Options of the tables that a pattern matches: keep (dense), a method, or settings such as "
-        "pq,ratio=8; or a TOML file with such lines in a table [rules]. The first match holds. Repeatable.",
+        "pq,ratio=8; or a TOML file with such lines in a table \\[rules]. The first match holds. Repeatable.",
     ),
 ]  # fmt: skip
 OffsetsOption = Annotated[

@@ -14,7 +14,7 @@ HtmlOption = Annotated[
     Path | None,
     given(
         "--html", metavar="FILE", panel=OUTPUT,
-        help="Write the report as a page with charts, in one file. Needs cqr-compress[report].",
+        help="Write the report as a page with charts, in one file. Needs cqr-compress\\[report].",
     ),
 ]  # fmt: skip
 PlotsOption = Annotated[

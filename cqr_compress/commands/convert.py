@@ -13,6 +13,7 @@ from cqr_compress.checkpoint.base import Checkpoint, TensorEntry
 from cqr_compress.checkpoint.compressed_file import is_compressed
 from cqr_compress.checkpoint.compressed_writer import Destination
 from cqr_compress.checkpoint.formats.open import open_checkpoint
+from cqr_compress.checkpoint.formats.word_vectors import VOCABULARY
 from cqr_compress.checkpoint.output_files import check_outputs
 from cqr_compress.checkpoint.shards import index_path
 from cqr_compress.checkpoint.size_report import SizeReport, report_path
@@ -144,7 +145,8 @@ def convert(
             sensitivity = measure_sensitivity(task, checkpoint, list(num_rows), options.seed, device, progress)
         elif options.weight == "task" and earlier is None:
             raise SpecError("weight is 'task' without a task: give the task whose loss compares tables")
-        by_tokenizer = options.prior == "tokenizer" and not frequencies and task is None
+        has_words = VOCABULARY in checkpoint.entries  # of word vectors, to which no tokenizer belongs
+        by_tokenizer = options.prior == "tokenizer" and not (frequencies or has_words) and task is None
         has_layers = any(candidate.name not in num_rows for candidate in candidates)
         estimated = token_frequencies(source, num_rows, has_layers) if by_tokenizer else {}
         work = Conversion(

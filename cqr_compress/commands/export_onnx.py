@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,9 @@ def export_onnx(
         if not opened.specs:
             raise TableNotFoundError(f"{opened.name!r} has no table")
         if table is None and len(opened.specs) > 1:
-            raise TableNotFoundError(f"{opened.name!r} has several tables: name one of {', '.join(opened.specs)}")
+            raise TableNotFoundError(
+                f"{opened.name!r} has several tables: name one as --table: {', '.join(opened.specs)}"
+            )
         name = next(iter(opened.specs)) if table is None else table
         if name not in opened.specs:
             raise TableNotFoundError(f"{opened.name!r} has no table {name!r}: it has {', '.join(opened.specs)}")
@@ -72,9 +76,9 @@ def export_onnx(
     progress.start(f"exporting {name}", 1, "tables")
     if topk is None:
         content = _exported(layer, torch.zeros(2, dtype=torch.int64, device="cpu"), dim, ["ids"], ["rows"])
-    else:
+    else:  # without optimization, which would decode all rows as a constant
         query = torch.zeros(2, D, dtype=layer.dtype, device="cpu")
-        content = _exported(_Retrieval(layer, topk), query, dim, ["queries"], ["scores", "ids"])
+        content = _exported(_Retrieval(layer, topk), query, dim, ["queries"], ["scores", "ids"], optimize=False)
     progress.advance()
     with atomic_file(output) as file:
         file.write(content)
@@ -94,14 +98,16 @@ class _Retrieval(nn.Module):
         return scores, ids
 
 
-def _exported(model: nn.Module, example: Tensor, dim: Any, inputs: list[str], outputs: list[str]) -> bytes:
+def _exported(
+    model: nn.Module, example: Tensor, dim: Any, inputs: list[str], outputs: list[str], optimize: bool = True
+) -> bytes:
     file, printed = io.BytesIO(), io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(printed), torch.no_grad():
+        with _only_errors(), warnings.catch_warnings(), contextlib.redirect_stdout(printed), torch.no_grad():
             warnings.simplefilter("ignore")  # torch and onnxscript warn of their own code
             program = torch.onnx.export(
                 model.eval(), (example,), dynamo=True, dynamic_shapes=({0: dim},), input_names=inputs,
-                output_names=outputs, verbose=False,
+                output_names=outputs, verbose=False, optimize=optimize,
             )  # fmt: skip
             assert program is not None, "dynamo=True returns a program"
             program.save(file)  # type: ignore[arg-type]
@@ -110,6 +116,18 @@ def _exported(model: nn.Module, example: Tensor, dim: Any, inputs: list[str], ou
         raise CqrCompressError(f"export to ONNX needs other packages: pip install onnx onnxscript ({e})") from e
     except Exception as e:
         raise CqrCompressError(f"torch {torch.__version__} cannot export the table to ONNX: {e}") from e
+
+
+@contextlib.contextmanager
+def _only_errors() -> Iterator[None]:
+    """Leave out what torch logs of operations of other libraries that are not installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _stripped(content: bytes) -> bytes:

@@ -100,7 +100,7 @@ def read_state(folder: Path, identity: dict[str, Any], force: bool) -> dict[str,
     if not force and (state["points"] or state["infeasible"]):
         other = [name for name in identity if state["identity"].get(name) != identity[name]]
         raise OutputExistsError(
-            f"{str(folder)!r} has a sweep with another {' and '.join(other)}: give another --folder, or "
+            f"{str(folder)!r} has a sweep that differs in {' and '.join(other)}: give another --folder, or "
             "replace it with --force"
         )
     return fresh
