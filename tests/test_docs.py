@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -299,6 +300,19 @@ def test_the_export_example_writes_a_program_with_the_codes(tmp_path: Path, run_
     printed = run_example("export_torch.py", "small.safetensors", "--no-compile")
     found = re.search(r"rows.pt2: ([\d,]+) bytes \(dense 192,000\), largest difference (\S+)", printed)
     assert found is not None and int(found[1].replace(",", "")) < 100_000 and float(found[2]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "hash"}, {"method": "qr"}, {"method": "cqr", "num_columns": 4}], ids=str
+)
+def test_the_numpy_reader_computes_codes_of_ids(
+    tmp_path: Path, run_example: Example, options: dict[str, Any]
+) -> None:
+    torch.save({"a.emb.weight": torch.randn(1100, 16)}, tmp_path / "a.pt")
+    cqr.convert(tmp_path / "a.pt", tmp_path / "small.safetensors", ratio=6, effort="fast", **options)
+    assert "a.emb.weight 1100 x 16" in run_example("read_with_numpy.py", "small.safetensors", "-o", "dense.npz")
+    dense = cqr.load_dense_state_dict(tmp_path / "small.safetensors")["a.emb.weight"]
+    assert np.allclose(np.load(tmp_path / "dense.npz")["a.emb.weight"], dense, atol=1e-6)
 
 
 def test_the_serving_example_answers_from_the_codes(tmp_path: Path, run_example: Example) -> None:
