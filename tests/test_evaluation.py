@@ -144,6 +144,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "rq": {"method": "rq", "num_levels": 5, "n_bits": 4, "refine_rounds": 0},
     "prq": {"method": "prq", "num_columns": 2, "num_levels": 3, "n_bits": 4, "refine_rounds": 0},
     "helper": {"method": "cqr", "num_columns": 4, "n_bits": 4, "helper": "hashed", "refine_rounds": 0},
+    "trellis": {"method": "trellis", "ratio": 10, "refine_rounds": 1},
+    "trellis pca": {"method": "trellis", "ratio": 16, "rotation": "pca", "refine_rounds": 1},
     "int4": {"method": "int4"},
 }
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import logging
 import math
 import resource
 from collections.abc import Callable
@@ -462,14 +461,22 @@ def test_threads_of_a_search_share_the_memory() -> None:
         torch.set_num_threads(before)
 
 
-def test_a_refit_leaves_trellises_as_they_are(
-    trellis_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO, "cqr_compress"):
-        cqr.refit(trellis_file, tmp_path / "x.safetensors", original=trellis_file.with_name("dense.pt"))
-    assert "left as it is, nothing to refit" in caplog.text
-    given, made = load_file(trellis_file), load_file(tmp_path / "x.safetensors")
-    assert given.keys() == made.keys() and all(torch.equal(given[name], made[name]) for name in given)
+def test_a_refit_with_frequencies_lowers_the_weighted_error(trellis_file: Path, tmp_path: Path) -> None:
+    original, made_file = trellis_file.with_name("dense.pt"), tmp_path / "x.safetensors"
+    (rows,) = (rows for rows in torch.load(original).values() if rows.dim() == 2)
+    counts = 1e4 / torch.arange(1, len(rows) + 1)
+    report = cqr.refit(trellis_file, made_file, original=original, frequencies={"embedding.weight": counts})
+    given, made = load_file(trellis_file), load_file(made_file)
+    assert {name: (t.dtype, t.shape) for name, t in given.items()} == {
+        n: (t.dtype, t.shape) for n, t in made.items()
+    }
+
+    def error(path: Path) -> float:
+        decoded = cqr.load_dense_state_dict(path)["embedding.weight"]
+        return float(((rows - decoded).square().sum(1) * counts).sum() / (rows.square().sum(1) * counts).sum())
+
+    assert error(made_file) < error(trellis_file)
+    assert report.tables[0].weighted_relative_mse == pytest.approx(error(made_file), rel=0.05)
 
 
 def test_values_made_under_a_mode_are_not_held_for_others() -> None:

@@ -18,8 +18,9 @@ from cqr_compress.planning.scan import ScannedTable, source_rows
 from cqr_compress.progress import Progress, shown
 from cqr_compress.quantize.options import REFIT_ROUNDS
 from cqr_compress.quantize.refine import can_refine, refine
-from cqr_compress.table.quality import table_quality
-from cqr_compress.table.spec import CodebookSpec
+from cqr_compress.quantize.trellis_refit import refine_trellis
+from cqr_compress.table.quality import Quality, table_quality
+from cqr_compress.table.spec import CodebookSpec, TrellisSpec
 from cqr_compress.table.table import CompressedTable
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ def refit(
 ) -> SizeReport:
     """Re-solve all codebooks by least squares and re-encode all rows, alternately.
 
-    Unlike a conversion, which fits codebooks to a sample, a refit uses all rows in every round. A table stays
+    Unlike a conversion, which fits codebooks to a sample, a refit uses all rows in every round; scales and values
+    of trellises, all rows of the sample. A table stays
     unchanged if its error does not decrease, if it is quantized to integers, or if its rotation is not orthogonal,
     as after a fit by `finetune`.
 
@@ -86,7 +88,7 @@ def _refined(
     name: str, table: CompressedTable, scan: ScannedTable, refine_rounds: int, progress: Progress
 ) -> tuple[CompressedTable | None, tuple[float, ...]]:
     spec = table.spec
-    if not isinstance(spec, CodebookSpec):
+    if not isinstance(spec, CodebookSpec | TrellisSpec):
         return None, ()
     body = {short: table.tensors[short] for short in ("codes", "codebooks", "rotation") if short in table.tensors}
     if not can_refine(spec, body):
@@ -97,7 +99,20 @@ def _refined(
         )
         return None, ()
     progress.start(f"refitting {name}", refine_rounds, "rounds")
+    if isinstance(spec, TrellisSpec):
+        made = refine_trellis(scan, table, refine_rounds, progress.advance)
+        errors = tuple(
+            _error(table_quality(scan.blocks(), each.decode, spec.num_embeddings, scan.weights))
+            for each in (table, made)
+        )
+        return made if errors[1] < errors[0] else None, errors
     found = refine(scan, spec, body, refine_rounds, progress.advance)
     if not found.errors[-1] < found.errors[0]:
         return None, found.errors
     return CompressedTable(spec, {**table.tensors, **found.tensors}), found.errors
+
+
+def _error(quality: Quality) -> float:
+    """Return the relative squared error, weighted where rows have weights."""
+    weighted = quality.weighted_relative_mse
+    return quality.relative_mse if weighted is None else weighted

@@ -24,7 +24,7 @@ from cqr_compress.table.codes import row_codes
 from cqr_compress.table.decode import decode_codes
 from cqr_compress.table.defaults import CPU_FLOAT
 from cqr_compress.table.file_form import as_in_file
-from cqr_compress.table.spec import STORED, CodebookSpec
+from cqr_compress.table.spec import STORED, CodebookSpec, TrellisSpec
 
 _RESTARTS, _BEAM = 4, 16
 
@@ -124,8 +124,8 @@ def refine(
     return Refinement(as_in_file(spec, made), tuple(errors))
 
 
-def can_refine(spec: CodebookSpec, tensors: dict[str, Tensor]) -> bool:
-    """Return whether `refine` supports these tensors: the rows of a rotation are orthonormal up to rounding."""
+def can_refine(spec: CodebookSpec | TrellisSpec, tensors: dict[str, Tensor]) -> bool:
+    """Return whether a refit supports these tensors: the rows of a rotation are orthonormal up to rounding."""
     if "rotation" not in tensors:
         return True
     rotation = torch.nn.functional.normalize(tensors["rotation"].float(), dim=1)

@@ -71,7 +71,7 @@ class TrellisQuantizer:
     def _encode(self, rows: Tensor, tiers: Tensor | None) -> dict[str, Tensor]:
         spec, tensors = self.spec, self.tensors
         centered = rows - tensors["row_mean"].float()
-        unit = centered / _norms(centered)[:, None] if spec.gain_bits else centered
+        unit = centered / row_norms(centered)[:, None] if spec.gain_bits else centered
         target = unit if self.directions is None else unit @ self.directions
         codes = torch.zeros(len(rows), spec.row_nbytes, dtype=torch.uint8, device="cpu")
         states = torch.zeros(len(rows), spec.width, dtype=torch.int32, device="cpu")
@@ -117,7 +117,7 @@ def fit_trellis(
         tiers = importance_tiers(spec, rows.importance(ENERGY_POWER))
     mean = weighted_mean(sample, cost).to(dtype).float()
     centered = sample - mean
-    norms = _norms(centered) if spec.gain_bits else torch.ones(len(sample), **CPU_FLOAT)
+    norms = row_norms(centered) if spec.gain_bits else torch.ones(len(sample), **CPU_FLOAT)
     cost *= norms.square()
     unit = centered.div_(norms[:, None]) if spec.gain_bits else centered
     directions: Tensor | None = None
@@ -129,7 +129,7 @@ def fit_trellis(
         _fit_tier_part(unit, cost, directions, tiers, rows.sample_ids, tier, variances[tier], spec)
         for tier in range(spec.num_tiers)
     ]
-    values = _fit_values(parts, spec, effort.refine_rounds, step)
+    values = fit_values(parts, spec, effort.refine_rounds, step, seeded_values(spec.window, spec.seed))
     scale = torch.zeros(spec.num_tiers, P, **CPU_FLOAT)
     for tier, part in enumerate(parts):
         scale[tier, part.kept] = part.sigma * part.scale
@@ -169,7 +169,7 @@ def _tier_variances(
 
 
 @dataclass
-class _TierPart:
+class TierPart:
     """The rows of one tier in the sample, as the rounds of a fit read them.
 
     Attributes:
@@ -200,7 +200,7 @@ def _fit_tier_part(
     tier: int,
     variances: Tensor,
     spec: TrellisSpec,
-) -> _TierPart:
+) -> TierPart:
     """Allocate the rates of a tier, and draw rows of the sample."""
     rates = allocate(variances, 8 * spec.tier_nbytes[tier], spec.window)
     kept = rates > 0
@@ -213,7 +213,7 @@ def _fit_tier_part(
         ids = own[_fit_ids(len(own), unit.shape[1])]
     columns = unit[ids] if directions is None else unit[ids] @ directions
     widening = torch.tensor((1.0, *WIDENING[spec.window]), **CPU_FLOAT)[rates.long()]
-    return _TierPart(rates, kept, rates[kept], sigma, columns[:, kept] / sigma, cost[ids], widening[kept])
+    return TierPart(rates, kept, rates[kept], sigma, columns[:, kept] / sigma, cost[ids], widening[kept])
 
 
 def _gain_range(norms: Tensor, dtype: torch.dtype) -> Tensor:
@@ -233,13 +233,22 @@ def multiplied(spec: TrellisSpec, tensors: dict[str, Tensor], matrix: Tensor) ->
     return as_in_file(spec, tensors | made)
 
 
-def _fit_values(parts: list[_TierPart], spec: TrellisSpec, rounds: int, step: Callable[[], None]) -> Tensor:
+def fit_values(
+    parts: list[TierPart], spec: TrellisSpec, rounds: int, step: Callable[[], None], values: Tensor
+) -> Tensor:
     """Alternate between search, the scales of the parts by least squares, and values by averages if stored.
+
+    Args:
+        parts: the rows of each tier; their scales are replaced.
+        spec: the layout.
+        rounds: number of rounds.
+        step: called after each round.
+        values: (2**window,) float32 values to begin with.
 
     Returns:
         The values (2**window,) float32.
     """
-    values, dtype, S = seeded_values(spec.window, spec.seed), FLOAT_DTYPES[spec.codebook_dtype], 2**spec.window
+    dtype, S = FLOAT_DTYPES[spec.codebook_dtype], 2**spec.window
     for _ in range(rounds):
         total, count = (torch.zeros(S, dtype=torch.float64, device="cpu") for _ in range(2))
         num_values = 0
@@ -275,7 +284,7 @@ def weighted_covariance(rows: Tensor, weights: Tensor) -> Tensor:
     return total / weights.sum(dtype=torch.float64)
 
 
-def _norms(rows: Tensor) -> Tensor:
+def row_norms(rows: Tensor) -> Tensor:
     """Return the root mean squares (B,) of rows (B, D), at least 1e-9 of a unit."""
     return rows.square().mean(1).sqrt().clamp_min(1e-9)
 
