@@ -7,7 +7,8 @@
 
 The dense models of gmf and sasrec are trained as those of `finetune.py`, with their weight decay searched on the
 validation part, which the sweep uses, too. The metric of minilm is the rank correlation of the similarities of pairs
-of sentences with those of the dense encoder, on half of the sentences; the test is on the other half.
+of sentences with those of the dense encoder, on half of the sentences; the test is on the other half. Each sweep ends
+with its page, `page.html` in the folder of the task.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ def main() -> None:
             f"| {point.ratio:g}x{mark} | {point.file_bytes:,} | {point.metrics[task.metric]:.4f} | "
             f"{-100 * point.loss:+.2f}% | {interval} | {point.metrics[test]:.4f} | {change:+.2f}% |"
         )
-    print(f"{seconds:.0f} s")
+    page = args.folder / "page.html"
+    cqr.write_page(report, page, original=ckpt, force=True)
+    print(f"{seconds:.0f} s; {page.name}: {page.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
