@@ -39,9 +39,9 @@ def refit(
     """Re-solve all codebooks by least squares and re-encode all rows, alternately.
 
     Unlike a conversion, which fits codebooks to a sample, a refit uses all rows in every round; scales and values
-    of trellises, all rows of the sample. A table stays
-    unchanged if its error does not decrease, if it is quantized to integers, or if its rotation is not orthogonal,
-    as after a fit by `finetune`.
+    of trellises are solved on the whole sample, and all rows encoded once. A table stays unchanged if its error
+    does not decrease, if it is quantized to integers, or if its rotation is not orthogonal, as after a fit by
+    `finetune`.
 
     Args:
         source: a compressed file.
